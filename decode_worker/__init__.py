@@ -1,0 +1,1 @@
+"""The decode worker: owns a request from submission to its end."""

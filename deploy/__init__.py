@@ -1,0 +1,1 @@
+"""Starting a cluster from a file: local processes first."""

@@ -1,0 +1,53 @@
+"""What every transport does: let peers read a region, and read a peer's."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from pdserve.domain.ids import BlockId
+from pdserve.domain.messages import RemoteRegion
+from pdserve.engine.kv_memory import KvMemory
+
+MayRead = Callable[[Sequence[BlockId]], bool]
+"""Asked by a serving transport that sees each read: are all these blocks on offer?"""
+
+
+class RegionServer(Protocol):
+    """The side whose memory is read. Peers never write into it."""
+
+    region: RemoteRegion
+
+    async def close(self) -> None: ...
+
+
+class Transport(Protocol):
+    """The side that reads, into blocks that it has reserved itself."""
+
+    name: str
+
+    async def serve(self, memory: KvMemory, may_read: MayRead) -> RegionServer:
+        """Let peers read `memory` until the returned server is closed."""
+        ...
+
+    def can_reach(self, region: RemoteRegion) -> bool:
+        """Whether this process can read that region, by what its address says."""
+        ...
+
+    async def read(
+        self,
+        region: RemoteRegion,
+        remote_blocks: Sequence[BlockId],
+        memory: KvMemory,
+        local_blocks: Sequence[BlockId],
+    ) -> None:
+        """Copy each remote block over the local block of the same place in the list.
+
+        Raises `TransferFailed` if the peer is gone, refuses, or is silent for too long. After a
+        cancelled call nothing is written any more.
+        """
+        ...
+
+    async def close_peer(self, region: RemoteRegion) -> None:
+        """Forget a peer: its maps and connections."""
+        ...
+
+    async def close(self) -> None: ...

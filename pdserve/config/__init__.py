@@ -1,0 +1,1 @@
+"""Settings of every process: read from YAML, checked before anything starts."""

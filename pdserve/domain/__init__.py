@@ -1,0 +1,1 @@
+"""Values and rules that every process shares; no I/O, no torch, no grpc."""

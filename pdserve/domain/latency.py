@@ -1,0 +1,74 @@
+"""How long an engine step takes: the one formula that router, solver and timed engine share.
+
+A step is linear in what it holds. The form is that of DistServe (OSDI'24, appendix A): compute
+over prompt tokens, attention over (token, earlier token) pairs, and for decode the bytes of
+weights (fixed) and of KV (context). `placement.latency` says where coefficients come from.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """What one step computes; counts in tokens, attention in (token, attended token) pairs."""
+
+    num_prefill_tokens: int = 0
+    num_prefill_pairs: int = 0
+    num_decodes: int = 0
+    num_decode_context_tokens: int = 0
+
+    @classmethod
+    def of(
+        cls, prefill_chunks: Iterable[tuple[int, int]] = (), decode_contexts: Iterable[int] = ()
+    ) -> "StepShape":
+        """Build from (first position, length) of each prefill chunk and each decode's context."""
+        chunks, contexts = list(prefill_chunks), list(decode_contexts)
+        return cls(
+            num_prefill_tokens=sum(length for _, length in chunks),
+            num_prefill_pairs=sum(num_attention_pairs(start, length) for start, length in chunks),
+            num_decodes=len(contexts),
+            num_decode_context_tokens=sum(contexts),
+        )
+
+
+def num_attention_pairs(start: int, length: int) -> int:
+    """Pairs that causal attention computes for `length` tokens after `start` earlier ones."""
+    return length * start + length * (length + 1) // 2
+
+
+class StepLatency(Protocol):
+    """Anything that can time a step."""
+
+    def step_s(self, shape: StepShape) -> float: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCoefficients:
+    """The linear model; seconds. `relative_error` is the spread of measured / predicted - 1."""
+
+    fixed_s: float
+    prefill_token_s: float
+    prefill_attention_s: float
+    decode_token_s: float
+    decode_context_token_s: float
+    relative_error: float = 0.0
+
+    def step_s(self, shape: StepShape) -> float:
+        return (
+            self.fixed_s
+            + self.prefill_token_s * shape.num_prefill_tokens
+            + self.prefill_attention_s * shape.num_prefill_pairs
+            + self.decode_token_s * shape.num_decodes
+            + self.decode_context_token_s * shape.num_decode_context_tokens
+        )
+
+    def prefill_s(self, start: int, length: int, chunk_tokens: int) -> float:
+        """Time to read `length` tokens after `start` cached ones, alone, in chunks."""
+        num_steps = -(-length // chunk_tokens)
+        return (
+            self.fixed_s * num_steps
+            + self.prefill_token_s * length
+            + self.prefill_attention_s * num_attention_pairs(start, length)
+        )

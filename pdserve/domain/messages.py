@@ -1,0 +1,228 @@
+"""Everything that crosses a process, as frozen values; `pdserve.rpc` turns them into protobuf.
+
+The field comments of `proto/pdserve/v1` hold here too.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from pdserve.domain.ids import BlockId, Epoch, HandoffId, RequestId, WorkerId
+from pdserve.domain.kv_usage import KvUsage
+from pdserve.domain.latency import StepCoefficients
+from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.tokens import Completed, Failed, SampledToken
+
+
+class Role(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+# Router and decode worker -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerHello:
+    """First message each way between router and decode worker."""
+
+    peer_id: str
+    epoch: Epoch
+    protocol_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillTarget:
+    worker_id: WorkerId
+    address: str
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    request_id: RequestId
+    attempt: int
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    deadline_s: float
+    prefill_targets: tuple[PrefillTarget, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    request_id: RequestId
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    request_id: RequestId
+    attempt: int
+    first_index: int
+    tokens: tuple[SampledToken, ...] = ()
+    text: str = ""
+    end: Completed | Failed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutputs:
+    outputs: tuple[RequestOutput, ...]
+
+
+RouterToDecode = PeerHello | Submit | Cancel
+DecodeToRouter = PeerHello | StepOutputs
+
+
+# Decode worker and prefill worker -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteRegion:
+    """How one side's KV memory can be read by one transport."""
+
+    transport: str
+    address: dict[str, str]
+    num_blocks: int
+    block_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoffHello:
+    worker_id: WorkerId
+    epoch: Epoch
+    protocol_version: int
+    model_hash: bytes
+    layout_hash: bytes
+    regions: tuple[RemoteRegion, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartHandoff:
+    handoff: HandoffId
+    prompt_token_ids: tuple[int, ...]
+    first_block: int
+    sampling: SamplingParams
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlocksOffered:
+    handoff: HandoffId
+    first_block: int
+    block_ids: tuple[BlockId, ...]
+    digests: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlocksPulled:
+    handoff: HandoffId
+    first_block: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class RenewLeases:
+    handoffs: tuple[HandoffId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EndHandoff:
+    handoff: HandoffId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoffRefused:
+    handoff: HandoffId
+    failure: Failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillDone:
+    handoff: HandoffId
+    first_token: SampledToken
+    queue_s: float
+    prefill_s: float
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoffFailed:
+    handoff: HandoffId
+    failure: Failed
+
+
+DecodeToPrefill = HandoffHello | StartHandoff | BlocksPulled | RenewLeases | EndHandoff
+PrefillToDecode = HandoffHello | HandoffRefused | BlocksOffered | PrefillDone | HandoffFailed
+
+
+# Worker and router --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerHello:
+    worker_id: WorkerId
+    role: Role
+    epoch: Epoch
+    protocol_version: int
+    address: str
+    pid: int
+    model_name: str
+    model_hash: bytes
+    layout_hash: bytes
+    tokenizer_hash: bytes
+    max_context_tokens: int
+    vocab_size: int
+    block_size: int
+    num_blocks: int
+    block_bytes: int
+    max_num_requests: int
+    engine: str
+    coefficients: StepCoefficients
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLoad:
+    sequence: int
+    num_waiting: int
+    num_running: int
+    waiting_prompt_tokens: int
+    running_context_tokens: int
+    kv: KvUsage
+    is_draining: bool = False
+    num_steps: int = 0
+    num_tokens: int = 0
+    transferred_bytes: int = 0
+    num_corrupt_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegisterReply:
+    router_id: str
+    epoch: Epoch
+    protocol_version: int
+    heartbeat_s: float
+
+
+WorkerReport = WorkerHello | WorkerLoad
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerState:
+    hello: WorkerHello
+    load: WorkerLoad
+    health: str
+    silence_s: float
+    num_assigned: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterState:
+    router_id: str
+    model_name: str
+    public_address: str
+    uptime_s: float
+    num_in_flight: int = 0
+    num_completed: int = 0
+    num_failed: int = 0
+    num_cancelled: int = 0
+    num_refused: int = 0
+    workers: tuple[WorkerState, ...] = field(default_factory=tuple)

@@ -1,0 +1,62 @@
+"""Output tokens and the way an answer ends."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pdserve.domain.errors import PdserveError, Reason
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """One output token; log-probabilities are natural, of the untempered distribution."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseTimeline:
+    """Where the time of one request went; seconds. See `PhaseTimeline` in types.proto."""
+
+    router_queue_s: float = 0.0
+    reserve_s: float = 0.0
+    prefill_queue_s: float = 0.0
+    prefill_s: float = 0.0
+    transfer_s: float = 0.0
+    handoff_wait_s: float = 0.0
+    decode_queue_s: float = 0.0
+    decode_s: float = 0.0
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+    prefill_worker: str = ""
+    decode_worker: str = ""
+    attempts: int = 1
+    transferred_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    """A request ended with its whole answer."""
+
+    reason: FinishReason
+    cached_prompt_tokens: int
+    timeline: PhaseTimeline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """A request, or a handoff, ended without its result."""
+
+    reason: Reason
+    message: str
+    retry_after_s: float = 0.0
+
+    @classmethod
+    def of(cls, error: PdserveError) -> "Failed":
+        return cls(reason=error.reason, message=error.message, retry_after_s=error.retry_after_s)

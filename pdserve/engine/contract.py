@@ -1,0 +1,91 @@
+"""What a worker asks of an engine, and what it gets back."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from pdserve.domain.ids import BlockId
+from pdserve.domain.latency import StepShape
+from pdserve.domain.layout import KvLayout
+from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.tokens import SampledToken
+from pdserve.engine.kv_memory import KvMemory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceStep:
+    """One request's share of a step: compute `token_ids` at positions `start`, `start + 1`, ...
+
+    `block_table` covers positions 0 to `start + len(token_ids)` in logical order; KV of all
+    positions before `start` is already in it. With `sample`, the token after the last of
+    `token_ids` is drawn. A decode step is a chunk of one token with `sample`.
+    """
+
+    token_ids: tuple[int, ...]
+    start: int
+    block_table: tuple[BlockId, ...]
+    sample: "SampleStep | None" = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleStep:
+    """Draw output token number `token_index` (from 0); the draw is keyed by (seed, index).
+
+    While `token_index < min_tokens`, the model's end tokens and `stop_token_ids` are masked.
+    """
+
+    params: SamplingParams
+    token_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    sequences: tuple[SequenceStep, ...]
+
+    def shape(self) -> StepShape:
+        """A one-token chunk that samples counts as decode, all else as prefill."""
+        chunks, contexts = [], []
+        for sequence in self.sequences:
+            if len(sequence.token_ids) == 1 and sequence.sample is not None:
+                contexts.append(sequence.start + 1)
+            else:
+                chunks.append((sequence.start, len(sequence.token_ids)))
+        return StepShape.of(chunks, contexts)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One entry for each sequence of the batch, None where nothing was to be sampled."""
+
+    sampled: tuple[SampledToken | None, ...]
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """What others must know of an engine. Hashes are 16 bytes."""
+
+    kind: str  # torch | timed
+    model_name: str
+    model_hash: bytes
+    tokenizer_hash: bytes
+    vocab_size: int
+    max_context_tokens: int
+    eos_token_ids: tuple[int, ...]
+    layout: KvLayout
+
+
+class Engine(Protocol):
+    """Owns weights and KV memory. One step at a time; the caller owns the block tables."""
+
+    spec: EngineSpec
+    kv: KvMemory
+
+    async def step(self, batch: StepBatch) -> StepResult:
+        """Run the batch without blocking the event loop.
+
+        A cancelled call still finishes its computation before the engine takes the next one, so
+        that blocks are never written after their owner freed them and the call returned.
+        """
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""gRPC adapters: codec, channels, message streams, error replies."""

@@ -1,0 +1,1 @@
+"""Capacity planning: how many workers of each kind, and where."""

@@ -1,0 +1,1 @@
+"""The prefill worker: reads prompts and offers their KV blocks."""

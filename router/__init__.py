@@ -1,0 +1,1 @@
+"""The router: takes requests, picks workers, relays tokens."""
