@@ -1,0 +1,72 @@
+"""Reading settings: one place turns a bad file into a message that says what to do."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pdserve.domain.errors import LocalFault
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown names are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def parse_settings(kind: type[S], data: object, *, source: str) -> S:
+    """Check `data` against `kind`; raises `LocalFault` naming source, field, rule and value."""
+    if not isinstance(data, Mapping):
+        raise LocalFault(f"{source}: expected a mapping of settings, got {type(data).__name__}")
+    try:
+        return kind.model_validate(dict(data))
+    except ValidationError as error:
+        lines = [_explain(kind, dict(issue)) for issue in error.errors(include_url=False)]
+        raise LocalFault(f"{source}: " + "; ".join(lines)) from None
+
+
+def read_yaml(path: Path) -> object:
+    """Load a YAML file; raises `LocalFault` with the line of a syntax error."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise LocalFault(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise LocalFault(f"{path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise LocalFault(f"{path}: {error.strerror}") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise LocalFault(f"{where}: {problem}") from None
+
+
+def _explain(kind: type[BaseModel], issue: dict[str, object]) -> str:
+    location = issue["loc"]
+    assert isinstance(location, tuple)
+    field = ".".join(str(part) for part in location) or "settings"
+    if issue["type"] != "extra_forbidden":
+        return f"{field}: {issue['msg']}; got {issue['input']!r}"
+    known = _field_names(kind, location[:-1])
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
+    return f"{field}: unknown field; {hint}"
+
+
+def _field_names(kind: type[BaseModel], path: tuple[object, ...]) -> list[str]:
+    for part in path:
+        field = kind.model_fields.get(str(part))
+        nested = field.annotation if field else None
+        if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
+            return []
+        kind = nested
+    return list(kind.model_fields)

@@ -1,0 +1,87 @@
+"""What one process is told at its start: a JSON or YAML object, checked before any work."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pdserve.config.base import Settings
+from pdserve.config.timers import Timers
+from pdserve.domain.latency import StepCoefficients
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+TransportName = Literal["shm", "tcp"]
+
+
+class CoefficientSettings(Settings):
+    """Times of an engine step; see `StepCoefficients`."""
+
+    fixed_s: float = Field(ge=0)
+    prefill_token_s: float = Field(ge=0)
+    prefill_attention_s: float = Field(0.0, ge=0)
+    decode_token_s: float = Field(ge=0)
+    decode_context_token_s: float = Field(0.0, ge=0)
+    relative_error: float = Field(0.0, ge=0)
+
+    def to_coefficients(self) -> StepCoefficients:
+        return StepCoefficients(**self.model_dump())
+
+
+class EngineSettings(Settings):
+    """Which engine, on which model, with how much KV memory."""
+
+    model: str = Field("demo", description="`demo`, `demo-draft` or a model directory")
+    engine: Literal["torch", "timed"] = "torch"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
+    block_size: int = Field(16, ge=1, le=1024, description="tokens in a KV block")
+    num_blocks: int = Field(1024, ge=1, description="KV blocks of this worker")
+    prefix_reuse: bool = True
+    coefficients: CoefficientSettings | None = Field(
+        None, description="step times; left out: measured at start (torch), required by timed"
+    )
+
+    @model_validator(mode="after")
+    def _timed_needs_coefficients(self) -> "EngineSettings":
+        if self.engine == "timed" and self.coefficients is None:
+            raise ValueError("engine: timed needs coefficients")
+        return self
+
+
+class RouterSettings(Settings):
+    """One router."""
+
+    router_id: str = "router-0"
+    host: str = "127.0.0.1"
+    port: int = Field(7450, ge=0, le=65535, description="public service; 0 picks a free one")
+    internal_port: int = Field(7451, ge=0, le=65535, description="workers and operators")
+    model: str = "demo"
+    model_name: str = Field("", description="name that clients ask for; empty: the model's own")
+    max_num_requests: int = Field(1024, ge=1, description="in flight at once; more are refused")
+    max_prompt_chars: int = Field(2_000_000, ge=1)
+    max_num_attempts: int = Field(3, ge=1, le=10)
+    timers: Timers = Timers()
+    log_level: LogLevel = "info"
+
+
+class WorkerSettings(Settings):
+    """One prefill or decode worker."""
+
+    role: Literal["prefill", "decode"]
+    worker_id: str = Field(min_length=1, max_length=64)
+    host: str = "127.0.0.1"
+    port: int = Field(0, ge=0, le=65535)
+    routers: tuple[str, ...] = Field((), description="host:port of each router's internal service")
+    engine: EngineSettings = EngineSettings()
+    transports: tuple[TransportName, ...] = Field(("shm", "tcp"), min_length=1)
+    max_num_requests: int = Field(64, ge=1, description="computed at once")
+    max_num_waiting: int = Field(256, ge=0, description="queued; more are refused")
+    max_step_tokens: int = Field(512, ge=1, description="prompt tokens in one step at most")
+    max_num_buffered_tokens: int = Field(
+        256, ge=1, description="tokens a router may leave unread before the request ends"
+    )
+    corrupt_kv_blocks: int | Literal["all"] = Field(
+        0, description="fault drill: flip a byte in this many blocks that this worker reads"
+    )
+    cpus: tuple[int, ...] = Field((), description="CPU affinity; empty: all")
+    timers: Timers = Timers()
+    log_level: LogLevel = "info"
