@@ -1,0 +1,236 @@
+"""Who owns which KV block, and which blocks can be found again by their content.
+
+The life of a block, seen by one table that owns it:
+
+                reserve            hold               pin
+      free ───────────────▶ reserved ─────▶ held ─────────────▶ pinned
+      ▲ ▲ │                    │            ▲ │ ◀───────────────  │
+      │ │ └───── share ────────┼────────────┘ │      unpin        │
+      │ └────────release───────┘              │                   │
+      └──────────release──────────────────────┴───── release ─────┘
+
+- reserved: promised to a request; its content is not there yet
+- held: has the request's KV, or gets it from the request's own steps
+- pinned: offered to a peer, which may be reading it
+- free: nobody's. A free block with a published name is *cached*: its content can be shared by
+  name until the block is evicted, least recently used first.
+
+Several tables share a block that was found by name; the block is in the strongest of their states
+(pinned > held > reserved). free + reserved + held + pinned is the number of blocks at all times.
+
+After vLLM's `BlockPool` (v1/core/block_pool.py), with reservation and pinning made states.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from enum import Enum, IntEnum, auto
+
+from pdserve.domain.ids import BlockId
+from pdserve.domain.kv_usage import KvUsage
+
+
+class BlockState(IntEnum):
+    """Ordered by strength."""
+
+    FREE = 0
+    RESERVED = 1
+    HELD = 2
+    PINNED = 3
+
+
+class BlockEvent(Enum):
+    RESERVE = auto()
+    SHARE = auto()
+    HOLD = auto()
+    PIN = auto()
+    UNPIN = auto()
+    RELEASE = auto()
+
+
+NEXT: dict[tuple[BlockState, BlockEvent], BlockState] = {
+    (BlockState.FREE, BlockEvent.RESERVE): BlockState.RESERVED,
+    (BlockState.FREE, BlockEvent.SHARE): BlockState.HELD,
+    (BlockState.RESERVED, BlockEvent.HOLD): BlockState.HELD,
+    (BlockState.HELD, BlockEvent.PIN): BlockState.PINNED,
+    (BlockState.PINNED, BlockEvent.UNPIN): BlockState.HELD,
+    (BlockState.RESERVED, BlockEvent.RELEASE): BlockState.FREE,
+    (BlockState.HELD, BlockEvent.RELEASE): BlockState.FREE,
+    (BlockState.PINNED, BlockEvent.RELEASE): BlockState.FREE,
+}
+
+
+class BlockTable:
+    """One request's blocks in logical order. One owner, who must call `release` in the end.
+
+    A transition that the table above does not have is a bug of the caller (`AssertionError`).
+    """
+
+    __slots__ = ("_block_ids", "_pool", "_states", "num_cached_blocks")
+
+    def __init__(
+        self, pool: "BlockPool", block_ids: tuple[BlockId, ...], states: list[BlockState]
+    ) -> None:
+        self._pool = pool
+        self._block_ids = block_ids
+        self._states = states
+        self.num_cached_blocks = states.count(BlockState.HELD)
+
+    @property
+    def block_ids(self) -> tuple[BlockId, ...]:
+        """Empty once released."""
+        return self._block_ids
+
+    def hold(self, first: int, count: int) -> None:
+        """Their content is there, or is being computed here: reserved -> held."""
+        self._apply(BlockEvent.HOLD, range(first, first + count))
+
+    def pin(self, first: int, count: int) -> None:
+        """A peer may read them: held -> pinned."""
+        self._apply(BlockEvent.PIN, range(first, first + count))
+
+    def unpin(self, first: int, count: int) -> None:
+        """The peer is done: pinned -> held."""
+        self._apply(BlockEvent.UNPIN, range(first, first + count))
+
+    def publish(self, names: Sequence[bytes]) -> None:
+        """Let logical block i be found as `names[i]`; they must be full, computed and held.
+
+        Naming a block again is harmless. Of two blocks with one name the first stays findable.
+        """
+        assert len(names) <= len(self._block_ids), (len(names), len(self._block_ids))
+        assert all(state >= BlockState.HELD for state in self._states[: len(names)]), "not held"
+        self._pool._name(zip(self._block_ids, names, strict=False))
+
+    def release(self) -> None:
+        """Give all blocks back; harmless when called again.
+
+        The last logical block goes first, so that eviction shortens a cached prefix from its end.
+        """
+        self._apply(BlockEvent.RELEASE, range(len(self._block_ids) - 1, -1, -1))
+        self._block_ids, self._states = (), []
+
+    def _apply(self, event: BlockEvent, places: range) -> None:
+        """All or nothing: every pair is looked up before any block moves."""
+        assert not places or 0 <= min(places) <= max(places) < len(self._block_ids), places
+        moves = [(self._states[place], event) for place in places]
+        assert all(move in NEXT for move in moves), (event, places, self._states)
+        for place, move in zip(places, moves, strict=True):
+            self._states[place] = NEXT[move]
+            self._pool._move(self._block_ids[place], move[0], NEXT[move])
+
+
+class BlockPool:
+    """Hands out blocks 0 to `num_blocks - 1` and counts them. Synchronous: no call waits."""
+
+    def __init__(self, num_blocks: int, *, reuse_prefixes: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self._reuse_prefixes = reuse_prefixes
+        self._unnamed = [BlockId(block) for block in range(num_blocks - 1, -1, -1)]
+        self._cached: OrderedDict[BlockId, None] = OrderedDict()  # free and named, oldest first
+        self._name_to_block: dict[bytes, BlockId] = {}
+        self._block_to_name: dict[BlockId, bytes] = {}
+        self._owners = [[0] * len(BlockState) for _ in range(num_blocks)]  # tables in each state
+        self._num_in = [num_blocks, 0, 0, 0]
+
+    @property
+    def num_free(self) -> int:
+        return self._num_in[BlockState.FREE]
+
+    def usage(self) -> KvUsage:
+        """Count all blocks by state; constant time."""
+        free, reserved, held, pinned = self._num_in
+        return KvUsage(
+            free=free,
+            reserved=reserved,
+            held=held,
+            pinned=pinned,
+            total=self.num_blocks,
+            cached=len(self._cached),
+        )
+
+    def count_cached(self, prefix: Sequence[bytes]) -> int:
+        """How many leading names of `prefix` have a block right now."""
+        return len(self._match(prefix))
+
+    def reserve(self, num_blocks: int, prefix: Sequence[bytes] = ()) -> BlockTable | None:
+        """Promise `num_blocks` blocks to one owner, or return None and change nothing.
+
+        The longest cached run of `prefix` comes first, shared and held already; name only blocks
+        whose KV need not be computed again (a prompt's last token always is, for its logits). The
+        rest are reserved: unnamed free blocks, then cached ones, least recently used first.
+        """
+        shared = self._match(prefix[:num_blocks])
+        num_new = num_blocks - len(shared)
+        if num_new > self.num_free - sum(block in self._cached for block in shared):
+            return None
+        for block in shared:
+            self._move(block, BlockState.FREE, NEXT[BlockState.FREE, BlockEvent.SHARE])
+        taken = [self._take() for _ in range(num_new)]
+        states = [BlockState.HELD] * len(shared) + [BlockState.RESERVED] * num_new
+        return BlockTable(self, (*shared, *taken), states)
+
+    def _match(self, prefix: Sequence[bytes]) -> list[BlockId]:
+        found: list[BlockId] = []
+        for name in prefix:
+            block = self._name_to_block.get(name)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def _take(self) -> BlockId:
+        """Take a free block, forgetting what it caches."""
+        block = self._unnamed[-1] if self._unnamed else next(iter(self._cached))
+        self._move(block, BlockState.FREE, NEXT[BlockState.FREE, BlockEvent.RESERVE])
+        name = self._block_to_name.pop(block, None)
+        if name is not None:
+            del self._name_to_block[name]
+        return block
+
+    def _move(self, block: BlockId, old: BlockState, new: BlockState) -> None:
+        """One table's share in `block` goes from `old` to `new`; FREE stands for no share."""
+        owners = self._owners[block]
+        before = _strongest(owners)
+        if old is not BlockState.FREE:
+            owners[old] -= 1
+        if new is not BlockState.FREE:
+            owners[new] += 1
+        after = _strongest(owners)
+        if before is after:
+            return
+        self._num_in[before] -= 1
+        self._num_in[after] += 1
+        if before is BlockState.FREE:
+            self._leave_free(block)
+        elif after is BlockState.FREE:
+            self._enter_free(block)
+
+    def _leave_free(self, block: BlockId) -> None:
+        if block in self._cached:
+            del self._cached[block]
+        else:
+            assert self._unnamed.pop() == block
+
+    def _enter_free(self, block: BlockId) -> None:
+        if block in self._block_to_name:
+            self._cached[block] = None
+        else:
+            self._unnamed.append(block)
+
+    def _name(self, named: Iterable[tuple[BlockId, bytes]]) -> None:
+        if not self._reuse_prefixes:
+            return
+        for block, name in named:
+            known = self._block_to_name.get(block)
+            assert known in (None, name), "a named block never changes its content"
+            if known is None and name not in self._name_to_block:
+                self._name_to_block[name] = block
+                self._block_to_name[block] = name
+
+
+def _strongest(owners: list[int]) -> BlockState:
+    if owners[3]:
+        return BlockState.PINNED
+    if owners[2]:
+        return BlockState.HELD
+    return BlockState.RESERVED if owners[1] else BlockState.FREE
