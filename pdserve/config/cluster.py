@@ -1,0 +1,211 @@
+"""One file for a whole cluster on one machine: a router, a prefill pool and a decode pool."""
+
+import ipaddress
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, Self
+
+import yaml
+from pydantic import BaseModel, Field, model_validator
+
+from pdserve.config.base import Settings, parse_settings, read_yaml
+from pdserve.config.processes import (
+    CoefficientSettings,
+    EngineSettings,
+    LogLevel,
+    RouterSettings,
+    TransportName,
+    WorkerSettings,
+)
+from pdserve.config.timers import Timers
+
+Role = Literal["prefill", "decode"]
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class RouterPool(Settings):
+    """The router."""
+
+    host: str = Field("127.0.0.1", description="loopback only, until pdserve speaks TLS")
+    port: int = Field(7450, ge=0, le=65535, description="clients; 0 picks a free port")
+    internal_port: int = Field(
+        7451, ge=0, le=65535, description="workers and `pdserve status`; 0 picks a free port"
+    )
+    max_num_requests: int = Field(1024, ge=1, description="in flight at once; more are refused")
+    max_num_attempts: int = Field(
+        3, ge=1, le=10, description="tries at one request when workers die under it"
+    )
+
+    @model_validator(mode="after")
+    def _loopback_only(self) -> Self:
+        if not _is_loopback(self.host):
+            raise ValueError("host must be a loopback address: the ports have no TLS, no login")
+        return self
+
+
+class WorkerPool(Settings):
+    """What the workers of one role share."""
+
+    replicas: int = Field(1, ge=0, le=64, description="worker processes")
+    num_blocks: int = Field(1024, ge=1, description="KV blocks of each worker")
+    max_num_requests: int = Field(64, ge=1, description="computed at once by each worker")
+    max_num_waiting: int = Field(256, ge=0, description="queued at each worker; more are refused")
+    max_step_tokens: int = Field(512, ge=1, description="prompt tokens in one engine step at most")
+
+
+class PrefillPool(WorkerPool):
+    """Workers that read prompts. With 0 replicas the decode workers read them (colocated)."""
+
+
+class DecodePool(WorkerPool):
+    """Workers that write answers."""
+
+    replicas: int = Field(1, ge=1, le=64, description="worker processes")
+
+
+class ClusterSettings(Settings):
+    """A local cluster. Every field may be left out."""
+
+    model: str = Field("demo", description="`demo`, `demo-draft`, or a model directory")
+    model_name: str = Field("", description="name that clients ask for; empty: the model's own")
+    engine: Literal["torch", "timed"] = Field(
+        "torch", description="`timed` computes nothing: its steps take the time `coefficients` say"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of weights and KV"
+    )
+    device: str = Field("cpu", description="torch device of every worker")
+    block_size: int = Field(16, ge=1, le=1024, description="tokens in a KV block")
+    prefix_reuse: bool = Field(True, description="keep KV of past prompts and use it again")
+    coefficients: CoefficientSettings | None = Field(
+        None, description="step times; left out: measured at start (torch), required by timed"
+    )
+    transports: tuple[TransportName, ...] = Field(
+        ("shm", "tcp"), min_length=1, description="how KV may travel, best first"
+    )
+    start_s: float = Field(120.0, gt=0, description="all processes must serve within this time")
+    log_level: LogLevel = Field("info", description="debug, info, warning or error")
+    log_dir: str = Field(
+        "", description="one log file a process; empty: a temporary folder, removed on a clean exit"
+    )
+    router: RouterPool = Field(RouterPool(), description="where clients and workers connect")
+    prefill: PrefillPool = Field(PrefillPool(), description="0 replicas: colocated serving")
+    decode: DecodePool = Field(DecodePool(), description="at least 1 replica")
+    timers: Timers = Field(Timers(), description="seconds")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.engine == "timed" and self.coefficients is None:
+            raise ValueError("engine: timed needs coefficients")
+        if self.router.port and self.router.port == self.router.internal_port:
+            raise ValueError("router.port and router.internal_port must differ")
+        return self
+
+    def router_settings(self) -> RouterSettings:
+        return RouterSettings(
+            host=self.router.host,
+            port=self.router.port,
+            internal_port=self.router.internal_port,
+            model=self.model,
+            model_name=self.model_name,
+            max_num_requests=self.router.max_num_requests,
+            max_num_attempts=self.router.max_num_attempts,
+            timers=self.timers,
+            log_level=self.log_level,
+        )
+
+    def worker_settings(self, router: str) -> tuple[WorkerSettings, ...]:
+        """Settings of every worker; `router` is host:port of the router's internal service."""
+        roles: tuple[Role, ...] = ("prefill", "decode")
+        return tuple(
+            self._worker_settings(role, index, router)
+            for role in roles
+            for index in range(self.pool(role).replicas)
+        )
+
+    def pool(self, role: Role) -> WorkerPool:
+        return self.prefill if role == "prefill" else self.decode
+
+    def _worker_settings(self, role: Role, index: int, router: str) -> WorkerSettings:
+        pool = self.pool(role)
+        return WorkerSettings(
+            role=role,
+            worker_id=f"{role}-{index}",
+            host=self.router.host,
+            routers=(router,),
+            engine=EngineSettings(
+                model=self.model,
+                engine=self.engine,
+                dtype=self.dtype,
+                device=self.device,
+                block_size=self.block_size,
+                num_blocks=pool.num_blocks,
+                prefix_reuse=self.prefix_reuse,
+                coefficients=self.coefficients,
+            ),
+            transports=self.transports,
+            max_num_requests=pool.max_num_requests,
+            max_num_waiting=pool.max_num_waiting,
+            max_step_tokens=pool.max_step_tokens,
+            timers=self.timers,
+            log_level=self.log_level,
+        )
+
+
+def read_cluster_settings(path: Path | None, flags: dict[str, object]) -> ClusterSettings:
+    """Settings of a file, if any, with `flags` ("router.port": 7450) laid over them.
+
+    Raises `LocalFault` naming file, field and rule.
+    """
+    data = read_yaml(path) if path is not None else {}
+    data = {} if data is None else data  # a file of comments only
+    source = str(path) if path is not None else "settings"
+    if not isinstance(data, dict):
+        return parse_settings(ClusterSettings, data, source=source)
+    for name, value in flags.items():
+        _put(data, name.split("."), value)
+    return parse_settings(ClusterSettings, data, source=source)
+
+
+def example_yaml() -> str:
+    """A cluster file that holds every field at its default, each with its meaning."""
+    lines = ["# A pdserve cluster on this machine: `pdserve up cluster.yaml`."]
+    lines += ["# Every field may be left out; these are the defaults.", ""]
+    return "\n".join([*lines, *_example_lines(ClusterSettings())]) + "\n"
+
+
+def _example_lines(settings: BaseModel, indent: str = "") -> Iterator[str]:
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        comment = field.description or ""
+        if isinstance(value, BaseModel):
+            yield ""
+            about = (type(value).__doc__ or comment).strip().replace("\n", " ")
+            yield from textwrap.wrap(
+                about, 96, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+            )
+            yield f"{indent}{name}:"
+            yield from _example_lines(value, indent + "  ")
+            continue
+        shown = list(value) if isinstance(value, tuple) else value
+        written = yaml.safe_dump(shown, default_flow_style=True).removesuffix("...\n").strip()
+        text = f"{name}: {written}" if value is not None else f"# {name}:"
+        yield f"{indent}{text:<28}  # {comment}" if comment else f"{indent}{text}"
+
+
+def _put(data: dict[str, object], path: list[str], value: object) -> None:
+    for part in path[:-1]:
+        nested = data.setdefault(part, {})
+        if not isinstance(nested, dict):
+            return  # the file's value has the wrong type: parsing says so
+        data = nested
+    data[path[-1]] = value
