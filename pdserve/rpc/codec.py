@@ -1,0 +1,405 @@
+"""Values to protobuf and back, for the streams between router, decode and prefill workers.
+
+`from_*` functions raise `ValueError` for a message that makes no sense; its sender is a peer, so
+that is counted and dropped, never a crash.
+"""
+
+from pdserve.domain import messages as m
+from pdserve.domain.errors import Reason
+from pdserve.domain.ids import BlockId, Epoch, HandoffId, RequestId, WorkerId
+from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.tokens import Completed, Failed, FinishReason, PhaseTimeline, SampledToken
+from pdserve.v1 import decode_pb2, prefill_pb2, types_pb2
+
+FINISH_TO_PROTO = {
+    FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
+}
+FINISH_FROM_PROTO = {number: reason for reason, number in FINISH_TO_PROTO.items()}
+
+
+# Shared parts -------------------------------------------------------------------------------------
+
+
+def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
+    return types_pb2.SamplingParams(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        seed=params.seed,
+        max_tokens=params.max_tokens,
+        min_tokens=params.min_tokens,
+        stop=params.stop,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        logprobs=params.logprobs,
+    )
+
+
+def sampling_from_proto(
+    message: types_pb2.SamplingParams, *, default_seed: int = 0
+) -> SamplingParams:
+    """Unset fields take the defaults of `SamplingParams`; an unset seed takes `default_seed`."""
+    fields = ("temperature", "top_k", "top_p", "max_tokens", "min_tokens", "logprobs")
+    given = {name: getattr(message, name) for name in fields if message.HasField(name)}
+    return SamplingParams(
+        **given,
+        seed=message.seed if message.HasField("seed") else default_seed,
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+    )
+
+
+def token_to_proto(token: SampledToken) -> types_pb2.Token:
+    if token.logprob is None:
+        return types_pb2.Token(id=token.token_id)
+    top = [types_pb2.TokenLogprob(token_id=i, logprob=p) for i, p in token.top_logprobs]
+    return types_pb2.Token(id=token.token_id, logprob=token.logprob, top_logprobs=top)
+
+
+def token_from_proto(message: types_pb2.Token) -> SampledToken:
+    if not message.HasField("logprob"):
+        return SampledToken(message.id)
+    top = tuple((entry.token_id, entry.logprob) for entry in message.top_logprobs)
+    return SampledToken(message.id, message.logprob, top)
+
+
+def timeline_to_proto(timeline: PhaseTimeline) -> types_pb2.PhaseTimeline:
+    return types_pb2.PhaseTimeline(
+        **{name: getattr(timeline, name) for name in PhaseTimeline.__dataclass_fields__}
+    )
+
+
+def timeline_from_proto(message: types_pb2.PhaseTimeline) -> PhaseTimeline:
+    return PhaseTimeline(
+        **{name: getattr(message, name) for name in PhaseTimeline.__dataclass_fields__}
+    )
+
+
+def failure_to_proto(failure: Failed) -> types_pb2.Failure:
+    return types_pb2.Failure(
+        reason=failure.reason, message=failure.message, retry_after_s=failure.retry_after_s
+    )
+
+
+def failure_from_proto(message: types_pb2.Failure) -> Failed:
+    return Failed(
+        reason=Reason(message.reason),
+        message=message.message,
+        retry_after_s=message.retry_after_s,
+    )
+
+
+# Router and decode worker -------------------------------------------------------------------------
+
+
+def router_message_to_proto(message: m.RouterToDecode) -> decode_pb2.RouterMessage:
+    match message:
+        case m.PeerHello():
+            hello = decode_pb2.RouterHello(
+                router_id=message.peer_id,
+                epoch=message.epoch,
+                protocol_version=message.protocol_version,
+            )
+            return decode_pb2.RouterMessage(hello=hello)
+        case m.Submit():
+            submit = decode_pb2.Submit(
+                request_id=message.request_id,
+                attempt=message.attempt,
+                prompt_token_ids=message.prompt_token_ids,
+                sampling=sampling_to_proto(message.sampling),
+                deadline_s=message.deadline_s,
+                prefill_targets=[
+                    decode_pb2.PrefillTarget(
+                        worker_id=target.worker_id, address=target.address, epoch=target.epoch
+                    )
+                    for target in message.prefill_targets
+                ],
+            )
+            return decode_pb2.RouterMessage(submit=submit)
+        case m.Cancel():
+            cancel = decode_pb2.Cancel(request_id=message.request_id, attempt=message.attempt)
+            return decode_pb2.RouterMessage(cancel=cancel)
+
+
+def router_message_from_proto(message: decode_pb2.RouterMessage) -> m.RouterToDecode:
+    match message.WhichOneof("message"):
+        case "hello":
+            return m.PeerHello(
+                peer_id=message.hello.router_id,
+                epoch=Epoch(message.hello.epoch),
+                protocol_version=message.hello.protocol_version,
+            )
+        case "submit":
+            submit = message.submit
+            return m.Submit(
+                request_id=RequestId(submit.request_id),
+                attempt=submit.attempt,
+                prompt_token_ids=tuple(submit.prompt_token_ids),
+                sampling=sampling_from_proto(submit.sampling),
+                deadline_s=submit.deadline_s,
+                prefill_targets=tuple(
+                    m.PrefillTarget(
+                        worker_id=WorkerId(target.worker_id),
+                        address=target.address,
+                        epoch=Epoch(target.epoch),
+                    )
+                    for target in submit.prefill_targets
+                ),
+            )
+        case "cancel":
+            return m.Cancel(
+                request_id=RequestId(message.cancel.request_id), attempt=message.cancel.attempt
+            )
+        case other:
+            raise ValueError(f"unknown router message {other}")
+
+
+def decode_message_to_proto(message: m.DecodeToRouter) -> decode_pb2.DecodeMessage:
+    if isinstance(message, m.PeerHello):
+        hello = decode_pb2.DecodeHello(
+            worker_id=message.peer_id,
+            epoch=message.epoch,
+            protocol_version=message.protocol_version,
+        )
+        return decode_pb2.DecodeMessage(hello=hello)
+    outputs = [_output_to_proto(output) for output in message.outputs]
+    return decode_pb2.DecodeMessage(outputs=decode_pb2.StepOutputs(outputs=outputs))
+
+
+def decode_message_from_proto(message: decode_pb2.DecodeMessage) -> m.DecodeToRouter:
+    match message.WhichOneof("message"):
+        case "hello":
+            return m.PeerHello(
+                peer_id=message.hello.worker_id,
+                epoch=Epoch(message.hello.epoch),
+                protocol_version=message.hello.protocol_version,
+            )
+        case "outputs":
+            return m.StepOutputs(tuple(map(_output_from_proto, message.outputs.outputs)))
+        case other:
+            raise ValueError(f"unknown decode message {other}")
+
+
+def _output_to_proto(output: m.RequestOutput) -> decode_pb2.RequestOutput:
+    message = decode_pb2.RequestOutput(
+        request_id=output.request_id,
+        attempt=output.attempt,
+        first_index=output.first_index,
+        tokens=[token_to_proto(token) for token in output.tokens],
+        text=output.text,
+    )
+    match output.end:
+        case Completed() as completed:
+            message.completed.CopyFrom(
+                decode_pb2.Completion(
+                    reason=FINISH_TO_PROTO[completed.reason],
+                    cached_prompt_tokens=completed.cached_prompt_tokens,
+                    timeline=timeline_to_proto(completed.timeline),
+                )
+            )
+        case Failed() as failed:
+            message.failed.CopyFrom(failure_to_proto(failed))
+        case None:
+            pass
+    return message
+
+
+def _output_from_proto(message: decode_pb2.RequestOutput) -> m.RequestOutput:
+    end: Completed | Failed | None = None
+    match message.WhichOneof("end"):
+        case "completed":
+            if message.completed.reason not in FINISH_FROM_PROTO:
+                raise ValueError(f"unknown finish reason {message.completed.reason}")
+            end = Completed(
+                reason=FINISH_FROM_PROTO[message.completed.reason],
+                cached_prompt_tokens=message.completed.cached_prompt_tokens,
+                timeline=timeline_from_proto(message.completed.timeline),
+            )
+        case "failed":
+            end = failure_from_proto(message.failed)
+        case _:
+            pass
+    return m.RequestOutput(
+        request_id=RequestId(message.request_id),
+        attempt=message.attempt,
+        first_index=message.first_index,
+        tokens=tuple(map(token_from_proto, message.tokens)),
+        text=message.text,
+        end=end,
+    )
+
+
+# Decode worker and prefill worker -----------------------------------------------------------------
+
+
+def handoff_to_proto(handoff: HandoffId) -> prefill_pb2.HandoffId:
+    return prefill_pb2.HandoffId(
+        request_id=handoff.request_id, attempt=handoff.attempt, retry=handoff.retry
+    )
+
+
+def handoff_from_proto(message: prefill_pb2.HandoffId) -> HandoffId:
+    return HandoffId(RequestId(message.request_id), message.attempt, message.retry)
+
+
+def _hello_to_proto(hello: m.HandoffHello) -> prefill_pb2.HandoffHello:
+    return prefill_pb2.HandoffHello(
+        worker_id=hello.worker_id,
+        epoch=hello.epoch,
+        protocol_version=hello.protocol_version,
+        model_hash=hello.model_hash,
+        layout_hash=hello.layout_hash,
+        regions=[
+            prefill_pb2.RemoteRegion(
+                transport=region.transport,
+                address=region.address,
+                num_blocks=region.num_blocks,
+                block_bytes=region.block_bytes,
+            )
+            for region in hello.regions
+        ],
+    )
+
+
+def _hello_from_proto(message: prefill_pb2.HandoffHello) -> m.HandoffHello:
+    return m.HandoffHello(
+        worker_id=WorkerId(message.worker_id),
+        epoch=Epoch(message.epoch),
+        protocol_version=message.protocol_version,
+        model_hash=message.model_hash,
+        layout_hash=message.layout_hash,
+        regions=tuple(
+            m.RemoteRegion(
+                transport=region.transport,
+                address=dict(region.address),
+                num_blocks=region.num_blocks,
+                block_bytes=region.block_bytes,
+            )
+            for region in message.regions
+        ),
+    )
+
+
+def to_prefill_proto(message: m.DecodeToPrefill) -> prefill_pb2.DecodeToPrefill:
+    envelope = prefill_pb2.DecodeToPrefill
+    match message:
+        case m.HandoffHello():
+            return envelope(hello=_hello_to_proto(message))
+        case m.StartHandoff():
+            start = prefill_pb2.StartHandoff(
+                handoff=handoff_to_proto(message.handoff),
+                prompt_token_ids=message.prompt_token_ids,
+                first_block=message.first_block,
+                sampling=sampling_to_proto(message.sampling),
+                deadline_s=message.deadline_s,
+            )
+            return envelope(start=start)
+        case m.BlocksPulled():
+            pulled = prefill_pb2.BlocksPulled(
+                handoff=handoff_to_proto(message.handoff),
+                first_block=message.first_block,
+                num_blocks=message.num_blocks,
+            )
+            return envelope(pulled=pulled)
+        case m.RenewLeases():
+            handoffs = [handoff_to_proto(handoff) for handoff in message.handoffs]
+            return envelope(renew=prefill_pb2.RenewLeases(handoffs=handoffs))
+        case m.EndHandoff():
+            return envelope(end=prefill_pb2.EndHandoff(handoff=handoff_to_proto(message.handoff)))
+
+
+def from_decode_proto(message: prefill_pb2.DecodeToPrefill) -> m.DecodeToPrefill:
+    match message.WhichOneof("message"):
+        case "hello":
+            return _hello_from_proto(message.hello)
+        case "start":
+            return m.StartHandoff(
+                handoff=handoff_from_proto(message.start.handoff),
+                prompt_token_ids=tuple(message.start.prompt_token_ids),
+                first_block=message.start.first_block,
+                sampling=sampling_from_proto(message.start.sampling),
+                deadline_s=message.start.deadline_s,
+            )
+        case "pulled":
+            return m.BlocksPulled(
+                handoff=handoff_from_proto(message.pulled.handoff),
+                first_block=message.pulled.first_block,
+                num_blocks=message.pulled.num_blocks,
+            )
+        case "renew":
+            return m.RenewLeases(tuple(map(handoff_from_proto, message.renew.handoffs)))
+        case "end":
+            return m.EndHandoff(handoff_from_proto(message.end.handoff))
+        case other:
+            raise ValueError(f"unknown message to prefill {other}")
+
+
+def to_decode_proto(message: m.PrefillToDecode) -> prefill_pb2.PrefillToDecode:
+    envelope = prefill_pb2.PrefillToDecode
+    match message:
+        case m.HandoffHello():
+            return envelope(hello=_hello_to_proto(message))
+        case m.HandoffRefused():
+            refused = prefill_pb2.HandoffRefused(
+                handoff=handoff_to_proto(message.handoff),
+                failure=failure_to_proto(message.failure),
+            )
+            return envelope(refused=refused)
+        case m.BlocksOffered():
+            offered = prefill_pb2.BlocksOffered(
+                handoff=handoff_to_proto(message.handoff),
+                first_block=message.first_block,
+                block_ids=message.block_ids,
+                digests=message.digests,
+            )
+            return envelope(offered=offered)
+        case m.PrefillDone():
+            done = prefill_pb2.PrefillDone(
+                handoff=handoff_to_proto(message.handoff),
+                first_token=token_to_proto(message.first_token),
+                queue_s=message.queue_s,
+                prefill_s=message.prefill_s,
+                cached_tokens=message.cached_tokens,
+            )
+            return envelope(done=done)
+        case m.HandoffFailed():
+            failed = prefill_pb2.HandoffFailed(
+                handoff=handoff_to_proto(message.handoff),
+                failure=failure_to_proto(message.failure),
+            )
+            return envelope(failed=failed)
+
+
+def from_prefill_proto(message: prefill_pb2.PrefillToDecode) -> m.PrefillToDecode:
+    match message.WhichOneof("message"):
+        case "hello":
+            return _hello_from_proto(message.hello)
+        case "refused":
+            return m.HandoffRefused(
+                handoff=handoff_from_proto(message.refused.handoff),
+                failure=failure_from_proto(message.refused.failure),
+            )
+        case "offered":
+            return m.BlocksOffered(
+                handoff=handoff_from_proto(message.offered.handoff),
+                first_block=message.offered.first_block,
+                block_ids=tuple(map(BlockId, message.offered.block_ids)),
+                digests=tuple(message.offered.digests),
+            )
+        case "done":
+            return m.PrefillDone(
+                handoff=handoff_from_proto(message.done.handoff),
+                first_token=token_from_proto(message.done.first_token),
+                queue_s=message.done.queue_s,
+                prefill_s=message.done.prefill_s,
+                cached_tokens=message.done.cached_tokens,
+            )
+        case "failed":
+            return m.HandoffFailed(
+                handoff=handoff_from_proto(message.failed.handoff),
+                failure=failure_from_proto(message.failed.failure),
+            )
+        case other:
+            raise ValueError(f"unknown message from prefill {other}")

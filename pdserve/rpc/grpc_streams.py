@@ -1,0 +1,167 @@
+"""gRPC bidirectional calls as message streams.
+
+grpc.aio cancels the whole call when a task is cancelled inside its `read` or `write`. One stream
+carries many requests, so only the stream's own pumps touch the call; everyone else uses mailboxes.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, TypeVar
+
+import grpc.aio
+import structlog
+
+from pdserve.domain.errors import WorkerLost
+from pdserve.rpc.streams import Mailbox
+
+Out = TypeVar("Out")
+In = TypeVar("In")
+
+log = structlog.get_logger(__name__)
+
+CLOSE_FLUSH_S = 1.0
+
+
+class GrpcStream(Generic[Out, In]):
+    """A `MessageStream` over one call, client or server side.
+
+    `read` returns protobuf messages and `grpc.aio.EOF` at the end; `decode` raises `ValueError`
+    for a message that makes no sense: it is counted, logged and dropped, the stream goes on.
+    """
+
+    def __init__(
+        self,
+        *,
+        read: Callable[[], Awaitable[Any]],
+        write: Callable[[Any], Awaitable[None]],
+        encode: Callable[[Out], Any],
+        decode: Callable[[Any], In],
+        peer: str,
+    ) -> None:
+        self.peer = peer
+        self.num_bad_messages = 0
+        self._read = read
+        self._write = write
+        self._encode = encode
+        self._decode = decode
+        self._outgoing: Mailbox[Out] = Mailbox()
+        self._incoming: Mailbox[In] = Mailbox()
+        self._writer = asyncio.create_task(self._pump_out())
+        self._reader = asyncio.create_task(self._pump_in())
+
+    async def send(self, message: Out) -> None:
+        if not await self._outgoing.put(message):
+            raise WorkerLost(f"{self.peer} closed the stream")
+
+    def try_send(self, message: Out) -> bool:
+        return self._outgoing.try_put(message)
+
+    async def receive(self) -> In:
+        message = await self._incoming.take()
+        if message is None:
+            raise WorkerLost(f"{self.peer} closed the stream")
+        return message
+
+    async def close(self) -> None:
+        self._outgoing.end()
+        try:
+            async with asyncio.timeout(CLOSE_FLUSH_S):
+                await asyncio.wait([self._writer])
+        except TimeoutError:
+            log.warning("stream.flush_abandoned", peer=self.peer)
+        finally:
+            self._end()
+            self._reader.cancel()
+            self._writer.cancel()
+            await asyncio.wait([self._reader, self._writer])
+
+    def _end(self) -> None:
+        self._outgoing.end()
+        self._incoming.end()
+
+    async def _pump_out(self) -> None:
+        with contextlib.suppress(grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+            while (message := await self._outgoing.take()) is not None:
+                await self._write(self._encode(message))
+            return
+        self._end()
+
+    async def _pump_in(self) -> None:
+        try:
+            while (message := await self._read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+                try:
+                    value = self._decode(message)
+                except ValueError as error:
+                    self.num_bad_messages += 1
+                    log.warning("stream.message_dropped", peer=self.peer, why=str(error))
+                    continue
+                await self._incoming.put(value)
+        except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as error:
+            log.debug("stream.lost", peer=self.peer, error=type(error).__name__)
+        finally:
+            self._end()
+
+
+class ClientStream(GrpcStream[Out, In]):
+    """The calling end; owns its channel."""
+
+    def __init__(self, channel: grpc.aio.Channel, call: Any, **kwargs: Any) -> None:
+        super().__init__(read=call.read, write=call.write, **kwargs)
+        self._channel = channel
+        self._call = call
+
+    @classmethod
+    async def open(
+        cls,
+        channel: grpc.aio.Channel,
+        method: Callable[[], Any],
+        *,
+        connect_s: float,
+        encode: Callable[[Out], Any],
+        decode: Callable[[Any], In],
+        peer: str,
+    ) -> "ClientStream[Out, In]":
+        """Start the call and wait until the server has taken it; raises `WorkerLost`."""
+        call = method()
+        try:
+            async with asyncio.timeout(connect_s):
+                await call.wait_for_connection()
+        except (TimeoutError, grpc.RpcError):
+            call.cancel()
+            await channel.close(None)
+            raise WorkerLost(f"{peer} does not answer") from None
+        except asyncio.CancelledError:
+            call.cancel()
+            await channel.close(None)
+            raise
+        return cls(channel, call, encode=encode, decode=decode, peer=peer)
+
+    async def close(self) -> None:
+        try:
+            await super().close()
+        finally:
+            self._call.cancel()
+            await self._channel.close(None)
+
+
+async def serve_stream(
+    context: Any,
+    handler: Callable[[GrpcStream[Out, In]], Awaitable[None]],
+    *,
+    encode: Callable[[Out], Any],
+    decode: Callable[[Any], In],
+) -> None:
+    """Run `handler` over a server-side call; both end together."""
+    await context.send_initial_metadata(())
+    stream: GrpcStream[Out, In] = GrpcStream(
+        read=context.read,
+        write=context.write,
+        encode=encode,
+        decode=decode,
+        peer=context.peer(),
+    )
+    try:
+        await handler(stream)
+    finally:
+        await stream.close()

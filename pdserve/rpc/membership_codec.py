@@ -1,0 +1,157 @@
+"""Values to protobuf and back, for workers that register and operators who ask."""
+
+from pdserve.domain import messages as m
+from pdserve.domain.ids import Epoch, WorkerId
+from pdserve.domain.kv_usage import KvUsage
+from pdserve.domain.latency import StepCoefficients
+from pdserve.v1 import membership_pb2 as pb
+
+ROLE_TO_PROTO = {m.Role.PREFILL: pb.ROLE_PREFILL, m.Role.DECODE: pb.ROLE_DECODE}
+ROLE_FROM_PROTO = {number: role for role, number in ROLE_TO_PROTO.items()}
+
+_HELLO_FIELDS = (
+    "protocol_version",
+    "address",
+    "pid",
+    "model_name",
+    "model_hash",
+    "layout_hash",
+    "tokenizer_hash",
+    "max_context_tokens",
+    "vocab_size",
+    "block_size",
+    "num_blocks",
+    "block_bytes",
+    "max_num_requests",
+    "engine",
+)
+_LOAD_FIELDS = (
+    "sequence",
+    "num_waiting",
+    "num_running",
+    "waiting_prompt_tokens",
+    "running_context_tokens",
+    "is_draining",
+    "num_steps",
+    "num_tokens",
+    "transferred_bytes",
+    "num_corrupt_blocks",
+)
+_USAGE_FIELDS = ("free", "reserved", "held", "pinned", "total", "cached")
+_COEFFICIENT_FIELDS = tuple(StepCoefficients.__dataclass_fields__)
+_CLUSTER_FIELDS = (
+    "router_id",
+    "model_name",
+    "public_address",
+    "uptime_s",
+    "num_in_flight",
+    "num_completed",
+    "num_failed",
+    "num_cancelled",
+    "num_refused",
+)
+
+
+def hello_to_proto(hello: m.WorkerHello) -> pb.WorkerHello:
+    return pb.WorkerHello(
+        worker_id=hello.worker_id,
+        role=ROLE_TO_PROTO[hello.role],
+        epoch=hello.epoch,
+        coefficients=pb.StepCoefficients(
+            **{name: getattr(hello.coefficients, name) for name in _COEFFICIENT_FIELDS}
+        ),
+        **{name: getattr(hello, name) for name in _HELLO_FIELDS},
+    )
+
+
+def hello_from_proto(message: pb.WorkerHello) -> m.WorkerHello:
+    if message.role not in ROLE_FROM_PROTO:
+        raise ValueError(f"unknown role {message.role}")
+    return m.WorkerHello(
+        worker_id=WorkerId(message.worker_id),
+        role=ROLE_FROM_PROTO[message.role],
+        epoch=Epoch(message.epoch),
+        coefficients=StepCoefficients(
+            **{name: getattr(message.coefficients, name) for name in _COEFFICIENT_FIELDS}
+        ),
+        **{name: getattr(message, name) for name in _HELLO_FIELDS},
+    )
+
+
+def load_to_proto(load: m.WorkerLoad) -> pb.WorkerLoad:
+    usage = pb.KvUsage(**{name: getattr(load.kv, name) for name in _USAGE_FIELDS})
+    return pb.WorkerLoad(kv=usage, **{name: getattr(load, name) for name in _LOAD_FIELDS})
+
+
+def load_from_proto(message: pb.WorkerLoad) -> m.WorkerLoad:
+    kv = message.kv
+    if kv.free + kv.reserved + kv.held + kv.pinned != kv.total or kv.cached > kv.free:
+        raise ValueError("KV blocks do not add up")
+    usage = KvUsage(**{name: getattr(kv, name) for name in _USAGE_FIELDS})
+    return m.WorkerLoad(kv=usage, **{name: getattr(message, name) for name in _LOAD_FIELDS})
+
+
+def report_to_proto(report: m.WorkerReport) -> pb.WorkerReport:
+    if isinstance(report, m.WorkerHello):
+        return pb.WorkerReport(hello=hello_to_proto(report))
+    return pb.WorkerReport(load=load_to_proto(report))
+
+
+def report_from_proto(message: pb.WorkerReport) -> m.WorkerReport:
+    match message.WhichOneof("report"):
+        case "hello":
+            return hello_from_proto(message.hello)
+        case "load":
+            return load_from_proto(message.load)
+        case other:
+            raise ValueError(f"unknown report {other}")
+
+
+def reply_to_proto(reply: m.RegisterReply) -> pb.RegisterReply:
+    return pb.RegisterReply(
+        router_id=reply.router_id,
+        epoch=reply.epoch,
+        protocol_version=reply.protocol_version,
+        heartbeat_s=reply.heartbeat_s,
+    )
+
+
+def reply_from_proto(message: pb.RegisterReply) -> m.RegisterReply:
+    return m.RegisterReply(
+        router_id=message.router_id,
+        epoch=Epoch(message.epoch),
+        protocol_version=message.protocol_version,
+        heartbeat_s=message.heartbeat_s,
+    )
+
+
+def cluster_to_proto(state: m.ClusterState) -> pb.ClusterState:
+    workers = [
+        pb.WorkerState(
+            hello=hello_to_proto(worker.hello),
+            load=load_to_proto(worker.load),
+            health=worker.health,
+            silence_s=worker.silence_s,
+            num_assigned=worker.num_assigned,
+        )
+        for worker in state.workers
+    ]
+    return pb.ClusterState(
+        workers=workers, **{name: getattr(state, name) for name in _CLUSTER_FIELDS}
+    )
+
+
+def cluster_from_proto(message: pb.ClusterState) -> m.ClusterState:
+    workers = tuple(
+        m.WorkerState(
+            hello=hello_from_proto(worker.hello),
+            load=load_from_proto(worker.load),
+            health=worker.health,
+            silence_s=worker.silence_s,
+            num_assigned=worker.num_assigned,
+        )
+        for worker in message.workers
+    )
+    return m.ClusterState(
+        workers=workers, **{name: getattr(message, name) for name in _CLUSTER_FIELDS}
+    )

@@ -1,0 +1,104 @@
+"""Running one process of a cluster: settings in, one ready line out, drain on SIGTERM."""
+
+import argparse
+import asyncio
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvloop
+import yaml
+
+from pdserve.config.base import Settings, parse_settings, read_yaml
+from pdserve.domain.errors import LocalFault, PdserveError
+
+S = TypeVar("S", bound=Settings)
+EXIT_BAD_START = 2
+PR_SET_PDEATHSIG = 1
+
+OnReady = Callable[..., None]
+"""Called once with what others must know of the process: address=..., internal_address=..."""
+
+ServeProcess = Callable[[S, OnReady, asyncio.Event], Awaitable[None]]
+"""Serves until the event is set, then drains and returns."""
+
+
+def run_process(kind: type[S], serve: ServeProcess[S], doc: str) -> None:
+    """The whole `__main__` of a role; exits 0 after a drain, 2 with a message on a bad start."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--settings", required=True, help="YAML or JSON file; - reads stdin")
+    parser.add_argument(
+        "--exit-with-parent", action="store_true", help="drain when the starting process dies"
+    )
+    arguments = parser.parse_args()
+    if arguments.exit_with_parent:
+        _exit_with_parent()
+    is_ready = False
+
+    def on_ready(**addresses: str) -> None:
+        nonlocal is_ready
+        is_ready = True
+        _print_line(ready=True, pid=os.getpid(), **addresses)
+
+    try:
+        settings = parse_settings(kind, _read(arguments.settings), source="settings")
+        uvloop.run(_serve_until_signal(serve, settings, on_ready))
+    except (PdserveError, ExceptionGroup) as group:
+        error = _first_known(group)
+        if error is None:
+            raise
+        if not is_ready:
+            _print_line(ready=False, error=error.message)
+        sys.exit(f"{error.message}" if is_ready else EXIT_BAD_START)
+
+
+def _read(source: str) -> object:
+    if source != "-":
+        return read_yaml(Path(source))
+    try:
+        return yaml.safe_load(sys.stdin.buffer.read())
+    except yaml.YAMLError:
+        raise LocalFault("settings on stdin are not YAML") from None
+
+
+async def _serve_until_signal(serve: ServeProcess[S], settings: S, on_ready: OnReady) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _stop_or_quit, stop)
+    await serve(settings, on_ready, stop)
+
+
+def _stop_or_quit(stop: asyncio.Event) -> None:
+    if stop.is_set():  # asked twice: the person does not want to wait
+        os._exit(130)
+    stop.set()
+
+
+def _first_known(error: BaseException) -> PdserveError | None:
+    if isinstance(error, PdserveError):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            if known := _first_known(inner):
+                return known
+    return None
+
+
+def _print_line(**fields: Any) -> None:
+    sys.stdout.write(json.dumps(fields) + "\n")
+    sys.stdout.flush()
+
+
+def _exit_with_parent() -> None:
+    """Linux: have the kernel send SIGTERM when the parent dies, however it dies."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent or parent == 1:
+        sys.exit(EXIT_BAD_START)  # it died before we asked

@@ -1,0 +1,151 @@
+"""A gRPC server with health, reflection and one rule for unexpected exceptions."""
+
+import inspect
+import uuid
+from collections.abc import Awaitable, Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from pdserve.config.timers import Timers
+from pdserve.domain.errors import LocalFault, PdserveError
+from pdserve.rpc.channels import server_options
+from pdserve.rpc.errors import abort
+from pdserve.rpc.links import AddService
+
+log = structlog.get_logger(__name__)
+
+
+class RpcServer:
+    """A started server. Readiness off first, then `close`."""
+
+    def __init__(self, server: grpc.aio.Server, health_servicer: Any, address: str) -> None:
+        self._server = server
+        self._health = health_servicer
+        self.address = address
+
+    @classmethod
+    async def start(
+        cls,
+        host: str,
+        port: int,
+        services: Iterable[AddService],
+        timers: Timers,
+        *,
+        max_message_bytes: int,
+    ) -> "RpcServer":
+        """Bind and serve; raises `LocalFault` naming the address if it is taken."""
+        server = grpc.aio.server(
+            interceptors=(OpaqueErrors(),),
+            options=server_options(timers, max_message_bytes=max_message_bytes),
+        )
+        health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        names = [add(server) for add in services]
+        reflection.enable_server_reflection(
+            [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
+        )
+        try:
+            bound = server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError:
+            bound = 0
+        if bound == 0:
+            raise LocalFault(
+                f"cannot listen on {host}:{port}: the port is in use, or the host is not this "
+                "machine's; choose another port"
+            )
+        await server.start()
+        started = cls(server, health_servicer, f"{host}:{bound}")
+        await started.set_ready(True)
+        return started
+
+    async def set_ready(self, is_ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        await self._health.set("", status.SERVING if is_ready else status.NOT_SERVING)
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        await self._server.stop(grace_s)
+
+    async def __aenter__(self) -> "RpcServer":
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+class OpaqueErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Known errors become their status; anything else becomes INTERNAL with an id, logged here.
+
+    Without this grpc.aio sends the text of an exception to the client, prompt included.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        if handler.unary_unary:
+            wrapped = _guard_call(handler.unary_unary, method)
+            make = grpc.unary_unary_rpc_method_handler
+        elif handler.unary_stream:
+            wrapped = _guard_stream(handler.unary_stream, method)
+            make = grpc.unary_stream_rpc_method_handler
+        elif handler.stream_stream:
+            wrapped = _guard_stream(handler.stream_stream, method)
+            make = grpc.stream_stream_rpc_method_handler
+        else:
+            return handler
+        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+
+
+def _guard_call(inner: Any, method: str) -> Any:
+    async def guarded(request: Any, context: Any) -> Any:
+        try:
+            return await inner(request, context)
+        except Exception as error:  # noqa: BLE001
+            await _reply_with(context, error, method)
+
+    return guarded
+
+
+def _guard_stream(inner: Any, method: str) -> Any:
+    """Streams answer either as async generators or by `context.write`."""
+
+    async def guarded_coroutine(request: Any, context: Any) -> None:
+        try:
+            await inner(request, context)
+        except Exception as error:  # noqa: BLE001
+            await _reply_with(context, error, method)
+
+    async def guarded_generator(request: Any, context: Any) -> Any:
+        try:
+            async for reply in inner(request, context):
+                yield reply
+        except Exception as error:  # noqa: BLE001
+            await _reply_with(context, error, method)
+
+    return guarded_generator if inspect.isasyncgenfunction(inner) else guarded_coroutine
+
+
+async def _reply_with(context: Any, error: Exception, method: str) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, PdserveError):
+        error_id = uuid.uuid4().hex[:12]
+        log.error("call.crashed", method=method, error_id=error_id, exc_info=error)
+        error = LocalFault(f"internal error, id={error_id}")
+    await abort(context, error)

@@ -1,0 +1,243 @@
+"""Every message survives the wire; nonsense from a peer is a ValueError."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdserve.domain import messages as m
+from pdserve.domain.errors import Reason
+from pdserve.domain.ids import HandoffId
+from pdserve.domain.kv_usage import KvUsage
+from pdserve.domain.latency import StepCoefficients
+from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.tokens import Completed, Failed, PhaseTimeline, SampledToken
+from pdserve.rpc import codec, membership_codec
+from pdserve.v1 import decode_pb2, membership_pb2, prefill_pb2, types_pb2
+
+uint32 = st.integers(0, 2**32 - 1)
+uint64 = st.integers(0, 2**64 - 1)
+duration = st.floats(0, 1e6)
+tokens = st.lists(uint32, max_size=5).map(tuple)
+label = st.text(max_size=8)
+
+sampling = st.builds(
+    SamplingParams,
+    temperature=st.floats(0, 2),
+    top_k=uint32,
+    top_p=st.floats(0, 1),
+    seed=uint64,
+    max_tokens=uint32,
+    min_tokens=uint32,
+    stop=st.lists(label, max_size=3).map(tuple),
+    stop_token_ids=tokens,
+    logprobs=st.none() | st.integers(0, 20),
+)
+sampled = st.builds(SampledToken, uint32) | st.builds(
+    SampledToken,
+    uint32,
+    st.floats(-50, 0),
+    st.lists(st.tuples(uint32, st.floats(-50, 0)), max_size=3).map(tuple),
+)
+failed = st.builds(Failed, reason=st.sampled_from(Reason), message=label, retry_after_s=duration)
+handoff = st.builds(HandoffId, label, uint32, uint32)
+timeline = st.builds(
+    PhaseTimeline, ttft_s=duration, attempts=uint32, prefill_worker=label, decode_worker=label
+)
+completed = st.builds(Completed, cached_prompt_tokens=uint32, timeline=timeline)
+region = st.builds(
+    m.RemoteRegion,
+    transport=label,
+    address=st.dictionaries(label, label, max_size=3),
+    num_blocks=uint32,
+    block_bytes=uint64,
+)
+handoff_hello = st.builds(
+    m.HandoffHello,
+    worker_id=label,
+    epoch=uint64,
+    protocol_version=uint32,
+    model_hash=st.binary(max_size=16),
+    layout_hash=st.binary(max_size=16),
+    regions=st.lists(region, max_size=2).map(tuple),
+)
+peer_hello = st.builds(m.PeerHello, peer_id=label, epoch=uint64, protocol_version=uint32)
+target = st.builds(m.PrefillTarget, worker_id=label, address=label, epoch=uint64)
+output = st.builds(
+    m.RequestOutput,
+    request_id=label,
+    attempt=uint32,
+    first_index=uint32,
+    tokens=st.lists(sampled, max_size=3).map(tuple),
+    text=label,
+    end=st.none() | failed | completed,
+)
+usage = st.tuples(*[st.integers(0, 1000)] * 4).map(
+    lambda four: KvUsage(
+        free=four[0], reserved=four[1], held=four[2], pinned=four[3], total=sum(four)
+    )
+)
+load = st.builds(
+    m.WorkerLoad,
+    sequence=uint64,
+    num_waiting=uint32,
+    num_running=uint32,
+    waiting_prompt_tokens=uint64,
+    running_context_tokens=uint64,
+    kv=usage,
+)
+worker_hello = st.builds(
+    m.WorkerHello,
+    worker_id=label,
+    role=st.sampled_from(m.Role),
+    epoch=uint64,
+    protocol_version=uint32,
+    address=label,
+    pid=uint32,
+    model_name=label,
+    model_hash=st.binary(max_size=16),
+    layout_hash=st.binary(max_size=16),
+    tokenizer_hash=st.binary(max_size=16),
+    max_context_tokens=uint32,
+    vocab_size=uint32,
+    block_size=uint32,
+    num_blocks=uint32,
+    block_bytes=uint64,
+    max_num_requests=uint32,
+    engine=label,
+    coefficients=st.builds(
+        StepCoefficients,
+        fixed_s=duration,
+        prefill_token_s=duration,
+        prefill_attention_s=duration,
+        decode_token_s=duration,
+        decode_context_token_s=duration,
+    ),
+)
+
+to_decode = (
+    peer_hello
+    | st.builds(m.Cancel, request_id=label, attempt=uint32)
+    | st.builds(
+        m.Submit,
+        request_id=label,
+        attempt=uint32,
+        prompt_token_ids=tokens,
+        sampling=sampling,
+        deadline_s=duration,
+        prefill_targets=st.lists(target, max_size=2).map(tuple),
+    )
+)
+from_decode = peer_hello | st.builds(m.StepOutputs, st.lists(output, max_size=3).map(tuple))
+to_prefill = (
+    handoff_hello
+    | st.builds(
+        m.StartHandoff,
+        handoff=handoff,
+        prompt_token_ids=tokens,
+        first_block=uint32,
+        sampling=sampling,
+        deadline_s=duration,
+    )
+    | st.builds(m.BlocksPulled, handoff=handoff, first_block=uint32, num_blocks=uint32)
+    | st.builds(m.RenewLeases, st.lists(handoff, max_size=3).map(tuple))
+    | st.builds(m.EndHandoff, handoff)
+)
+from_prefill = (
+    handoff_hello
+    | st.builds(m.HandoffRefused, handoff=handoff, failure=failed)
+    | st.builds(m.HandoffFailed, handoff=handoff, failure=failed)
+    | st.builds(
+        m.BlocksOffered,
+        handoff=handoff,
+        first_block=uint32,
+        block_ids=tokens,
+        digests=st.lists(st.binary(min_size=16, max_size=16), max_size=3).map(tuple),
+    )
+    | st.builds(
+        m.PrefillDone,
+        handoff=handoff,
+        first_token=sampled,
+        queue_s=duration,
+        prefill_s=duration,
+        cached_tokens=uint32,
+    )
+)
+
+
+def over_the_wire(message: Any) -> Any:
+    return type(message).FromString(message.SerializeToString())
+
+
+@given(to_decode)
+def test_router_messages_survive_the_wire(message: m.RouterToDecode) -> None:
+    sent = over_the_wire(codec.router_message_to_proto(message))
+    assert codec.router_message_from_proto(sent) == message
+
+
+@given(from_decode)
+def test_decode_messages_survive_the_wire(message: m.DecodeToRouter) -> None:
+    sent = over_the_wire(codec.decode_message_to_proto(message))
+    assert codec.decode_message_from_proto(sent) == message
+
+
+@given(to_prefill)
+def test_messages_to_prefill_survive_the_wire(message: m.DecodeToPrefill) -> None:
+    sent = over_the_wire(codec.to_prefill_proto(message))
+    assert codec.from_decode_proto(sent) == message
+
+
+@given(from_prefill)
+def test_messages_from_prefill_survive_the_wire(message: m.PrefillToDecode) -> None:
+    sent = over_the_wire(codec.to_decode_proto(message))
+    assert codec.from_prefill_proto(sent) == message
+
+
+@given(worker_hello | load)
+def test_worker_reports_survive_the_wire(report: m.WorkerReport) -> None:
+    sent = over_the_wire(membership_codec.report_to_proto(report))
+    assert membership_codec.report_from_proto(sent) == report
+
+
+@given(st.lists(st.tuples(worker_hello, load), max_size=2))
+def test_cluster_state_survives_the_wire(
+    workers: list[tuple[m.WorkerHello, m.WorkerLoad]],
+) -> None:
+    state = m.ClusterState(
+        router_id="r",
+        model_name="demo",
+        public_address="127.0.0.1:1",
+        uptime_s=1.5,
+        num_completed=7,
+        workers=tuple(
+            m.WorkerState(hello=hello, load=load, health="alive", silence_s=0.1, num_assigned=2)
+            for hello, load in workers
+        ),
+    )
+    sent = over_the_wire(membership_codec.cluster_to_proto(state))
+    assert membership_codec.cluster_from_proto(sent) == state
+
+
+def test_unset_sampling_fields_take_the_documented_defaults() -> None:
+    params = codec.sampling_from_proto(types_pb2.SamplingParams(), default_seed=9)
+    assert params == SamplingParams(seed=9)
+
+
+@pytest.mark.parametrize(
+    "parse",
+    [
+        lambda: codec.router_message_from_proto(decode_pb2.RouterMessage()),
+        lambda: codec.decode_message_from_proto(decode_pb2.DecodeMessage()),
+        lambda: codec.from_decode_proto(prefill_pb2.DecodeToPrefill()),
+        lambda: codec.from_prefill_proto(prefill_pb2.PrefillToDecode()),
+        lambda: codec.failure_from_proto(types_pb2.Failure(reason="NO_SUCH_REASON")),
+        lambda: membership_codec.report_from_proto(membership_pb2.WorkerReport()),
+        lambda: membership_codec.load_from_proto(
+            membership_pb2.WorkerLoad(kv=membership_pb2.KvUsage(free=1, total=2))
+        ),
+    ],
+)
+def test_nonsense_from_a_peer_is_a_value_error(parse: Any) -> None:
+    with pytest.raises(ValueError, match=r"unknown|not a valid|add up"):
+        parse()
