@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from pdserve.config.base import Settings, parse_settings, read_yaml
 from pdserve.config.processes import (
@@ -45,11 +45,12 @@ class RouterPool(Settings):
         3, ge=1, le=10, description="tries at one request when workers die under it"
     )
 
-    @model_validator(mode="after")
-    def _loopback_only(self) -> Self:
-        if not _is_loopback(self.host):
-            raise ValueError("host must be a loopback address: the ports have no TLS, no login")
-        return self
+    @field_validator("host", mode="after")
+    @classmethod
+    def _loopback_only(cls, host: str) -> str:
+        if not _is_loopback(host):
+            raise ValueError("must be a loopback address: the ports have neither TLS nor login")
+        return host
 
 
 class WorkerPool(Settings):
