@@ -1,1 +1,36 @@
 """Ways to read another worker's KV memory; `open_transports` picks those that this host has."""
+
+from collections.abc import Callable, Sequence
+
+from kvtransfer.transports.base import Transport
+from kvtransfer.transports.shm import ShmTransport
+from kvtransfer.transports.tcp import TcpTransport
+from pdserve.domain.errors import LocalFault
+from pdserve.domain.messages import RemoteRegion
+
+_MAKERS: dict[str, Callable[[str], Transport]] = {
+    ShmTransport.name: lambda host: ShmTransport(),
+    TcpTransport.name: TcpTransport,
+}
+
+
+def open_transports(names: Sequence[str], host: str) -> tuple[Transport, ...]:
+    """The named transports, in order of preference; `host` is where network ones listen.
+
+    Raises `LocalFault` for a name that there is no transport of.
+    """
+    unknown = [name for name in names if name not in _MAKERS]
+    if unknown:
+        raise LocalFault(f"no transport {unknown[0]!r}; there are {', '.join(_MAKERS)}")
+    return tuple(_MAKERS[name](host) for name in names)
+
+
+def choose(
+    transports: Sequence[Transport], regions: Sequence[RemoteRegion]
+) -> tuple[Transport, RemoteRegion] | None:
+    """The first of our transports that reaches one of the peer's regions; None if none does."""
+    for transport in transports:
+        for region in regions:
+            if transport.can_reach(region):
+                return transport, region
+    return None

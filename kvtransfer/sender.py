@@ -1,0 +1,233 @@
+"""The prefill side of handoffs: what is offered, for how long, and when it is given back.
+
+A block is pinned from its offer until the peer says it is pulled, or the handoff ends. Nothing
+here waits: `now_s` is any monotonic clock of this process.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Generic, Protocol, TypeVar
+
+from kvtransfer.digest import block_digest
+from kvtransfer.session import ENDINGS, SAID_BY, Event, HandoffSession, Phase, ProtocolViolation
+from pdserve.domain.ids import BlockId, HandoffId
+from pdserve.domain.messages import BlocksOffered, BlocksPulled, Role, StartHandoff
+from pdserve.engine.kv_memory import KvMemory
+
+PeerT = TypeVar("PeerT", bound=Hashable)
+
+
+class BlockTableLike(Protocol):
+    """A prompt's blocks in logical order, block 0 first, held until `release`."""
+
+    @property
+    def block_ids(self) -> Sequence[BlockId]: ...
+
+    def pin(self, first: int, count: int) -> None: ...
+
+    def unpin(self, first: int, count: int) -> None: ...
+
+    def release(self) -> None: ...
+
+
+def check_start(start: StartHandoff, block_size: int) -> int:
+    """How many blocks the prompt has; raises `ProtocolViolation` if it asks for none of them."""
+    num_blocks = -(-len(start.prompt_token_ids) // block_size)
+    if not 0 <= start.first_block < num_blocks:
+        raise ProtocolViolation(f"block {start.first_block} of {num_blocks} asked as the first")
+    return num_blocks
+
+
+class HandoffSender:
+    """One handoff at the prefill worker. Owns the block table: `end` gives it back, once.
+
+    Raises `ProtocolViolation` if `start` makes no sense; the table then stays the caller's.
+    """
+
+    def __init__(
+        self,
+        start: StartHandoff,
+        *,
+        block_table: BlockTableLike,
+        memory: KvMemory,
+        lease_s: float,
+        now_s: float,
+    ) -> None:
+        self.handoff = start.handoff
+        self._block_size = memory.layout.block_size
+        self._num_blocks = check_start(start, self._block_size)
+        assert self._num_blocks <= len(block_table.block_ids), (start.handoff, self._num_blocks)
+        self._block_table = block_table
+        self._memory = memory
+        self._lease_s = lease_s
+        self.expires_at_s = now_s + lease_s
+        self._next_offer = start.first_block
+        self._next_pull = start.first_block
+        self._offered: set[BlockId] = set()
+        self._session = HandoffSession(Role.PREFILL)
+        self._session.hear(Event.START)
+
+    @property
+    def phase(self) -> Phase:
+        return self._session.phase
+
+    @property
+    def is_over(self) -> bool:
+        return self._session.is_over
+
+    @property
+    def num_late(self) -> int:
+        """Messages dropped because they came again or after the end."""
+        return self._session.num_late
+
+    @property
+    def num_pinned_blocks(self) -> int:
+        return 0 if self.is_over else self._next_offer - self._next_pull
+
+    def offer(self, num_computed_tokens: int, *, is_last: bool) -> BlocksOffered | None:
+        """Pin and describe the blocks that became complete; None if there are none, or it is over.
+
+        `is_last` means the whole prompt is computed, and adds its partial last block.
+        """
+        if self.is_over:
+            return None
+        first = self._next_offer
+        end = self._num_blocks if is_last else num_computed_tokens // self._block_size
+        assert end <= self._num_blocks, (self.handoff, num_computed_tokens)
+        if end <= first:
+            return None
+        block_ids = tuple(self._block_table.block_ids[first:end])
+        digests = tuple(
+            block_digest(self.handoff, first + place, self._memory.block(block_id))
+            for place, block_id in enumerate(block_ids)
+        )
+        self._block_table.pin(first, end - first)
+        self._session.say(Event.OFFER)
+        self._offered.update(block_ids)
+        self._next_offer = end
+        return BlocksOffered(
+            handoff=self.handoff, first_block=first, block_ids=block_ids, digests=digests
+        )
+
+    def sampled(self) -> bool:
+        """The first token is there; False if the handoff is over and nobody waits for it."""
+        if self.is_over:
+            return False
+        self._session.say(Event.SAMPLE)
+        return True
+
+    def pulled(self, message: BlocksPulled) -> None:
+        """Unpin what the peer has; raises `ProtocolViolation` if it cannot have that."""
+        first, end = message.first_block, message.first_block + message.num_blocks
+        if message.num_blocks < 1 or first < 0 or end > self._next_offer:
+            raise ProtocolViolation(f"blocks {first} to {end} pulled but not offered")
+        if self.is_over or end <= self._next_pull:
+            self._session.num_late += 1
+            return
+        if first != self._next_pull:
+            raise ProtocolViolation(f"block {first} pulled where {self._next_pull} was next")
+        self._session.hear(Event.PULL_LAST if end == self._num_blocks else Event.PULL)
+        self._block_table.unpin(first, end - first)
+        self._offered.difference_update(self._block_table.block_ids[first:end])
+        self._next_pull = end
+
+    def renew(self, now_s: float) -> None:
+        """Another lease from now."""
+        self.expires_at_s = now_s + self._lease_s
+
+    def is_expired(self, now_s: float) -> bool:
+        return not self.is_over and now_s >= self.expires_at_s
+
+    def is_offered(self, block_ids: Sequence[BlockId]) -> bool:
+        """Whether all of these may be read right now."""
+        return self._offered.issuperset(block_ids)
+
+    def not_offered(self, block_ids: set[BlockId]) -> set[BlockId]:
+        """Those of `block_ids` that may not be read on behalf of this handoff."""
+        return block_ids - self._offered
+
+    def end(self, cause: Event) -> None:
+        """Give every block back, pinned or not; harmless when called again.
+
+        `cause` is how it ended: END (the peer said so), FAIL, EXPIRE, LOSE or REFUSE.
+        """
+        assert cause in ENDINGS or cause is Event.REFUSE, cause
+        if self.is_over:
+            self._session.num_late += cause is Event.END
+            return
+        if SAID_BY.get(cause) is Role.DECODE:
+            self._session.hear(cause)
+        else:
+            self._session.say(cause)
+        self._offered.clear()
+        self._block_table.release()
+
+
+class SenderTable(Generic[PeerT]):
+    """All handoffs of a prefill worker that are not over.
+
+    `peer` names the stream a handoff came in on. A peer reaches only its own handoffs: another's
+    are unknown to it.
+    """
+
+    def __init__(self, *, max_num_past: int = 4096) -> None:
+        self.num_late = 0  # messages for a handoff that is over
+        self._max_num_past = max_num_past
+        self._live: dict[tuple[PeerT, HandoffId], HandoffSender] = {}
+        self._past: OrderedDict[tuple[PeerT, HandoffId], None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def is_known(self, peer: PeerT, handoff: HandoffId) -> bool:
+        """Whether a start of this name came before, so that another is a duplicate."""
+        return (peer, handoff) in self._live or (peer, handoff) in self._past
+
+    def add(self, peer: PeerT, sender: HandoffSender) -> None:
+        assert not self.is_known(peer, sender.handoff), sender.handoff
+        self._live[peer, sender.handoff] = sender
+
+    def get(self, peer: PeerT, handoff: HandoffId) -> HandoffSender | None:
+        """The live handoff that a message is for; None (counted) if the message is late."""
+        sender = self._live.get((peer, handoff))
+        self.num_late += sender is None
+        return sender
+
+    def end(self, peer: PeerT, handoff: HandoffId, cause: Event) -> None:
+        """End and forget one handoff; harmless if it is over."""
+        sender = self._live.pop((peer, handoff), None)
+        if sender is None:
+            return
+        self._past[peer, handoff] = None
+        if len(self._past) > self._max_num_past:
+            self._past.popitem(last=False)
+        sender.end(cause)
+
+    def may_read(self, block_ids: Sequence[BlockId]) -> bool:
+        """Whether every block is offered, and pinned, by some handoff."""
+        missing = set(block_ids)
+        for sender in self._live.values():
+            if not missing:
+                break
+            missing = sender.not_offered(missing)
+        return not missing
+
+    def end_peer(self, peer: PeerT) -> list[HandoffId]:
+        """A stream is gone: end all it carried."""
+        ended = [key for key in self._live if key[0] == peer]
+        for key in ended:
+            self.end(*key, Event.LOSE)
+        for key in [key for key in self._past if key[0] == peer]:
+            del self._past[key]
+        return [handoff for _, handoff in ended]
+
+    def expire(self, now_s: float) -> list[tuple[PeerT, HandoffId]]:
+        """End every handoff whose lease is out."""
+        expired = [key for key, sender in self._live.items() if sender.is_expired(now_s)]
+        for key in expired:
+            self.end(*key, Event.EXPIRE)
+        return expired
+
+    def next_expiry_s(self) -> float | None:
+        """When `expire` will next have something to do, unless a lease is renewed before."""
+        return min((sender.expires_at_s for sender in self._live.values()), default=None)

@@ -1,0 +1,227 @@
+"""Reading a peer's memory over TCP: anywhere, no special hardware, nothing trusted."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvtransfer.transports.base import MayRead
+from kvtransfer.transports.block_runs import block_runs, check_read
+from kvtransfer.transports.sockets import recv_all, send_all
+from kvtransfer.transports.tcp_frames import (
+    MAX_BLOCKS_PER_REQUEST,
+    REPLY_HEADER_BYTES,
+    TOKEN_BYTES,
+    BadFrame,
+    Status,
+    decode_reply,
+    encode_request,
+)
+from kvtransfer.transports.tcp_server import ServerLimits, TcpRegionServer
+from pdserve.domain.errors import TransferFailed
+from pdserve.domain.ids import BlockId
+from pdserve.domain.messages import RemoteRegion
+from pdserve.engine.kv_memory import KvMemory
+
+MAX_IDLE_S = 30.0
+"""A pooled connection is not used after this: below the server's keep-alive."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    host: str
+    port: int
+    token: bytes
+
+    @classmethod
+    def of(cls, region: RemoteRegion) -> "_Address":
+        """Raises `TransferFailed` for an address that is none."""
+        try:
+            address = region.address
+            parsed = cls(address["host"], int(address["port"]), bytes.fromhex(address["token"]))
+        except (KeyError, ValueError) as error:
+            raise TransferFailed("the peer's address cannot be read") from error
+        if not 0 < parsed.port < 1 << 16 or len(parsed.token) != TOKEN_BYTES or not parsed.host:
+            raise TransferFailed("the peer's address makes no sense")
+        return parsed
+
+
+class _Connections:
+    """The connections to one peer: `max_num` at most, each with one request at a time."""
+
+    def __init__(self, address: _Address, max_num: int) -> None:
+        self.address = address
+        self.slots = asyncio.Semaphore(max_num)
+        self._idle: list[tuple[socket.socket, float]] = []
+        self._busy: set[socket.socket] = set()
+        self._is_closed = False
+
+    async def take(self) -> socket.socket:
+        """A connection that nobody else uses; give it back with `put` or `drop`."""
+        loop = asyncio.get_running_loop()
+        while self._idle:
+            sock, since_s = self._idle.pop()
+            if loop.time() - since_s < MAX_IDLE_S and _is_quiet(sock):
+                self._busy.add(sock)
+                return sock
+            sock.close()
+        family = socket.AF_INET6 if ":" in self.address.host else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await loop.sock_connect(sock, (self.address.host, self.address.port))
+        except BaseException:
+            sock.close()
+            raise
+        self._busy.add(sock)
+        return sock
+
+    def put(self, sock: socket.socket) -> None:
+        """Its reply was read to the end, so the next one can use it."""
+        if self._is_closed:
+            self.drop(sock)
+            return
+        self._busy.discard(sock)
+        self._idle.append((sock, asyncio.get_running_loop().time()))
+
+    def drop(self, sock: socket.socket) -> None:
+        """Something may still come on it: never to be used again."""
+        self._busy.discard(sock)
+        sock.close()
+
+    def close(self) -> None:
+        """Close what is idle and end the reads that run, which then fail."""
+        self._is_closed = True
+        for sock, _ in self._idle:
+            sock.close()
+        self._idle.clear()
+        for sock in self._busy:
+            with contextlib.suppress(OSError):  # the peer was faster
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+def _is_quiet(sock: socket.socket) -> bool:
+    """Nothing to read: neither its end nor bytes that nobody asked for."""
+    try:
+        sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+class TcpTransport:
+    """Serves on `host`, a free port; readers are told `advertised_host` (default: the same).
+
+    A read fails when nothing moves for `idle_timeout_s`, or after `total_timeout_s` in all.
+    """
+
+    name = "tcp"
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        *,
+        advertised_host: str | None = None,
+        idle_timeout_s: float = 2.0,
+        total_timeout_s: float = 30.0,
+        max_num_connections_per_peer: int = 8,
+        max_num_served_connections: int = 256,
+    ) -> None:
+        self._host = host
+        self._advertised_host = advertised_host or host
+        self._idle_timeout_s = idle_timeout_s
+        self._total_timeout_s = total_timeout_s
+        self._max_num_connections_per_peer = max_num_connections_per_peer
+        self._limits = ServerLimits(
+            idle_timeout_s=idle_timeout_s,
+            total_timeout_s=total_timeout_s,
+            max_num_connections=max_num_served_connections,
+        )
+        self._peers: dict[_Address, _Connections] = {}
+
+    async def serve(self, memory: KvMemory, may_read: MayRead) -> TcpRegionServer:
+        return TcpRegionServer(
+            memory,
+            may_read,
+            host=self._host,
+            advertised_host=self._advertised_host,
+            limits=self._limits,
+        )
+
+    def can_reach(self, region: RemoteRegion) -> bool:
+        """Whether it is a TCP address; whether anyone answers shows at the first read."""
+        if region.transport != self.name:
+            return False
+        try:
+            _Address.of(region)
+        except TransferFailed:
+            return False
+        return True
+
+    async def read(
+        self,
+        region: RemoteRegion,
+        remote_blocks: Sequence[BlockId],
+        memory: KvMemory,
+        local_blocks: Sequence[BlockId],
+    ) -> None:
+        check_read(region, remote_blocks, memory, local_blocks)
+        address = _Address.of(region)
+        peer = self._peers.get(address)
+        if peer is None:
+            peer = _Connections(address, self._max_num_connections_per_peer)
+            self._peers[address] = peer
+        try:
+            async with asyncio.timeout(self._total_timeout_s), peer.slots:
+                for first in range(0, len(remote_blocks), MAX_BLOCKS_PER_REQUEST):
+                    part = slice(first, first + MAX_BLOCKS_PER_REQUEST)
+                    await self._read_part(peer, remote_blocks[part], memory, local_blocks[part])
+        except TimeoutError as error:
+            raise TransferFailed(f"the peer was silent for {self._idle_timeout_s} s") from error
+        except (OSError, BadFrame) as error:
+            raise TransferFailed("the connection to the peer broke") from error
+
+    async def _read_part(
+        self,
+        peer: _Connections,
+        remote_blocks: Sequence[BlockId],
+        memory: KvMemory,
+        local_blocks: Sequence[BlockId],
+    ) -> None:
+        async with asyncio.timeout(self._idle_timeout_s):
+            sock = await peer.take()
+        try:
+            request = encode_request(peer.address.token, remote_blocks)
+            await send_all(sock, [request], self._idle_timeout_s)
+            header = bytearray(REPLY_HEADER_BYTES)
+            await recv_all(sock, [header], self._idle_timeout_s)
+            block_bytes = memory.layout.block_bytes
+            status = decode_reply(header, len(remote_blocks) * block_bytes)
+            if status is Status.OK:
+                runs = block_runs(range(len(local_blocks)), local_blocks)  # the reply is in order
+                targets = [
+                    memory.bytes[run.local * block_bytes : (run.local + run.count) * block_bytes]
+                    for run in runs
+                ]
+                await recv_all(sock, targets, self._idle_timeout_s)
+        except BaseException:
+            peer.drop(sock)
+            raise
+        peer.put(sock)
+        if status is Status.NOT_ON_OFFER:
+            raise TransferFailed("the peer refuses: the blocks are not on offer")
+
+    async def close_peer(self, region: RemoteRegion) -> None:
+        peer = self._peers.pop(_Address.of(region), None)
+        if peer is not None:
+            peer.close()
+
+    async def close(self) -> None:
+        """Also ends the reads that run; servers are closed by whoever asked for them."""
+        for peer in self._peers.values():
+            peer.close()
+        self._peers.clear()

@@ -1,0 +1,74 @@
+"""What a reader and a server of the tcp transport say to each other.
+
+    request:  | "PDKV" | version u16 | token 16 | num_blocks u32 |  then  | block id u32 | ...
+    reply:    | status u8 | num_bytes u64 |  then the blocks, one after the other
+
+Integers are little-endian. One request at a time on a connection. Every length is checked before
+anything is read or allocated for it.
+"""
+
+import hmac
+import struct
+from collections.abc import Sequence
+from enum import IntEnum
+
+from pdserve.domain.ids import BlockId
+
+TOKEN_BYTES = 16
+MAX_BLOCKS_PER_REQUEST = 16_384
+
+_MAGIC = b"PDKV"
+_VERSION = 1
+_REQUEST = struct.Struct(f"<4sH{TOKEN_BYTES}sI")
+_REPLY = struct.Struct("<BQ")
+REQUEST_HEADER_BYTES = _REQUEST.size
+REPLY_HEADER_BYTES = _REPLY.size
+
+
+class Status(IntEnum):
+    OK = 0
+    NOT_ON_OFFER = 1
+
+
+class BadFrame(Exception):
+    """Not a frame of this protocol, or not one for this region: the connection is dropped."""
+
+
+def encode_request(token: bytes, block_ids: Sequence[BlockId]) -> bytes:
+    assert 0 < len(block_ids) <= MAX_BLOCKS_PER_REQUEST, len(block_ids)
+    header = _REQUEST.pack(_MAGIC, _VERSION, token, len(block_ids))
+    return header + struct.pack(f"<{len(block_ids)}I", *block_ids)
+
+
+def decode_request_header(header: bytes | bytearray, token: bytes) -> int:
+    """How many block ids follow; raises `BadFrame`, also if `token` is another."""
+    magic, version, given, num_blocks = _REQUEST.unpack(header)
+    if (magic, version) != (_MAGIC, _VERSION):
+        raise BadFrame("not this protocol")
+    if not hmac.compare_digest(given, token):
+        raise BadFrame("a token of another region, or of another life of this process")
+    if not 0 < num_blocks <= MAX_BLOCKS_PER_REQUEST:
+        raise BadFrame(f"{num_blocks} blocks in one request")
+    return int(num_blocks)
+
+
+def decode_block_ids(body: bytes | bytearray, num_blocks_in_region: int) -> list[BlockId]:
+    """The ids, all of them within the region; raises `BadFrame`."""
+    block_ids = struct.unpack(f"<{len(body) // 4}I", body)
+    if max(block_ids) >= num_blocks_in_region:
+        raise BadFrame(f"block {max(block_ids)} of {num_blocks_in_region}")
+    return [BlockId(block_id) for block_id in block_ids]
+
+
+def encode_reply(status: Status, num_bytes: int) -> bytes:
+    return _REPLY.pack(status, num_bytes)
+
+
+def decode_reply(header: bytes | bytearray, num_bytes: int) -> Status:
+    """Raises `BadFrame` unless it is a refusal or announces exactly `num_bytes`."""
+    code, announced = _REPLY.unpack(header)
+    if code == Status.NOT_ON_OFFER and announced == 0:
+        return Status.NOT_ON_OFFER
+    if code == Status.OK and announced == num_bytes:
+        return Status.OK
+    raise BadFrame(f"status {code} with {announced} bytes where {num_bytes} were asked for")

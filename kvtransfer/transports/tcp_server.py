@@ -1,0 +1,169 @@
+"""Serving a region to readers on other hosts, none of which is trusted to behave."""
+
+import asyncio
+import contextlib
+import secrets
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from kvtransfer.transports.base import MayRead
+from kvtransfer.transports.sockets import BYTES_PER_TURN, recv_all, send_all, wait_readable
+from kvtransfer.transports.tcp_frames import (
+    REQUEST_HEADER_BYTES,
+    TOKEN_BYTES,
+    BadFrame,
+    Status,
+    decode_block_ids,
+    decode_request_header,
+    encode_reply,
+)
+from pdserve.domain.ids import BlockId
+from pdserve.domain.messages import RemoteRegion
+from pdserve.engine.kv_memory import KvMemory
+
+log = structlog.get_logger()
+
+_ACCEPT_PAUSE_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLimits:
+    idle_timeout_s: float = 2.0  # a started request or reply that does not move
+    total_timeout_s: float = 30.0  # one reply
+    keep_alive_s: float = 60.0  # between the requests of one connection
+    max_num_connections: int = 256
+
+
+class TcpRegionServer:
+    """Answers reads of blocks that are on offer, until closed.
+
+    A connection is *new* until its first request was one of ours. When there are too many, the
+    oldest new one makes room, so that strangers cannot keep readers out. Any fault of a peer costs
+    it the connection, and nothing else.
+    """
+
+    def __init__(
+        self,
+        memory: KvMemory,
+        may_read: MayRead,
+        *,
+        host: str,
+        advertised_host: str,
+        limits: ServerLimits,
+    ) -> None:
+        self.num_dropped_connections = 0
+        self.num_refused_reads = 0
+        self._memory = memory
+        self._may_read = may_read
+        self._limits = limits
+        self._token = secrets.token_bytes(TOKEN_BYTES)
+        self._num_connections = 0
+        self._new: dict[asyncio.Task[None], None] = {}
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family, backlog=128)
+        self._listener.setblocking(False)
+        self.region = RemoteRegion(
+            transport="tcp",
+            address={
+                "host": advertised_host,
+                "port": str(self._listener.getsockname()[1]),
+                "token": self._token.hex(),
+            },
+            num_blocks=memory.num_blocks,
+            block_bytes=memory.layout.block_bytes,
+        )
+        self._task = asyncio.create_task(self._accept_all(), name="kv-tcp-server")
+
+    async def close(self) -> None:
+        """Stop listening and drop every connection; harmless when called again."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        self._listener.close()
+
+    async def _accept_all(self) -> None:
+        loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as connections:
+            while True:
+                try:
+                    sock, _ = await loop.sock_accept(self._listener)
+                except OSError as error:  # out of descriptors, or the peer is gone already
+                    log.warning("kv_server.accept_failed", error=type(error).__name__)
+                    await asyncio.sleep(_ACCEPT_PAUSE_S)
+                    continue
+                self._admit(sock, connections)
+
+    def _admit(self, sock: socket.socket, connections: asyncio.TaskGroup) -> None:
+        if self._num_connections >= self._limits.max_num_connections:
+            self.num_dropped_connections += 1
+            oldest = next(iter(self._new), None)
+            if oldest is None:
+                sock.close()
+                return
+            del self._new[oldest]
+            oldest.cancel()
+        self._num_connections += 1
+        task = connections.create_task(self._converse(sock))
+        self._new[task] = None
+        task.add_done_callback(lambda task: self._forget(task, sock))
+
+    def _forget(self, task: asyncio.Task[None], sock: socket.socket) -> None:
+        sock.close()
+        self._num_connections -= 1
+        self._new.pop(task, None)
+
+    async def _converse(self, sock: socket.socket) -> None:
+        """Serve one connection; only cancellation leaves this function."""
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            task = asyncio.current_task()
+            wait_s = self._limits.idle_timeout_s
+            while await self._await_request(sock, wait_s):
+                block_ids = await self._receive_request(sock)
+                if task is not None:
+                    self._new.pop(task, None)
+                await self._reply(sock, block_ids)
+                wait_s = self._limits.keep_alive_s
+        except (BadFrame, OSError) as error:
+            self.num_dropped_connections += 1
+            log.debug("kv_server.connection_dropped", error=type(error).__name__)
+        except Exception:  # the edge: one bad peer never ends the service of the others
+            self.num_dropped_connections += 1
+            log.exception("kv_server.connection_broken")
+
+    async def _await_request(self, sock: socket.socket, timeout_s: float) -> bool:
+        """False if the peer closed, or did not ask for so long."""
+        with contextlib.suppress(TimeoutError):
+            await wait_readable(sock, timeout_s)
+            return bool(sock.recv(1, socket.MSG_PEEK))
+        return False
+
+    async def _receive_request(self, sock: socket.socket) -> list[BlockId]:
+        """One deadline for all of it: a peer that sends a byte now and then is not waited for."""
+        idle_s = self._limits.idle_timeout_s
+        async with asyncio.timeout(idle_s):
+            header = bytearray(REQUEST_HEADER_BYTES)
+            await recv_all(sock, [header], idle_s)
+            body = bytearray(4 * decode_request_header(header, self._token))
+            await recv_all(sock, [body], idle_s)
+        return decode_block_ids(body, self._memory.num_blocks)
+
+    async def _reply(self, sock: socket.socket, block_ids: Sequence[BlockId]) -> None:
+        idle_s = self._limits.idle_timeout_s
+        if not self._may_read(block_ids):
+            self.num_refused_reads += 1
+            await send_all(sock, [encode_reply(Status.NOT_ON_OFFER, 0)], idle_s)
+            return
+        block_bytes = self._memory.layout.block_bytes
+        batch_size = max(1, BYTES_PER_TURN // block_bytes)
+        async with asyncio.timeout(self._limits.total_timeout_s):
+            head = encode_reply(Status.OK, len(block_ids) * block_bytes)
+            for first in range(0, len(block_ids), batch_size):
+                batch = block_ids[first : first + batch_size]
+                if first and not self._may_read(batch):
+                    raise BadFrame("the blocks were taken back while they were sent")
+                blocks = [self._memory.block(block_id) for block_id in batch]
+                await send_all(sock, [head, *blocks] if not first else blocks, idle_s)
