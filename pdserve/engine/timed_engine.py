@@ -26,15 +26,12 @@ from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import SampledToken
 from pdserve.engine.contract import EngineSpec, SampleStep, SequenceStep, StepBatch, StepResult
 from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.mixing import GOLDEN, Words, mix, mix_ints
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_shape import kv_layout
 from pdserve.engine.tokenizer import Tokenizer
 
-Words = npt.NDArray[np.uint64]
-
 _WORD_BYTES = 8
-_MASK = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15
 _FACTOR = 0xD1342543DE82EF95  # odd, so that it has an inverse
 
 
@@ -163,35 +160,21 @@ def _seed(spec: EngineSpec) -> int:
     return int.from_bytes(spec.model_hash[:8], "little")
 
 
-def _mix(values: Words) -> Words:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def _mix_int(*values: int) -> int:
-    state = np.zeros(1, dtype=np.uint64)
-    for value in values:
-        state = _mix(state * np.uint64(_FACTOR) + np.uint64((value + _GOLDEN) & _MASK))
-    return int(state[0])
-
-
 def _advance(state: int, token_ids: Sequence[int]) -> Words:
     """States after each token; the recurrence solved as powers[p] * (state + prefix sums)."""
     num_tokens = len(token_ids)
     inverse = np.uint64(pow(_FACTOR, -1, 2**64))
     powers = np.cumprod(np.full(num_tokens, _FACTOR, dtype=np.uint64), dtype=np.uint64)
     inverses = np.cumprod(np.full(num_tokens, inverse, dtype=np.uint64), dtype=np.uint64)
-    hashes = _mix(np.asarray(token_ids, dtype=np.uint64) + np.uint64(1))
+    hashes = mix(np.asarray(token_ids, dtype=np.uint64) + np.uint64(1))
     sums = np.cumsum(hashes * inverses, dtype=np.uint64)
     states: Words = powers * (np.uint64(state) + sums)
     return states
 
 
 def _tags(states: Words, num_tags: int) -> Words:
-    steps = np.arange(num_tags, dtype=np.uint64) * np.uint64(_GOLDEN)
-    tags = _mix(states[:, None] + steps)
+    steps = np.arange(num_tags, dtype=np.uint64) * np.uint64(GOLDEN)
+    tags = mix(states[:, None] + steps)
     tags[:, 0] = states
     return tags
 
@@ -215,7 +198,7 @@ def _draw(spec: EngineSpec, content: int, sample: SampleStep) -> SampledToken:
     drawn: list[int] = []
     attempt = 0
     while len(drawn) < 1 + (params.logprobs or 0):
-        token_id = _mix_int(content, index, seed, attempt) % spec.vocab_size
+        token_id = mix_ints(content, index, seed, attempt) % spec.vocab_size
         attempt += 1
         if token_id not in banned:
             drawn.append(token_id)

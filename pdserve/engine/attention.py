@@ -1,0 +1,168 @@
+"""The attention function that transformers calls for every layer, and what it does with the call.
+
+transformers hands each layer's query, key and value to the function registered under the name in
+the model's config. Ours passes them to whatever `attending` has made current in this thread: a
+probe while a model is being loaded, the paged cache afterwards. A thread-local and not an argument
+of the model, because some models drop arguments that they do not know (StableLM, Nemotron).
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+ATTENTION_NAME = "pdserve_paged"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCall:
+    """One layer's attention over the rows of a packed batch; a row attends to itself and before."""
+
+    layer: int
+    query: Tensor  # [heads, rows, k_head_dim]
+    key: Tensor  # [kv_heads, rows, k_head_dim]
+    value: Tensor  # [kv_heads, rows, v_head_dim]
+    scaling: float  # factor of query · key
+    window: int = 0  # attend to this many positions, the row's own included; 0 is all
+    chunk: int = 0  # attend within position // chunk; 0 is everywhere (Llama 4)
+    softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0 leaves them (Gemma 2)
+    sinks: Tensor | None = None  # [heads]: a score that takes weight but has no value (gpt-oss)
+
+
+class AttentionTarget(Protocol):
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Return [rows, heads, v_head_dim]."""
+        ...
+
+
+class _Current(threading.local):
+    target: AttentionTarget | None = None
+
+
+_current = _Current()
+
+
+@contextmanager
+def attending(target: AttentionTarget) -> Iterator[None]:
+    """Give all attention calls of this thread to `target`."""
+    before, _current.target = _current.target, target
+    try:
+        yield
+    finally:
+        _current.target = before
+
+
+def register_attention() -> None:
+    """Make the function known to transformers; harmless when repeated.
+
+    Registered as attention only, not as a mask function, so transformers builds no mask: causality
+    and windows are the target's business.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _paged_attention)
+
+
+def _paged_attention(
+    module: Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Signature of `AttentionInterface`; query, key, value: [1, heads, rows, head_dim]."""
+    target = _current.target
+    assert target is not None, "a model with paged attention runs only inside `attending`"
+    assert attention_mask is None, "transformers built a mask that paged attention would ignore"
+    layer: Any = module.layer_idx
+    call = AttentionCall(
+        layer=layer,
+        query=query[0],
+        key=key[0],
+        value=value[0],
+        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        window=sliding_window or 0,
+        chunk=_chunk(module, layer),
+        softcap=softcap or 0.0,
+        sinks=s_aux,
+    )
+    return target.attend(call).unsqueeze(0), None
+
+
+def _chunk(module: Module, layer: int) -> int:
+    """Chunked attention is said only by the mask, which is not built, and by the config."""
+    config: Any = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or kinds[layer] != "chunked_attention":
+        return 0
+    return int(config.attention_chunk_size)
+
+
+def visible(call: AttentionCall, queries: Tensor, keys: Tensor) -> Tensor:
+    """Which key positions each query position sees: bool [queries, keys]."""
+    rows, columns = queries[:, None], keys[None, :]
+    mask = columns <= rows
+    if call.window:
+        mask &= columns > rows - call.window
+    if call.chunk:
+        mask &= columns // call.chunk == rows // call.chunk
+    return mask
+
+
+def first_visible(call: AttentionCall, position: int) -> int:
+    """The first position that the row at `position` sees."""
+    first = max(0, position - call.window + 1) if call.window else 0
+    return max(first, position - position % call.chunk) if call.chunk else first
+
+
+def attend_dense(
+    call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, start: int, first: int
+) -> Tensor:
+    """Attention of one sequence's rows, at positions `start`, ... over keys at `first`, ...
+
+    query: [heads, rows, k_head_dim]; key, value: [kv_heads, keys, head_dim]; returns
+    [heads, rows, v_head_dim].
+    """
+    groups = query.shape[0] // key.shape[0]
+    if groups > 1:
+        key, value = (part.repeat_interleave(groups, dim=0) for part in (key, value))
+    num_rows, num_keys = query.shape[1], key.shape[1]
+    last_sees_all = first >= first_visible(call, start + num_rows - 1)
+    is_causal = num_rows > 1 and start == first and last_sees_all
+    mask = None
+    if num_rows > 1 and not is_causal:
+        queries = torch.arange(start, start + num_rows, device=query.device)
+        mask = visible(call, queries, torch.arange(first, first + num_keys, device=query.device))
+    if not call.softcap and call.sinks is None:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query[None], key[None], value[None], mask, is_causal=is_causal, scale=call.scaling
+        )[0]
+    if is_causal:
+        mask = torch.ones(num_rows, num_keys, dtype=torch.bool, device=query.device).tril()
+    return _attend_explicitly(call, query, key, value, mask)
+
+
+def _attend_explicitly(
+    call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Tensor:
+    scores = torch.matmul(query, key.transpose(1, 2)).float() * call.scaling
+    if call.softcap:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if call.sinks is not None:
+        sinks = call.sinks.float().reshape(-1, 1, 1).expand(-1, scores.shape[1], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : key.shape[1]]
+    return torch.matmul(weights.to(value.dtype), value)

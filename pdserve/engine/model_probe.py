@@ -1,0 +1,114 @@
+"""Finds out, by running it, whether a model can be served and what its KV cache looks like.
+
+A flag in a model's class does not tell: some models that say no work, and some compute attention on
+their own without a word (then their tokens would be silently wrong). So a loaded model is run on a
+few tokens, and must call our attention once for every layer, and give the logits it gives without
+us.
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdserve.domain.errors import LocalFault
+from pdserve.domain.ids import BlockId
+from pdserve.domain.layout import KvLayout, LayerKv
+from pdserve.engine.attention import ATTENTION_NAME, AttentionCall, attending, register_attention
+from pdserve.engine.model_shape import UNSUPPORTED, item_bytes
+
+_NUM_PROBE_TOKENS = 24
+_TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.2}
+
+
+class _Recorder:
+    """Answers attention calls with zeros and remembers their shapes."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[int] = Counter()
+        self.layers: dict[int, LayerKv] = {}
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        self.calls[call.layer] += 1
+        num_kv_heads, rows, k_head_dim = call.key.shape
+        self.layers[call.layer] = LayerKv(num_kv_heads, k_head_dim, call.value.shape[-1])
+        return call.query.new_zeros(rows, call.query.shape[0], call.value.shape[-1])
+
+
+def run_packed(model: Any, token_ids: Tensor, positions: Tensor, **kwargs: Any) -> Tensor:
+    """One packed forward without the library's own cache; logits [rows, vocabulary]."""
+    output = model(
+        input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **kwargs
+    )
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+@torch.inference_mode()
+def plain_logits(model: Any, token_ids: Tensor) -> Tensor:
+    """Logits of a forward with the attention the model came with; call before `use_paged`."""
+    return run_packed(model, token_ids, torch.arange(len(token_ids)))
+
+
+def probe_tokens(vocab_size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab_size, (_NUM_PROBE_TOKENS,), generator=generator)
+
+
+def use_paged(model: Any) -> None:
+    """Make `model` call our attention; what it calls really is for `discover_layout` to see."""
+    register_attention()
+    try:
+        model.set_attn_implementation(ATTENTION_NAME)
+    except Exception as error:  # the library's reasons are many, and are all this one
+        raise _refusal(model, "it does not accept another attention function") from error
+
+
+@torch.inference_mode()
+def discover_layout(model: Any, *, block_size: int, dtype: str) -> KvLayout:
+    """Run a few tokens; `LocalFault` unless every layer calls our attention exactly once."""
+    config = model.config.get_text_config()
+    num_layers = int(config.num_hidden_layers)
+    tokens = probe_tokens(config.vocab_size)
+    recorder = _Recorder()
+    try:
+        with attending(recorder):
+            run_packed(model, tokens, torch.arange(len(tokens)))
+    except Exception as error:  # any model code may run here
+        raise _refusal(model, "its forward does not take packed tokens") from error
+    missing = [layer for layer in range(num_layers) if recorder.calls[layer] == 0]
+    if missing:
+        raise _refusal(
+            model, f"{len(missing)} of its {num_layers} layers never call the attention interface"
+        )
+    if set(recorder.calls) != set(range(num_layers)) or set(recorder.calls.values()) != {1}:
+        raise _refusal(model, "some of its layers call the attention interface more than once")
+    return KvLayout(
+        layers=tuple(recorder.layers[layer] for layer in range(num_layers)),
+        block_size=block_size,
+        dtype=dtype,
+        item_bytes=item_bytes(dtype),
+    )
+
+
+def check_same_logits(model: Any, paged: Tensor, plain: Tensor, dtype: str) -> None:
+    """`LocalFault` if paged attention changed what the model computes; [rows, vocabulary] each."""
+    difference = torch.linalg.vector_norm(paged.float() - plain.float())
+    norm = torch.linalg.vector_norm(plain.float() - plain.float().mean(dim=-1, keepdim=True))
+    if not difference <= _TOLERANCE[dtype] * norm + 1e-6:
+        raise _refusal(model, "with paged attention it computes other logits than without")
+
+
+def probe_table(num_tokens: int, block_size: int) -> tuple[BlockId, ...]:
+    """Blocks in falling order, so that a model that ignores the table is found out."""
+    num_blocks = -(-num_tokens // block_size)
+    return tuple(BlockId(block) for block in range(num_blocks - 1, -1, -1))
+
+
+def _refusal(model: Any, reason: str) -> LocalFault:
+    kind = model.config.model_type
+    known = UNSUPPORTED.get(kind)
+    return LocalFault(
+        f"model type {kind} cannot be served: {reason}" + (f" ({known})" if known else "")
+    )

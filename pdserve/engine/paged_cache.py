@@ -1,0 +1,77 @@
+"""Attention over the paged KV cache: K and V of each layer go to their blocks and are read back."""
+
+import torch
+from torch import Tensor
+
+from pdserve.engine.attention import AttentionCall, attend_dense, first_visible
+from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.packing import PackedBatch
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class PagedCache:
+    """KV memory as tensors: for each layer K and V of [num_blocks, block_size, kv_heads, head_dim].
+
+    They are views of `kv`, strided over blocks; nothing here owns memory.
+    """
+
+    def __init__(self, kv: KvMemory) -> None:
+        layout = kv.layout
+        self.block_size = layout.block_size
+        flat = torch.frombuffer(kv.bytes, dtype=DTYPES[layout.dtype]).view(kv.num_blocks, -1)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for index, layer in enumerate(layout.layers):
+            offset = layout.layer_offset_bytes(index) // layout.item_bytes
+            for views, head_dim in (
+                (self.keys, layer.k_head_dim),
+                (self.values, layer.v_head_dim),
+            ):
+                shape = (kv.num_blocks, layout.block_size, layer.num_kv_heads, head_dim)
+                size = layout.block_size * layer.num_kv_heads * head_dim
+                views.append(flat[:, offset : offset + size].view(shape))
+                offset += size
+
+
+class PagedStep:
+    """The attention of one step; made anew for each, so that nothing of a batch outlives it."""
+
+    def __init__(self, cache: PagedCache, batch: PackedBatch) -> None:
+        self._cache = cache
+        self._batch = batch
+        self._blocks = torch.from_numpy(batch.row_blocks)
+        self._offsets = torch.from_numpy(batch.row_offsets)
+        self._tables = torch.from_numpy(batch.tables)
+        columns = (batch.firsts, batch.lengths, batch.starts, batch.table_firsts)
+        self._spans = list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        slots = (self._blocks, self._offsets)
+        self._cache.keys[call.layer].index_put_(slots, call.key.transpose(0, 1))
+        self._cache.values[call.layer].index_put_(slots, call.value.transpose(0, 1))
+        heads, rows, _ = call.query.shape
+        out = call.query.new_empty(rows, heads, call.value.shape[-1])
+        for first, length, start, table_first in self._spans:
+            result = self._attend_one(call, first, length, start, table_first)
+            out[first : first + length] = result.transpose(0, 1)
+        return out
+
+    def _attend_one(
+        self, call: AttentionCall, first: int, length: int, start: int, table_first: int
+    ) -> Tensor:
+        """Rows of one sequence: [heads, length, v_head_dim]."""
+        rows = slice(first, first + length)
+        query = call.query[:, rows]
+        if start == 0:
+            return attend_dense(call, query, call.key[:, rows], call.value[:, rows], 0, 0)
+        seen = first_visible(call, start)
+        block_size = self._cache.block_size
+        first_block, end_block = seen // block_size, -(-(start + length) // block_size)
+        table = self._tables[table_first + first_block : table_first + end_block]
+        context = slice(seen - first_block * block_size, start + length - first_block * block_size)
+        key, value = (
+            part[call.layer].index_select(0, table).flatten(0, 1)[context].transpose(0, 1)
+            for part in (self._cache.keys, self._cache.values)
+        )
+        return attend_dense(call, query, key, value, start, seen)

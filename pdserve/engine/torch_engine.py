@@ -1,0 +1,108 @@
+"""The engine that runs real models: `transformers` code over a paged KV cache, on CPU."""
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from pdserve.domain.errors import LocalFault
+from pdserve.domain.tokens import SampledToken
+from pdserve.engine.contract import EngineSpec, StepBatch, StepResult
+from pdserve.engine.model_files import ModelFiles
+from pdserve.engine.model_shape import item_bytes
+from pdserve.engine.paged_model import PagedModel, load_model
+from pdserve.engine.sampling import draw_tokens
+from pdserve.engine.tokenizer import Tokenizer
+
+
+class TorchEngine:
+    """Satisfies `Engine`. Computes in one thread of its own, with one torch thread."""
+
+    def __init__(self, model: PagedModel, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.kv = model.kv
+        self._model = model
+        self._thread = ThreadPoolExecutor(1, "engine", initializer=_use_one_thread)
+
+    @classmethod
+    def load(
+        cls,
+        files: ModelFiles | Path,
+        *,
+        block_size: int,
+        num_blocks: int,
+        dtype: str = "float32",
+        device: str = "cpu",
+        attention: str = "auto",
+    ) -> "TorchEngine":
+        """Load weights, and check that the model can be served; `LocalFault` says why if not.
+
+        `attention`: `numba` or `torch` (gather and SDPA); `auto` takes numba where it can be used.
+        """
+        if device != "cpu":
+            raise LocalFault(f"device must be cpu; got {device}")
+        item_bytes(dtype)
+        _use_one_thread()
+        if isinstance(files, Path):
+            files = ModelFiles.open(files)
+        model = PagedModel(
+            load_model(files, dtype), block_size=block_size, num_blocks=num_blocks, dtype=dtype
+        )
+        return cls(model, _spec(files, model))
+
+    async def step(self, batch: StepBatch) -> StepResult:
+        """Run the batch in the engine's thread. A cancelled call raises once the step is over."""
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self._thread, self.compute, batch)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await _finished(work)
+            raise
+
+    def compute(self, batch: StepBatch) -> StepResult:
+        """Run the batch in the calling thread; not while a `step` is running."""
+        began_s = time.perf_counter()
+        if not batch.sequences:
+            return StepResult((), 0.0)
+        logits = self._model.forward(batch)
+        steps = [each.sample for each in batch.sequences if each.sample is not None]
+        drawn = iter(draw_tokens(logits.float().numpy(), steps, self.spec.eos_token_ids))
+        sampled: list[SampledToken | None] = [
+            None if each.sample is None else next(drawn) for each in batch.sequences
+        ]
+        return StepResult(tuple(sampled), time.perf_counter() - began_s)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+        self._model.close()
+
+
+async def _finished(work: asyncio.Future[StepResult]) -> None:
+    """Wait for `work` however often this task is cancelled; its outcome is nobody's business."""
+    while not work.done():
+        try:
+            await asyncio.wait([work])
+        except asyncio.CancelledError:
+            continue
+    work.exception()
+
+
+def _use_one_thread() -> None:
+    """More threads wait for each other on a busy machine, up to 300 times longer (facts 3.4)."""
+    torch.set_num_threads(1)
+
+
+def _spec(files: ModelFiles, model: PagedModel) -> EngineSpec:
+    return EngineSpec(
+        kind="torch",
+        model_name=files.name,
+        model_hash=files.model_hash,
+        tokenizer_hash=Tokenizer.load(files.model_dir).digest,
+        vocab_size=files.vocab_size,
+        max_context_tokens=files.max_context_tokens,
+        eos_token_ids=files.eos_token_ids,
+        layout=model.kv.layout,
+    )
