@@ -7,12 +7,12 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
+from pdserve.client.faults import ClusterUnreachable
 from pdserve.domain.errors import (
     ERROR_DOMAIN,
     BadRequest,
     FieldViolation,
     PdserveError,
-    PeerFault,
     Reason,
     Refused,
     TransferFailed,
@@ -25,10 +25,6 @@ BAD_REQUESTS = frozenset(
 )
 REFUSALS = frozenset({Reason.OVERLOADED, Reason.QUEUE_TIMEOUT, Reason.NO_WORKERS, Reason.DRAINING})
 FAILED_TRANSFERS = frozenset({Reason.TRANSFER_FAILED, Reason.KV_INTEGRITY})
-
-
-class ClusterUnreachable(PeerFault):
-    """No pdserve answers at the address, or the connection broke. The reason is ours, not sent."""
 
 
 def error_from_call(error: grpc.aio.AioRpcError, address: str) -> PdserveError:
@@ -54,11 +50,6 @@ def error_from_call(error: grpc.aio.AioRpcError, address: str) -> PdserveError:
             for violation in bad.field_violations
         ),
     )
-
-
-def failure_name(error: PdserveError) -> str:
-    """How reports count this error."""
-    return "UNREACHABLE" if isinstance(error, ClusterUnreachable) else error.reason.value
 
 
 def _status_details(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:

@@ -1,6 +1,6 @@
 """The public service, seen from a client."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Self
 
@@ -50,7 +50,7 @@ class InferenceClient:
         model: str = "",
         request_id: str = "",
         timeout_s: float | None = None,
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """Stream the answer; the last chunk has `finished`.
 
         `timeout_s` is the request's deadline, from now to the last token. Leaving the loop early
