@@ -1,0 +1,165 @@
+"""The router process: the only place that builds concrete objects."""
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import structlog
+
+from pdserve.config.processes import RouterSettings
+from pdserve.domain.ids import PROTOCOL_VERSION, Epoch
+from pdserve.domain.messages import ClusterState, PeerHello
+from pdserve.engine.model_files import resolve_model_dir
+from pdserve.engine.tokenizer import Tokenizer
+from pdserve.observe.logging import configure_logging
+from pdserve.rpc.channels import MAX_INTERNAL_MESSAGE_BYTES, MAX_PUBLIC_MESSAGE_BYTES
+from pdserve.rpc.links import connect_decode, membership_service
+from pdserve.rpc.process import OnReady
+from pdserve.rpc.server import RpcServer
+from router.cluster_view import Ledger
+from router.dispatch import Dispatcher, DispatchLimits, Encode
+from router.grpc_api import inference_service
+from router.in_flight import InFlight
+from router.membership import Membership
+from router.registrations import Registrations
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """A started router."""
+
+    public: RpcServer
+    internal: RpcServer
+    dispatcher: Dispatcher
+    membership: Membership
+    ledger: Ledger
+    in_flight: InFlight
+
+    async def drain(self, drain_s: float) -> None:
+        """Say that it is not ready, take nothing new, let what runs end."""
+        await self.public.set_ready(False)
+        await self.dispatcher.drain(drain_s)
+
+
+async def serve(settings: RouterSettings, on_ready: OnReady, stop: asyncio.Event) -> None:
+    """Run a router until `stop`, then drain it."""
+    configure_logging(level=settings.log_level)
+    structlog.contextvars.bind_contextvars(router_id=settings.router_id)
+    async with open_router(settings) as router:
+        on_ready(address=router.public.address, internal_address=router.internal.address)
+        await stop.wait()
+        log.info("router.draining", num_in_flight=len(router.in_flight))
+        await router.drain(settings.timers.drain_s)
+
+
+@contextlib.asynccontextmanager
+async def open_router(settings: RouterSettings) -> AsyncIterator[Router]:
+    """Build and start a router; raises `LocalFault` for a model or a port that cannot be had."""
+    model_dir = resolve_model_dir(settings.model)
+    tokenizer = Tokenizer.load(model_dir)
+    model_name = settings.model_name or Path(settings.model).name or model_dir.name
+    rng = Random(secrets.randbits(128))
+    clock = asyncio.get_running_loop().time
+    ledger = Ledger()
+    in_flight = InFlight(max_num_requests=settings.max_num_requests)
+    membership = Membership(timers=settings.timers, ledger=ledger, tokenizer_hash=tokenizer.digest)
+    registrations = Registrations(
+        membership,
+        me=PeerHello(
+            peer_id=settings.router_id,
+            epoch=Epoch(rng.getrandbits(63)),
+            protocol_version=PROTOCOL_VERSION,
+        ),
+        connect=connect_decode,
+        timers=settings.timers,
+        clock=clock,
+        rng=rng,
+    )
+    with ThreadPoolExecutor(1, "tokenizer") as executor:
+        dispatcher = Dispatcher(
+            model_name=model_name,
+            membership=membership,
+            ledger=ledger,
+            links=registrations.links,
+            in_flight=in_flight,
+            encode=_in_thread(executor, tokenizer),
+            timers=settings.timers,
+            limits=DispatchLimits(
+                max_num_attempts=settings.max_num_attempts,
+                max_prompt_chars=settings.max_prompt_chars,
+            ),
+            clock=clock,
+            rng=rng,
+        )
+        async with contextlib.AsyncExitStack() as stack:
+            public = await stack.enter_async_context(
+                await RpcServer.start(
+                    settings.host,
+                    settings.port,
+                    [inference_service(dispatcher)],
+                    settings.timers,
+                    max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES,
+                )
+            )
+            state = _cluster_state(
+                settings.router_id, model_name, public.address, membership, in_flight, clock
+            )
+            internal = await stack.enter_async_context(
+                await RpcServer.start(
+                    settings.host,
+                    settings.internal_port,
+                    [membership_service(registrations.serve, state)],
+                    settings.timers,
+                    max_message_bytes=MAX_INTERNAL_MESSAGE_BYTES,
+                )
+            )
+            yield Router(
+                public=public,
+                internal=internal,
+                dispatcher=dispatcher,
+                membership=membership,
+                ledger=ledger,
+                in_flight=in_flight,
+            )
+
+
+def _in_thread(executor: ThreadPoolExecutor, tokenizer: Tokenizer) -> Encode:
+    async def encode(text: str) -> tuple[int, ...]:
+        return await asyncio.get_running_loop().run_in_executor(executor, tokenizer.encode, text)
+
+    return encode
+
+
+def _cluster_state(
+    router_id: str,
+    model_name: str,
+    public_address: str,
+    membership: Membership,
+    in_flight: InFlight,
+    clock: Callable[[], float],
+) -> Callable[[], ClusterState]:
+    started_s = clock()
+
+    def state() -> ClusterState:
+        counts = in_flight.counts
+        return ClusterState(
+            router_id=router_id,
+            model_name=model_name,
+            public_address=public_address,
+            uptime_s=clock() - started_s,
+            num_in_flight=len(in_flight),
+            num_completed=counts.completed,
+            num_failed=counts.failed,
+            num_cancelled=counts.cancelled,
+            num_refused=counts.refused,
+            workers=membership.worker_states(clock()),
+        )
+
+    return state

@@ -1,0 +1,338 @@
+"""The life of one request at the router: taken, placed, relayed, ended once.
+
+enter ─▶ tokenise ─▶ check ─▶ choose + reserve + submit ─▶ relay ─▶ end
+                                      ▲                      │
+                                      └── worker lost, nothing sent yet
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from random import Random
+
+import structlog
+
+from pdserve.config.timers import Timers
+from pdserve.domain.errors import (
+    BadRequest,
+    PdserveError,
+    PeerFault,
+    Reason,
+    Refused,
+    WorkerLost,
+)
+from pdserve.domain.ids import AttemptId, RequestId, WorkerId
+from pdserve.domain.messages import PrefillTarget, RequestOutput, Submit
+from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.tokens import Completed, Failed, PhaseTimeline
+from router.admission import ServedModel, check_call, check_label, check_token_ids
+from router.cluster_view import Ledger, Life, RequestShape
+from router.decode_links import DecodeLink, Inbox
+from router.failures import (
+    blamed_lives,
+    error_of,
+    interrupted,
+    interrupted_by_drain,
+    no_workers,
+    shown_to_client,
+    slow_consumer,
+)
+from router.in_flight import InFlight, Outcome
+from router.membership import Membership
+from router.policy import NoWorkers, Overloaded, Pair, choose_pair
+from router.requests import Chunk, ChunkSink, Finished, GenerateCall, Usage
+
+log = structlog.get_logger(__name__)
+
+MAX_NUM_BUFFERED_TOKENS = 256
+LAST_WORD_S = 1.0
+"""Time for the requests that a drain ends to say so."""
+SEED_BITS = 53  # survives JSON
+
+Encode = Callable[[str], Awaitable[tuple[int, ...]]]
+"""Text to tokens, off the event loop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchLimits:
+    max_num_attempts: int = 3
+    max_prompt_chars: int = 2_000_000
+    max_num_buffered_tokens: int = MAX_NUM_BUFFERED_TOKENS
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Record:
+    """What the router knows of one request in flight: the authority on it."""
+
+    request_id: RequestId  # unlike the client's label, never used twice
+    label: str
+    received_s: float
+    deadline_s: float  # on the router's clock
+    send: ChunkSink
+    patience: asyncio.Timeout
+    token_ids: tuple[int, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    num_delivered: int = 0
+    submitted_s: float = 0.0
+    first_token_s: float | None = None
+    failed_lives: set[Life] = field(default_factory=set)
+    verdict: PdserveError | None = None
+
+    def stop(self, verdict: PdserveError) -> None:
+        """End the request with `verdict` wherever it waits; the first verdict stands."""
+        if self.verdict is None and not self.patience.expired():
+            self.verdict = verdict
+            self.patience.reschedule(0.0)
+
+    @property
+    def shape(self) -> RequestShape:
+        return RequestShape(
+            num_prompt_tokens=len(self.token_ids), max_tokens=self.sampling.max_tokens
+        )
+
+
+class Dispatcher:
+    """Runs requests; every one of them ends by returning `Finished` or raising `PdserveError`."""
+
+    def __init__(
+        self,
+        *,
+        model_name: str,
+        membership: Membership,
+        ledger: Ledger,
+        links: Mapping[WorkerId, DecodeLink],
+        in_flight: InFlight,
+        encode: Encode,
+        timers: Timers,
+        limits: DispatchLimits,
+        clock: Callable[[], float],
+        rng: Random,
+    ) -> None:
+        """`clock` is the event loop's: deadlines are counted on it."""
+        self._model_name = model_name
+        self._membership = membership
+        self._ledger = ledger
+        self._links = links
+        self._in_flight = in_flight
+        self._encode = encode
+        self._timers = timers
+        self._limits = limits
+        self._clock = clock
+        self._rng = rng
+        self._records: dict[str, Record] = {}
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+
+    def draw_label(self) -> str:
+        """A name for a request whose client gave none."""
+        return f"{self._rng.getrandbits(128):032x}"
+
+    def served_model(self) -> ServedModel | None:
+        return self._membership.served_model(self._model_name)
+
+    async def run(self, call: GenerateCall, send: ChunkSink) -> Finished:
+        """Answer one request through `send`; nothing of it is held anywhere afterwards."""
+        received_s = self._clock()
+        check_label(call.label)
+        self._in_flight.enter(call.label, received_s)
+        self._is_idle.clear()
+        outcome = Outcome.FAILED
+        try:
+            finished = await self._run_until_deadline(call, send, received_s)
+            outcome = Outcome.COMPLETED
+        except asyncio.CancelledError:
+            outcome = Outcome.CANCELLED
+            raise
+        except (BadRequest, Refused):
+            outcome = Outcome.REFUSED
+            raise
+        except PdserveError as error:
+            if error.reason is Reason.CANCELLED:
+                outcome = Outcome.CANCELLED
+            raise
+        finally:
+            self._records.pop(call.label, None)
+            self._in_flight.leave(call.label, outcome, self._clock())
+            if not len(self._in_flight):
+                self._is_idle.set()
+            log.info("request.ended", request_id=call.label, outcome=outcome)
+        return finished
+
+    async def drain(self, drain_s: float) -> None:
+        """Take nothing new, let what runs end for `drain_s`, then end the rest."""
+        self._in_flight.is_draining = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(drain_s):
+                await self._is_idle.wait()
+        for record in list(self._records.values()):
+            record.stop(interrupted_by_drain(record.num_delivered))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORD_S):
+                await self._is_idle.wait()
+
+    async def _run_until_deadline(
+        self, call: GenerateCall, send: ChunkSink, received_s: float
+    ) -> Finished:
+        budget_s = self._timers.request_s if call.deadline_s is None else call.deadline_s
+        deadline_s = received_s + budget_s
+        record = None
+        try:
+            async with asyncio.timeout_at(deadline_s) as patience:
+                record = Record(
+                    request_id=RequestId(f"{call.label}.{self._rng.getrandbits(64):016x}"),
+                    label=call.label,
+                    received_s=received_s,
+                    deadline_s=deadline_s,
+                    send=send,
+                    patience=patience,
+                )
+                self._records[call.label] = record
+                await self._prepare(record, call)
+                return await self._try_workers(record)
+        except TimeoutError:
+            if record is not None and record.verdict is not None:
+                raise record.verdict from None
+            raise PdserveError(
+                f"the deadline of {budget_s:.3f} s passed", reason=Reason.DEADLINE
+            ) from None
+
+    async def _prepare(self, record: Record, call: GenerateCall) -> None:
+        """Check and tokenise; raises `BadRequest` or `Refused`."""
+        model = self.served_model()
+        if model is None:
+            raise no_workers()
+        check_call(call, model, max_prompt_chars=self._limits.max_prompt_chars)
+        record.token_ids = (
+            await self._encode(call.prompt) if isinstance(call.prompt, str) else call.prompt
+        )
+        field = "text" if isinstance(call.prompt, str) else "token_ids"
+        check_token_ids(record.token_ids, call.sampling, model, field=field)
+        seed = call.sampling.seed if call.has_seed else self._rng.getrandbits(SEED_BITS)
+        record.sampling = replace(call.sampling, seed=seed)
+
+    async def _try_workers(self, record: Record) -> Finished:
+        """Attempt after attempt, each on workers that have not failed this request."""
+        fault: PeerFault | None = None
+        for attempt in range(1, self._limits.max_num_attempts + 1):
+            pair = self._choose(record, fault)
+            try:
+                return await self._relay(record, attempt, pair)
+            except PeerFault as error:
+                fault = error
+                log.warning(
+                    "attempt.failed",
+                    request_id=record.label,
+                    attempt=attempt,
+                    decode_worker=pair.decode.hello.worker_id,
+                    reason=error.reason,
+                )
+                if record.num_delivered:
+                    raise interrupted(record.num_delivered) from None
+                record.failed_lives |= blamed_lives(error, pair)
+        assert fault is not None
+        raise shown_to_client(fault)
+
+    def _choose(self, record: Record, fault: PeerFault | None) -> Pair:
+        choice = choose_pair(
+            self._membership.view(self._clock()),
+            record.shape,
+            excluded=frozenset(record.failed_lives),
+            max_wait_s=self._timers.queue_s,
+        )
+        match choice:
+            case NoWorkers():
+                raise no_workers() if fault is None else shown_to_client(fault)
+            case Overloaded():
+                raise Refused(
+                    f"requests would wait longer than {self._timers.queue_s:g} s",
+                    retry_after_s=choice.retry_after_s,
+                )
+        return choice
+
+    async def _relay(self, record: Record, attempt: int, pair: Pair) -> Finished:
+        """One attempt: reserve and submit at once, then pass on what comes.
+
+        Raises `PeerFault` where another pair may do better. The reservation and the place at the
+        worker never outlive the call.
+        """
+        attempt_id = AttemptId(record.request_id, attempt)
+        link = self._links[pair.decode.hello.worker_id]
+        inbox = Inbox(
+            max_num_tokens=self._limits.max_num_buffered_tokens,
+            watch=lambda output: self._account(attempt_id, output),
+            on_overflow=lambda: record.stop(slow_consumer(self._limits.max_num_buffered_tokens)),
+        )
+        self._ledger.assign(
+            attempt_id,
+            record.shape,
+            decode=pair.decode.hello.worker_id,
+            reader=pair.reader.hello.worker_id,
+            block_size=pair.decode.hello.block_size,
+        )
+        try:
+            record.submitted_s = self._clock()
+            link.submit(self._submit_message(record, attempt, pair), inbox)
+            while True:
+                output = await inbox.take()
+                await self._pass_on(record, output)
+                if isinstance(output.end, Completed):
+                    return self._finish(record, attempt, output.end)
+                if isinstance(output.end, Failed):
+                    raise error_of(output.end)
+        finally:
+            link.leave(attempt_id)
+            self._ledger.release(attempt_id)
+
+    def _submit_message(self, record: Record, attempt: int, pair: Pair) -> Submit:
+        return Submit(
+            request_id=record.request_id,
+            attempt=attempt,
+            prompt_token_ids=record.token_ids,
+            sampling=record.sampling,
+            deadline_s=max(record.deadline_s - self._clock(), 0.0),
+            prefill_targets=tuple(
+                PrefillTarget(
+                    worker_id=target.hello.worker_id,
+                    address=target.hello.address,
+                    epoch=target.hello.epoch,
+                )
+                for target in pair.prefill_targets
+            ),
+        )
+
+    def _account(self, attempt_id: AttemptId, output: RequestOutput) -> None:
+        """Workers free what they hold when they say so, however slowly the client reads."""
+        if output.end is not None:
+            self._ledger.release(attempt_id)
+        elif output.tokens:
+            self._ledger.mark_read(attempt_id)
+
+    async def _pass_on(self, record: Record, output: RequestOutput) -> None:
+        if not output.tokens and not output.text:
+            return
+        if record.num_delivered + len(output.tokens) > record.sampling.max_tokens:
+            raise WorkerLost("a decode worker sent more tokens than asked for")
+        await record.send(
+            Chunk(first_index=record.num_delivered, tokens=output.tokens, text=output.text)
+        )
+        record.num_delivered += len(output.tokens)
+        if record.first_token_s is None:
+            record.first_token_s = self._clock()
+
+    def _finish(self, record: Record, attempt: int, end: Completed) -> Finished:
+        now_s = self._clock()
+        timeline: PhaseTimeline = replace(
+            end.timeline,
+            router_queue_s=record.submitted_s - record.received_s,
+            ttft_s=(record.first_token_s or now_s) - record.received_s,
+            total_s=now_s - record.received_s,
+            attempts=attempt,
+        )
+        usage = Usage(
+            prompt_tokens=len(record.token_ids),
+            completion_tokens=record.num_delivered,
+            cached_prompt_tokens=end.cached_prompt_tokens,
+            seed=record.sampling.seed,
+        )
+        return Finished(reason=end.reason, usage=usage, timeline=timeline)

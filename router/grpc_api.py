@@ -1,0 +1,194 @@
+"""The public gRPC service: protobuf to the router's values and back, nothing else."""
+
+import asyncio
+from typing import Any
+
+import grpc.aio
+
+from pdserve.domain.errors import PdserveError, Reason
+from pdserve.domain.tokens import SampledToken
+from pdserve.rpc.codec import (
+    FINISH_TO_PROTO,
+    sampling_from_proto,
+    timeline_to_proto,
+    token_to_proto,
+)
+from pdserve.rpc.errors import abort
+from pdserve.rpc.links import AddService
+from pdserve.v1 import inference_pb2 as pb
+from pdserve.v1 import inference_pb2_grpc, types_pb2
+from router.dispatch import Dispatcher
+from router.requests import Chunk, Finished, GenerateCall
+
+SETTLE_S = 5.0
+"""How long a client that was too slow may take to make room for the error."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """`pdserve.v1.Inference`."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
+        label = request.request_id or self._dispatcher.draw_label()
+        writer = _ChunkWriter(context, label)
+        try:
+            finished = await self._dispatcher.run(
+                _call_from_proto(request, label, context), writer.send
+            )
+        except PdserveError as error:
+            await writer.settle()
+            await abort(context, error, _metadata(label, writer.num_tokens))
+        except asyncio.CancelledError:
+            writer.drop()
+            raise
+        else:
+            await context.write(writer.last(finished))
+
+    async def Complete(  # noqa: N802
+        self, request: pb.GenerateRequest, context: Context
+    ) -> pb.CompleteResponse:
+        label = request.request_id or self._dispatcher.draw_label()
+        tokens: list[SampledToken] = []
+        texts: list[str] = []
+
+        async def collect(chunk: Chunk) -> None:
+            tokens.extend(chunk.tokens)
+            texts.append(chunk.text)
+
+        try:
+            finished = await self._dispatcher.run(
+                _call_from_proto(request, label, context), collect
+            )
+        except PdserveError as error:
+            await abort(context, error, _metadata(label, 0))
+            raise
+        return pb.CompleteResponse(
+            request_id=label,
+            tokens=map(token_to_proto, tokens),
+            text="".join(texts),
+            finished=_finished_to_proto(finished),
+        )
+
+    async def ListModels(  # noqa: N802
+        self, request: pb.ListModelsRequest, context: Context
+    ) -> pb.ListModelsResponse:
+        model = self._dispatcher.served_model()
+        if model is None:
+            return pb.ListModelsResponse()
+        listed = pb.Model(
+            name=model.name,
+            max_context_tokens=model.max_context_tokens,
+            vocab_size=model.vocab_size,
+        )
+        return pb.ListModelsResponse(models=[listed])
+
+
+def inference_service(dispatcher: Dispatcher) -> AddService:
+    """Serve `Inference` with `dispatcher`."""
+
+    def add(server: grpc.aio.Server) -> str:
+        inference_pb2_grpc.add_InferenceServicer_to_server(  # type: ignore[no-untyped-call]
+            InferenceService(dispatcher), server
+        )
+        return "pdserve.v1.Inference"
+
+    return add
+
+
+class _ChunkWriter:
+    """Writes chunks in tasks of their own.
+
+    grpc.aio ends the whole call when a task is cancelled inside `write`; a client that reads too
+    slowly is to be told why.
+    """
+
+    def __init__(self, context: Context, label: str) -> None:
+        self.num_tokens = 0
+        self._context = context
+        self._label = label
+        self._is_first = True
+        self._write: asyncio.Task[None] | None = None
+
+    async def send(self, chunk: Chunk) -> None:
+        message = pb.GenerateChunk(
+            first_index=chunk.first_index,
+            tokens=map(token_to_proto, chunk.tokens),
+            text=chunk.text,
+            request_id=self._take_label(),
+        )
+        self._write = asyncio.create_task(self._write_message(message))
+        await asyncio.shield(self._write)
+        self._write = None
+        self.num_tokens += len(chunk.tokens)
+
+    def last(self, finished: Finished) -> pb.GenerateChunk:
+        """The message that ends a good answer."""
+        return pb.GenerateChunk(
+            first_index=self.num_tokens,
+            finished=_finished_to_proto(finished),
+            request_id=self._take_label(),
+        )
+
+    async def settle(self) -> None:
+        """Wait for a write that is under way: a status can only follow it."""
+        if self._write is not None:
+            await asyncio.wait([self._write], timeout=SETTLE_S)
+            self.drop()
+
+    def drop(self) -> None:
+        """Give up a write that is under way."""
+        if self._write is not None:
+            self._write.cancel()
+
+    async def _write_message(self, message: pb.GenerateChunk) -> None:
+        try:
+            await self._context.write(message)
+        except Exception as error:
+            if not self._context.cancelled():
+                raise
+            raise PdserveError("the client is gone", reason=Reason.CANCELLED) from error
+
+    def _take_label(self) -> str:
+        label = self._label if self._is_first else ""
+        self._is_first = False
+        return label
+
+
+def _call_from_proto(request: pb.GenerateRequest, label: str, context: Context) -> GenerateCall:
+    prompt = (
+        tuple(request.token_ids.ids)
+        if request.WhichOneof("prompt") == "token_ids"
+        else request.text
+    )
+    return GenerateCall(
+        prompt=prompt,
+        sampling=sampling_from_proto(request.sampling),
+        has_seed=request.sampling.HasField("seed"),
+        model=request.model,
+        label=label,
+        deadline_s=context.time_remaining(),
+    )
+
+
+def _finished_to_proto(finished: Finished) -> pb.Finished:
+    usage = finished.usage
+    return pb.Finished(
+        reason=FINISH_TO_PROTO[finished.reason],
+        usage=types_pb2.Usage(
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cached_prompt_tokens=usage.cached_prompt_tokens,
+            seed=usage.seed,
+        ),
+        timeline=timeline_to_proto(finished.timeline),
+    )
+
+
+def _metadata(label: str, num_tokens: int) -> dict[str, str]:
+    # A label that was refused for its characters is not sent back.
+    shown = label if label.isascii() and label.isprintable() else ""
+    return {"request_id": shown[:128], "tokens_delivered": str(num_tokens)}

@@ -1,0 +1,179 @@
+"""Who is in the cluster: registered workers, their last report, and when silence is death.
+
+Time is handed in. A worker is suspect after `suspect_s` of silence (it gets no new requests) and
+dead after `dead_s`, or as soon as its stream ends.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+
+from pdserve.config.timers import Timers
+from pdserve.domain.errors import PeerFault, Reason
+from pdserve.domain.ids import PROTOCOL_VERSION, WorkerId
+from pdserve.domain.kv_usage import KvUsage
+from pdserve.domain.latency import StepCoefficients
+from pdserve.domain.messages import Role, WorkerHello, WorkerLoad, WorkerState
+from router.admission import ServedModel
+from router.cluster_view import ClusterView, Health, Ledger, Life, WorkerView
+
+MAX_WORKER_ID_CHARS = 64
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One registration; a worker that registers again gets another."""
+
+    hello: WorkerHello
+    load: WorkerLoad
+    heard_s: float
+    on_replaced: Callable[[], None]
+    is_linked: bool = False  # decode only: its stream is open
+
+    @property
+    def life(self) -> Life:
+        return Life(self.hello.worker_id, self.hello.epoch)
+
+
+class Membership:
+    """The registered workers."""
+
+    def __init__(self, *, timers: Timers, ledger: Ledger, tokenizer_hash: bytes = b"") -> None:
+        self._timers = timers
+        self._ledger = ledger
+        self._tokenizer_hash = tokenizer_hash
+        self._members: dict[WorkerId, Member] = {}
+        self.num_stale_reports = 0
+
+    def admit(
+        self, hello: WorkerHello, now_s: float, on_replaced: Callable[[], None] = lambda: None
+    ) -> Member:
+        """Add a worker; one with the same id is replaced, and told so through `on_replaced`.
+
+        Raises `PeerFault` with INCOMPATIBLE_PEER for one that cannot serve with the others.
+        """
+        self._check(hello)
+        member = Member(hello, _idle_load(hello), now_s, on_replaced)
+        old = self._members.get(hello.worker_id)
+        self._members[hello.worker_id] = member
+        if old is not None:
+            old.on_replaced()
+        return member
+
+    def hear(self, member: Member, load: WorkerLoad, now_s: float) -> None:
+        """Take a heartbeat; one that is older than the last is counted and dropped."""
+        if load.sequence < member.load.sequence:
+            self.num_stale_reports += 1
+            return
+        member.load = load
+        member.heard_s = now_s
+
+    def excuse(self, member: Member, now_s: float) -> None:
+        """Count silence from now on: the past one was not the worker's."""
+        member.heard_s = now_s
+
+    def dismiss(self, member: Member) -> None:
+        """Its stream is over or it went silent: dead at once. Nothing if it has been replaced."""
+        if self._members.get(member.hello.worker_id) is member:
+            del self._members[member.hello.worker_id]
+
+    def dead_at_s(self, member: Member) -> float:
+        """When silence from now on makes it dead."""
+        return member.heard_s + self._timers.dead_s
+
+    def view(self, now_s: float) -> ClusterView:
+        return ClusterView(
+            prefill=tuple(self._views(Role.PREFILL, now_s)),
+            decode=tuple(self._views(Role.DECODE, now_s)),
+        )
+
+    def served_model(self, name: str) -> ServedModel | None:
+        """The model as the workers describe it; None while no decode worker is registered."""
+        hellos = [member.hello for member in self._members.values()]
+        decode = [hello for hello in hellos if hello.role is Role.DECODE]
+        if not decode:
+            return None
+        return ServedModel(
+            name=name,
+            max_context_tokens=min(hello.max_context_tokens for hello in hellos),
+            max_kv_tokens=max(hello.num_blocks * hello.block_size for hello in decode),
+            vocab_size=min(hello.vocab_size for hello in hellos),
+        )
+
+    def worker_states(self, now_s: float) -> tuple[WorkerState, ...]:
+        """For operators."""
+        view = self.view(now_s)
+        return tuple(
+            WorkerState(
+                hello=worker.hello,
+                load=worker.load,
+                health=worker.health,
+                silence_s=worker.silence_s,
+                num_assigned=worker.assigned.num_requests,
+            )
+            for worker in (*view.prefill, *view.decode)
+        )
+
+    def _views(self, role: Role, now_s: float) -> Iterable[WorkerView]:
+        for worker_id in sorted(self._members):
+            member = self._members[worker_id]
+            if member.hello.role is role:
+                yield WorkerView(
+                    hello=member.hello,
+                    load=member.load,
+                    health=self._health(member, now_s),
+                    is_linked=member.is_linked or role is Role.PREFILL,
+                    silence_s=now_s - member.heard_s,
+                    assigned=self._ledger.assigned(worker_id),
+                )
+
+    def _health(self, member: Member, now_s: float) -> Health:
+        if now_s - member.heard_s > self._timers.suspect_s:
+            return Health.SUSPECT
+        return Health.DRAINING if member.load.is_draining else Health.ALIVE
+
+    def _check(self, hello: WorkerHello) -> None:
+        if hello.protocol_version != PROTOCOL_VERSION:
+            _refuse(f"protocol version must be {PROTOCOL_VERSION}; got {hello.protocol_version}")
+        if not (0 < len(hello.worker_id) <= MAX_WORKER_ID_CHARS and hello.address):
+            _refuse("a worker needs an id of at most 64 characters and an address")
+        if not _has_sane_sizes(hello):
+            _refuse("sizes must be at least 1 and step times finite and not negative")
+        expected = self._tokenizer_hash
+        if expected and hello.tokenizer_hash and hello.tokenizer_hash != expected:
+            _refuse(f"the router's tokenizer is {expected.hex()}; got {hello.tokenizer_hash.hex()}")
+        for other in self._members.values():
+            # The worker's own past life does not bind it: it may come back with another model.
+            is_same_worker = other.hello.worker_id == hello.worker_id
+            if not is_same_worker and other.hello.model_hash != hello.model_hash:
+                model_hash = other.hello.model_hash.hex()
+                _refuse(f"the pool's model is {model_hash}; got {hello.model_hash.hex()}")
+
+
+def _has_sane_sizes(hello: WorkerHello) -> bool:
+    sizes = (
+        hello.max_context_tokens,
+        hello.vocab_size,
+        hello.block_size,
+        hello.num_blocks,
+        hello.max_num_requests,
+    )
+    times = [getattr(hello.coefficients, entry.name) for entry in fields(StepCoefficients)]
+    return min(sizes) >= 1 and all(math.isfinite(time) and time >= 0 for time in times)
+
+
+def _refuse(message: str) -> None:
+    raise PeerFault(message, reason=Reason.INCOMPATIBLE_PEER)
+
+
+def _idle_load(hello: WorkerHello) -> WorkerLoad:
+    """What is assumed until the first heartbeat."""
+    kv = KvUsage(free=hello.num_blocks, reserved=0, held=0, pinned=0, total=hello.num_blocks)
+    return WorkerLoad(
+        sequence=0,
+        num_waiting=0,
+        num_running=0,
+        waiting_prompt_tokens=0,
+        running_context_tokens=0,
+        kv=kv,
+    )

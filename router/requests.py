@@ -1,0 +1,51 @@
+"""A client's request and its answer, as the router's own values."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.tokens import FinishReason, PhaseTimeline, SampledToken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateCall:
+    """What one client asks for; nothing in it is trusted yet."""
+
+    prompt: str | tuple[int, ...]
+    sampling: SamplingParams
+    has_seed: bool = False  # False: the router draws the seed
+    model: str = ""
+    label: str = ""  # the client's name for it, for logs and DUPLICATE_ID
+    deadline_s: float | None = None  # budget left when it was received
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A piece of the answer; each starts at the token where the last one ended."""
+
+    first_index: int
+    tokens: tuple[SampledToken, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What is counted, and the seed that gives the same answer again."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_prompt_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The good end of an answer."""
+
+    reason: FinishReason
+    usage: Usage
+    timeline: PhaseTimeline
+
+
+ChunkSink = Callable[[Chunk], Awaitable[None]]
+"""Takes the next piece of an answer; returns once the client's connection has room for more."""
