@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from pdserve import __version__
 from pdserve.cli import commands
 from pdserve.domain.errors import PdserveError
 
@@ -61,16 +62,24 @@ def build_app() -> typer.Typer:
     return app
 
 
-def _program(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
-    ] = False,
-) -> None:
-    if version:
-        from pdserve import __version__
-
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
         typer.echo(f"pdserve {__version__}")
         raise typer.Exit
+
+
+def _program(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and exit.",
+            is_eager=True,
+            callback=_print_version,
+        ),
+    ] = False,
+) -> None:
+    """Options of the program itself; each does its work in its callback."""
 
 
 def _add_entry(app: typer.Typer, entry: EntryPoint) -> None:

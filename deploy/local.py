@@ -1,0 +1,234 @@
+"""A whole cluster as processes of this machine."""
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from deploy.preflight import check_cluster
+from deploy.processes import ClusterFailed, LocalProcess, Ready, describe_exit
+from pdserve.client.admin import AdminClient
+from pdserve.client.faults import ClusterUnreachable
+from pdserve.config.cluster import ClusterSettings
+from pdserve.domain.errors import LocalFault, PdserveError
+
+KILL_GRACE_S = 5.0
+"""A process that takes this much longer to drain than its own limit is killed."""
+REGISTERED_POLL_S = 0.1
+
+Report = Callable[[str], None]
+
+
+class LocalCluster:
+    """A router and its workers, owned by an `async with` block.
+
+        async with LocalCluster.start(settings) as cluster:
+            client = InferenceClient(cluster.public_address)
+
+    Leaving the block drains router and workers; leaving it by an exception kills them. Either way
+    no process is left, nor would one be if this process were killed.
+    """
+
+    def __init__(self, settings: ClusterSettings, report: Report) -> None:
+        self.settings = settings
+        self.processes: list[LocalProcess] = []
+        self.log_dir = Path()
+        self._report = report
+        self._has_own_log_dir = False
+        self._watchers: list[asyncio.Task[None]] = []
+        self._exits: asyncio.Queue[tuple[LocalProcess, int]] = asyncio.Queue()
+
+    @classmethod
+    def start(cls, settings: ClusterSettings, *, report: Report = lambda text: None) -> Self:
+        """A cluster that starts when its `async with` block is entered.
+
+        Entering raises `LocalFault` for what can be known beforehand and `ClusterFailed` for a
+        process that does not start. `report` hears of each step.
+        """
+        return cls(settings, report)
+
+    @property
+    def router(self) -> LocalProcess:
+        return self.processes[0]
+
+    @property
+    def workers(self) -> Sequence[LocalProcess]:
+        return self.processes[1:]
+
+    @property
+    def public_address(self) -> str:
+        return _ready(self.router).address
+
+    @property
+    def internal_address(self) -> str:
+        return _ready(self.router).internal_address
+
+    def process(self, name: str) -> LocalProcess:
+        """The process called `name`: router, prefill-0, decode-1, ..."""
+        return next(process for process in self.processes if process.name == name)
+
+    async def __aenter__(self) -> Self:
+        check_cluster(self.settings)
+        self._make_log_dir()
+        try:
+            async with asyncio.timeout(self.settings.start_s):
+                await self._start_all()
+        except TimeoutError:
+            message = self._late_message()
+            await self._kill_all()
+            raise ClusterFailed(message) from None
+        except BaseException:
+            await self._kill_all()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                await self.drain()
+        finally:
+            await self._kill_all()
+            if error is None:
+                self._remove_log_dir()
+
+    async def next_exit(self) -> tuple[LocalProcess, int]:
+        """The next process that ended, and its exit code; each is told once."""
+        return await self._exits.get()
+
+    async def drain(self) -> None:
+        """Let requests finish: first the router, then the workers; kill what takes too long."""
+        await self._stop([self.router])
+        await self._stop(self.workers)
+
+    def kill(self) -> None:
+        """End every process at once; `async with` still waits for their ends."""
+        for process in self.processes:
+            process.signal(signal.SIGKILL)
+
+    async def _start_all(self) -> None:
+        # The router goes first: workers are told its address, which may be picked by the system.
+        router = LocalProcess(
+            "router", "router", self.settings.router_settings(), self.log_dir / "router.log"
+        )
+        await self._start(router)
+        settings = self.settings.worker_settings(self.internal_address)
+        workers = [
+            LocalProcess(each.worker_id, each.role, each, self.log_dir / f"{each.worker_id}.log")
+            for each in settings
+        ]
+        self.processes += workers
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for worker in workers:
+                    tasks.create_task(self._start(worker))
+        except ExceptionGroup as group:
+            raise _first_error(group) from None
+        await self._wait_for_registration()
+
+    async def _start(self, process: LocalProcess) -> None:
+        if process not in self.processes:
+            self.processes.append(process)
+        self._report(f"starting {process.name}")
+        ready = await process.start()
+        self._watchers.append(asyncio.create_task(self._watch(process)))
+        self._report(f"{process.name} serves at {ready.address}")
+
+    async def _watch(self, process: LocalProcess) -> None:
+        self._exits.put_nowait((process, await process.watch()))
+
+    async def _wait_for_registration(self) -> None:
+        """Until the router has all workers; raises `ClusterFailed` where a process ends first."""
+        self._report("waiting for the router to see all workers")
+        seen = asyncio.create_task(self._poll_router())
+        ended = asyncio.create_task(self._exits.get())
+        try:
+            await asyncio.wait({seen, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                process, code = ended.result()
+                raise ClusterFailed(
+                    f"{process.name} {describe_exit(code)} while the cluster started\n"
+                    f"{process.last_words()}".rstrip()
+                )
+            await seen
+        finally:
+            for task in (seen, ended):
+                task.cancel()
+            await asyncio.gather(seen, ended, return_exceptions=True)
+
+    async def _poll_router(self) -> None:
+        expected = {process.name for process in self.workers}
+        async with AdminClient(self.internal_address) as admin:
+            while True:
+                with contextlib.suppress(ClusterUnreachable):
+                    state = await admin.cluster_state()
+                    if expected <= {str(worker.hello.worker_id) for worker in state.workers}:
+                        return
+                await asyncio.sleep(REGISTERED_POLL_S)
+
+    async def _stop(self, processes: Sequence[LocalProcess]) -> None:
+        """SIGTERM, wait for the drain, then SIGKILL what is left."""
+        for process in processes:
+            process.signal(signal.SIGTERM)
+        grace_s = self.settings.timers.drain_s + KILL_GRACE_S
+        running = [asyncio.create_task(process.wait()) for process in processes]
+        if not running:
+            return
+        try:
+            await asyncio.wait(running, timeout=grace_s)
+            for process in processes:
+                process.signal(signal.SIGKILL)
+            await asyncio.wait(running)
+        finally:
+            for task in running:
+                task.cancel()
+
+    async def _kill_all(self) -> None:
+        self.kill()
+        ends = [process.wait() for process in self.processes]
+        # A second Ctrl-C must not leave zombies behind: they are dead already, this is brief.
+        await asyncio.shield(asyncio.gather(*ends, *self._watchers))
+
+    def _make_log_dir(self) -> None:
+        if not self.settings.log_dir:
+            self.log_dir = Path(tempfile.mkdtemp(prefix="pdserve-"))
+            self._has_own_log_dir = True
+            return
+        self.log_dir = Path(self.settings.log_dir).expanduser().resolve()
+        try:
+            self.log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LocalFault(f"log_dir {self.log_dir}: {error.strerror}") from None
+
+    def _remove_log_dir(self) -> None:
+        if self._has_own_log_dir:
+            shutil.rmtree(self.log_dir, ignore_errors=True)
+
+    def _late_message(self) -> str:
+        late = [process for process in self.processes if process.ready is None]
+        limit = f"{self.settings.start_s:g} s (start_s)"
+        if not late:
+            return f"the router did not see all workers within {limit}; logs in {self.log_dir}"
+        words = "\n".join(f"  {each.name}:\n{each.last_words()}".rstrip() for each in late)
+        names = ", ".join(each.name for each in late)
+        return f"{names} did not serve within {limit}; logs in {self.log_dir}\n{words}"
+
+
+def _ready(process: LocalProcess) -> Ready:
+    assert process.ready is not None, f"{process.name} does not serve yet"
+    return process.ready
+
+
+def _first_error(group: ExceptionGroup[Exception]) -> Exception:
+    """The error to show: one of ours before an unexpected one."""
+    errors = [error for error in group.exceptions if isinstance(error, PdserveError)]
+    return errors[0] if errors else group.exceptions[0]

@@ -1,0 +1,92 @@
+"""What can be known to go wrong before any process starts."""
+
+import errno
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdserve.config.cluster import ClusterSettings
+from pdserve.domain.errors import LocalFault
+from pdserve.engine.model_files import ModelFiles
+from pdserve.engine.model_shape import kv_layout
+
+MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What the cluster will take; `kv_bytes` of all workers together."""
+
+    model_name: str
+    num_blocks: int
+    block_bytes: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+
+def check_cluster(settings: ClusterSettings) -> Footprint:
+    """Raise `LocalFault` for a model, a port or an amount of memory that cannot work."""
+    files = ModelFiles.open(settings.model)
+    layout = kv_layout(files.config, block_size=settings.block_size, dtype=settings.dtype)
+    pools = (settings.prefill, settings.decode)
+    footprint = Footprint(
+        settings.model_name or files.name,
+        sum(pool.replicas * pool.num_blocks for pool in pools),
+        layout.block_bytes,
+    )
+    _check_port(settings.router.host, settings.router.port, "--port")
+    _check_port(settings.router.host, settings.router.internal_port, "--internal-port")
+    if settings.device == "cpu":
+        _check_memory(footprint)
+    return footprint
+
+
+def _check_port(host: str, port: int, flag: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As servers do: a port whose old connections are winding down is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise LocalFault(_port_problem(host, port, flag, error)) from None
+
+
+def _port_problem(host: str, port: int, flag: str, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"port {port} on {host} is in use: stop what listens there (is a cluster up already? "
+            f"see `pdserve status`), or choose another with {flag}"
+        )
+    if error.errno == errno.EACCES:
+        return f"port {port} needs more rights than this user has: choose one above 1023 ({flag})"
+    return f"cannot listen on {host}:{port}: {error.strerror}"
+
+
+def _check_memory(footprint: Footprint) -> None:
+    available = available_bytes()
+    if available is not None and footprint.kv_bytes > available:
+        raise LocalFault(
+            f"{footprint.num_blocks:,} KV blocks of {footprint.block_bytes:,} bytes need "
+            f"{_gib(footprint.kv_bytes)}, but {_gib(available)} of memory is available: lower "
+            "num_blocks or the replicas"
+        )
+
+
+def available_bytes() -> int | None:
+    """Memory that processes can still take, swap left out; None where the system does not tell."""
+    try:
+        lines = MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, amount = line.partition(":")
+        if name == "MemAvailable":
+            return int(amount.split()[0]) * 1024
+    return None
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"

@@ -1,0 +1,177 @@
+"""One process of a local cluster: started, watched, stopped."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pdserve.config.base import Settings
+from pdserve.config.processes import WorkerSettings
+from pdserve.domain.errors import LocalFault, PdserveError, Reason
+
+ProcessRole = Literal["router", "prefill", "decode"]
+MODULES: dict[ProcessRole, str] = {
+    "router": "router",
+    "prefill": "prefill_worker",
+    "decode": "decode_worker",
+}
+NUM_LOG_LINES = 8
+MAX_LOG_LINE_CHARS = 300
+MAX_LOG_TAIL_BYTES = 16_384
+
+
+class ClusterFailed(PdserveError):
+    """A process did not start, or died and took the cluster with it."""
+
+    default_reason = Reason.INTERNAL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """A process's own word that it serves."""
+
+    address: str
+    internal_address: str
+
+
+class LocalProcess:
+    """Owns one child process. Its stderr is the log file; its stdout says when it is ready.
+
+    The child drains when its parent dies, however the parent dies.
+    """
+
+    def __init__(self, name: str, role: ProcessRole, settings: Settings, log_path: Path) -> None:
+        self.name = name
+        self.role = role
+        self.settings = settings
+        self.log_path = log_path
+        self.ready: Ready | None = None
+        self._child: asyncio.subprocess.Process | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._child is not None, f"{self.name} was not started"
+        return self._child.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self._child is not None and self._child.returncode is None
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks; none in a router."""
+        return self.settings.engine.num_blocks if isinstance(self.settings, WorkerSettings) else 0
+
+    async def start(self) -> Ready:
+        """Start and wait for its ready line; raises `ClusterFailed` with its reason or its log."""
+        with _open_log(self.log_path) as log:
+            self._child = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", MODULES[self.role]),
+                *("--settings", "-", "--exit-with-parent"),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                env=_environment(),
+                start_new_session=True,  # Ctrl-C on the terminal is for us: we drain in order
+            )
+        await self._send_settings(self._child)
+        self.ready = await self._read_ready(self._child)
+        return self.ready
+
+    async def watch(self) -> int:
+        """Its exit code, once it ended; drops what it still prints. One task may call this."""
+        assert self._child is not None
+        assert self._child.stdout is not None
+        while await self._child.stdout.read(4096):
+            pass
+        return await self._child.wait()
+
+    async def wait(self) -> None:
+        """Until it ended; returns at once where it never started. Any task may call this."""
+        if self._child is not None:
+            await self._child.wait()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal; nothing happens where it has ended already."""
+        if self._child is not None and self._child.returncode is None:
+            try:
+                self._child.send_signal(number)
+            except ProcessLookupError:
+                return
+
+    def last_words(self) -> str:
+        """The end of its log, a line each, indented."""
+        lines = _tail(self.log_path)
+        return "\n".join(f"    {line[:MAX_LOG_LINE_CHARS]}" for line in lines)
+
+    async def _send_settings(self, child: asyncio.subprocess.Process) -> None:
+        assert child.stdin is not None
+        child.stdin.write(self.settings.model_dump_json().encode())
+        try:
+            await child.stdin.drain()
+            child.stdin.close()
+            await child.stdin.wait_closed()
+        except (BrokenPipeError, ConnectionResetError):
+            return  # it died first; reading its stdout tells
+
+    async def _read_ready(self, child: asyncio.subprocess.Process) -> Ready:
+        assert child.stdout is not None
+        while line := await child.stdout.readline():
+            said = _parse_line(line)
+            if said.get("ready") is True:
+                address = str(said.get("address", ""))
+                return Ready(
+                    address=address, internal_address=str(said.get("internal_address", address))
+                )
+            if said.get("ready") is False:
+                await child.wait()
+                raise ClusterFailed(f"{self.name} did not start: {said.get('error')}")
+        code = await child.wait()
+        raise ClusterFailed(
+            f"{self.name} did not start: it {describe_exit(code)}\n{self.last_words()}".rstrip()
+        )
+
+
+def describe_exit(code: int) -> str:
+    """In words; negative codes are signals."""
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+def _environment() -> Mapping[str, str]:
+    # One compute thread a worker: pools share the machine, and batches give the parallelism.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _open_log(path: Path) -> Any:
+    try:
+        return path.open("ab")
+    except OSError as error:
+        raise LocalFault(f"log file {path}: {error.strerror}") from None
+
+
+def _tail(path: Path) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_LOG_TAIL_BYTES))
+            return file.read().decode(errors="replace").splitlines()[-NUM_LOG_LINES:]
+    except OSError:
+        return []
+
+
+def _parse_line(line: bytes) -> Mapping[str, Any]:
+    """A line that is no JSON object was printed by some library: it says nothing."""
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
