@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import Self
 
 from deploy.preflight import check_cluster
-from deploy.processes import ClusterFailed, LocalProcess, Ready, describe_exit
+from deploy.processes import LocalProcess, Ready, describe_exit
+from pdserve.cli.problems import ClusterFailed
 from pdserve.client.admin import AdminClient
 from pdserve.client.faults import ClusterUnreachable
 from pdserve.config.cluster import ClusterSettings

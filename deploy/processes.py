@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pdserve.cli.problems import ClusterFailed
 from pdserve.config.base import Settings
 from pdserve.config.processes import WorkerSettings
-from pdserve.domain.errors import LocalFault, PdserveError, Reason
+from pdserve.domain.errors import LocalFault
 
 ProcessRole = Literal["router", "prefill", "decode"]
 MODULES: dict[ProcessRole, str] = {
@@ -23,12 +24,6 @@ MODULES: dict[ProcessRole, str] = {
 NUM_LOG_LINES = 8
 MAX_LOG_LINE_CHARS = 300
 MAX_LOG_TAIL_BYTES = 16_384
-
-
-class ClusterFailed(PdserveError):
-    """A process did not start, or died and took the cluster with it."""
-
-    default_reason = Reason.INTERNAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,8 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from deploy.local import LocalCluster
-from deploy.processes import ClusterFailed, describe_exit
+from deploy.processes import describe_exit
+from pdserve.cli.problems import ClusterFailed
 from pdserve.config.cluster import ClusterSettings, read_cluster_settings
 from pdserve.domain.errors import LocalFault, PdserveError
 

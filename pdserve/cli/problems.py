@@ -20,6 +20,10 @@ ADVICE: dict[Reason, str] = {
 }
 
 
+class ClusterFailed(PdserveError):
+    """A process of a cluster did not start, or took the cluster with it; the message says all."""
+
+
 def explain(error: PdserveError) -> str:
     """One line: what happened, then what to do."""
     advice = _advice(error)
@@ -34,7 +38,7 @@ def exit_code(error: PdserveError) -> int:
 def _advice(error: PdserveError) -> str:
     if isinstance(error, ClusterUnreachable):
         return "is the cluster up? `pdserve up` starts one; --address names another"
-    if isinstance(error, LocalFault):
+    if isinstance(error, LocalFault | ClusterFailed):
         return ""
     advice = ADVICE.get(error.reason, "")
     if error.retry_after_s > 0:
