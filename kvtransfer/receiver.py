@@ -93,6 +93,9 @@ class HandoffReceiver:
             self._is_landing = False
 
     async def _land(self, offer: BlocksOffered) -> BlocksPulled:
+        if self.is_over:
+            self._session.num_late += 1
+            raise TransferFailed("the handoff is over", reason=Reason.FENCED)
         self._check(offer)
         pulled = BlocksPulled(
             handoff=self.handoff,
@@ -102,8 +105,7 @@ class HandoffReceiver:
         if offer.first_block < self._next_block:
             self._session.num_late += 1
             return pulled
-        if not self._session.hear(Event.OFFER):
-            raise TransferFailed("the handoff is over", reason=Reason.FENCED)
+        self._session.hear(Event.OFFER)
         corrupt = await self._read(offer, range(len(offer.block_ids)))
         if corrupt:
             corrupt = await self._read(offer, corrupt)

@@ -1,0 +1,65 @@
+"""`open_transports` and `choose`."""
+
+from dataclasses import replace
+
+import pytest
+
+from kvtransfer.transports import choose, open_transports
+from pdserve.domain.errors import LocalFault
+from pdserve.domain.messages import RemoteRegion
+
+TCP = RemoteRegion(
+    transport="tcp",
+    address={"host": "127.0.0.1", "port": "5", "token": "00" * 16},
+    num_blocks=1,
+    block_bytes=8,
+)
+SHM_ELSEWHERE = RemoteRegion(
+    transport="shm",
+    address={"host": "another", "pid": "1", "fd": "3", "start": "1"},
+    num_blocks=1,
+    block_bytes=8,
+)
+
+
+def test_transports_open_in_the_order_they_are_named() -> None:
+    assert [transport.name for transport in open_transports(["tcp", "shm"], "127.0.0.1")] == [
+        "tcp",
+        "shm",
+    ]
+
+
+def test_an_unknown_transport_is_a_fault_of_the_settings() -> None:
+    with pytest.raises(LocalFault, match="pigeon"):
+        open_transports(["shm", "pigeon"], "127.0.0.1")
+
+
+def test_the_first_transport_that_reaches_the_peer_is_chosen() -> None:
+    transports = open_transports(["shm", "tcp"], "127.0.0.1")
+    chosen = choose(transports, [TCP, SHM_ELSEWHERE])
+    assert chosen is not None
+    assert (chosen[0].name, chosen[1]) == ("tcp", TCP)
+
+
+def test_no_transport_is_chosen_where_none_reaches() -> None:
+    transports = open_transports(["shm", "tcp"], "127.0.0.1")
+    assert choose(transports, [SHM_ELSEWHERE]) is None
+    assert choose(transports, []) is None
+    assert choose([], [TCP]) is None
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        {},
+        {"host": "127.0.0.1", "port": "5"},
+        {"host": "127.0.0.1", "port": "x", "token": "00" * 16},
+        {"host": "127.0.0.1", "port": "0", "token": "00" * 16},
+        {"host": "127.0.0.1", "port": "65536", "token": "00" * 16},
+        {"host": "127.0.0.1", "port": "5", "token": "00"},
+        {"host": "127.0.0.1", "port": "5", "token": "zz" * 16},
+        {"host": "", "port": "5", "token": "00" * 16},
+    ],
+)
+def test_a_tcp_address_that_is_none_is_not_reached(address: dict[str, str]) -> None:
+    assert choose(open_transports(["tcp"], "127.0.0.1"), [replace(TCP, address=address)]) is None
