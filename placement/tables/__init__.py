@@ -1,0 +1,1 @@
+"""Measured kernel times and how to read between the points."""
