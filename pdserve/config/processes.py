@@ -76,8 +76,8 @@ class WorkerSettings(Settings):
     max_num_requests: int = Field(64, ge=1, description="computed at once")
     max_num_waiting: int = Field(256, ge=0, description="queued; more are refused")
     max_step_tokens: int = Field(512, ge=1, description="prompt tokens in one step at most")
-    max_num_buffered_tokens: int = Field(
-        256, ge=1, description="tokens a router may leave unread before the request ends"
+    max_local_prefill_tokens: int = Field(
+        64, ge=0, description="decode: read here what its own prefix cache leaves, up to this"
     )
     corrupt_kv_blocks: int | Literal["all"] = Field(
         0, description="fault drill: flip a byte in this many blocks that this worker reads"

@@ -41,6 +41,7 @@ class GrpcStream(Generic[Out, In]):
     ) -> None:
         self.peer = peer
         self.num_bad_messages = 0
+        self._why_over = "closed the stream"
         self._read = read
         self._write = write
         self._encode = encode
@@ -52,7 +53,7 @@ class GrpcStream(Generic[Out, In]):
 
     async def send(self, message: Out) -> None:
         if not await self._outgoing.put(message):
-            raise WorkerLost(f"{self.peer} closed the stream")
+            raise WorkerLost(f"{self.peer} {self._why_over}")
 
     def try_send(self, message: Out) -> bool:
         return self._outgoing.try_put(message)
@@ -60,7 +61,7 @@ class GrpcStream(Generic[Out, In]):
     async def receive(self) -> In:
         message = await self._incoming.take()
         if message is None:
-            raise WorkerLost(f"{self.peer} closed the stream")
+            raise WorkerLost(f"{self.peer} {self._why_over}")
         return message
 
     async def close(self) -> None:
@@ -97,8 +98,10 @@ class GrpcStream(Generic[Out, In]):
                     log.warning("stream.message_dropped", peer=self.peer, why=str(error))
                     continue
                 await self._incoming.put(value)
+        except grpc.aio.AioRpcError as error:  # our own peers' status, for the log
+            self._why_over = f"ended the stream: {error.details() or error.code().name}"
         except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as error:
-            log.debug("stream.lost", peer=self.peer, error=type(error).__name__)
+            self._why_over = f"broke the stream ({type(error).__name__})"
         finally:
             self._end()
 

@@ -24,6 +24,8 @@ class MessageStream(Protocol[OutContra, InCo]):
 
     peer: str  # for logs and messages
 
+    def __hash__(self) -> int: ...
+
     async def send(self, message: OutContra) -> None:
         """Queue a message; waits while the peer is behind. Raises `WorkerLost` once it is over."""
         ...

@@ -1,0 +1,92 @@
+"""The loop that makes tokens: continuous batching, one engine step at a time."""
+
+import asyncio
+
+import structlog
+
+from decode_worker.batching import plan_step, sequence_step
+from decode_worker.requests import Clock, DecodeRequest
+from pdserve.domain.errors import LocalFault
+from pdserve.engine.contract import Engine, StepBatch
+
+log = structlog.get_logger(__name__)
+
+
+class DecodeLoop:
+    """Computes every joined request until it leaves. Requests join and leave between steps."""
+
+    def __init__(self, engine: Engine, *, max_step_tokens: int, clock: Clock) -> None:
+        self._engine = engine
+        self._block_size = engine.spec.layout.block_size
+        self._max_step_tokens = max_step_tokens
+        self._clock = clock
+        self._running: dict[DecodeRequest, None] = {}
+        self._joined = asyncio.Event()
+        self.num_steps = 0
+        self.num_tokens = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_context_tokens(self) -> int:
+        return sum(request.num_computed_tokens for request in self._running)
+
+    def join(self, request: DecodeRequest) -> None:
+        """Compute this request from the next step on; its reserved blocks become held."""
+        assert request.table is not None
+        num_held = -(-request.num_computed_tokens // self._block_size)
+        num_blocks = len(request.table.block_ids)
+        request.table.hold(num_held, num_blocks - num_held)
+        request.times.joined_s = self._clock()
+        self._running[request] = None
+        self._joined.set()
+
+    def leave(self, request: DecodeRequest) -> None:
+        """Compute no more of this request; safe for one that never joined."""
+        self._running.pop(request, None)
+
+    async def run(self) -> None:
+        """Step until cancelled."""
+        while True:
+            plan = plan_step(tuple(self._running), self._max_step_tokens)
+            if plan:
+                await self._step(plan)
+            else:
+                self._joined.clear()
+                await self._joined.wait()
+
+    async def _step(self, plan: list[tuple[DecodeRequest, int]]) -> None:
+        batch = StepBatch(tuple(sequence_step(request, count) for request, count in plan))
+        tables = [request.table for request, _ in plan if request.table is not None]
+        for table in tables:
+            table.enter_step()
+        now_s = self._clock()
+        for request, _ in plan:
+            request.times.first_step_s = request.times.first_step_s or now_s
+        try:
+            result = await self._engine.step(batch)
+        except Exception as error:
+            log.error("step.failed", num_requests=len(plan), exc_info=error)
+            self._fail([request for request, _ in plan])
+            return
+        finally:
+            for table in tables:
+                table.leave_step()
+        self.num_steps += 1
+        for (request, count), sampled in zip(plan, result.sampled, strict=True):
+            if request not in self._running:
+                continue  # it ended during the step
+            request.num_computed_tokens += count
+            if sampled is not None:
+                self.num_tokens += 1
+                request.take(sampled)
+            if request.finished.done():
+                self.leave(request)
+
+    def _fail(self, requests: list[DecodeRequest]) -> None:
+        for request in requests:
+            self.leave(request)
+            if not request.finished.done():
+                request.finished.set_exception(LocalFault("the engine failed on this batch"))

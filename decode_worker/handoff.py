@@ -1,0 +1,168 @@
+"""Getting a prompt read elsewhere: ask, land its blocks, pass on the first token, or try again."""
+
+import asyncio
+
+import structlog
+
+from decode_worker.prefill_links import HandoffInbox, PeerLink, PrefillLinks
+from decode_worker.requests import Clock, DecodeRequest
+from kvtransfer.receiver import HandoffReceiver
+from pdserve.domain.errors import PeerFault, Reason, Refused
+from pdserve.domain.ids import HandoffId
+from pdserve.domain.messages import PrefillTarget, StartHandoff
+from pdserve.engine.kv_memory import KvMemory
+
+log = structlog.get_logger(__name__)
+
+
+class Handoffs:
+    """Fetches KV for requests, and counts what was moved."""
+
+    def __init__(self, links: PrefillLinks, memory: KvMemory, *, clock: Clock) -> None:
+        self._links = links
+        self._memory = memory
+        self._block_size = memory.layout.block_size
+        self._clock = clock
+        self.num_bytes = 0
+        self.num_corrupt_blocks = 0
+
+    async def fetch(self, request: DecodeRequest, expires_at_s: float) -> bool:
+        """Land the prompt's KV in the request's blocks and take its first token.
+
+        Tries the request's prefill workers in order. Blocks that landed are kept, since their
+        content was checked: the next worker is asked for the rest. Returns False when every
+        worker was lost, so that the prompt must be read here; raises `Refused` or `PeerFault`
+        when they refused, or sent KV that did not match.
+        """
+        worst: PeerFault | Refused | None = None
+        for retry, target in enumerate(request.submit.prefill_targets):
+            handoff = HandoffId(request.submit.request_id, request.submit.attempt, retry)
+            try:
+                await self._fetch_from(request, target, handoff, expires_at_s)
+            except (PeerFault, Refused) as error:
+                log.warning(
+                    "handoff.failed",
+                    request_id=handoff.request_id,
+                    attempt=handoff.attempt,
+                    retry=retry,
+                    worker_id=target.worker_id,
+                    reason=error.reason,
+                    why=error.message,
+                )
+                if worst is None or _severity(error) > _severity(worst):
+                    worst = error
+            else:
+                return True
+        if worst is not None and _severity(worst) > 0:
+            raise worst
+        return False
+
+    async def _fetch_from(
+        self,
+        request: DecodeRequest,
+        target: PrefillTarget,
+        handoff: HandoffId,
+        expires_at_s: float,
+    ) -> None:
+        assert request.table is not None
+        link = await self._links.get(target)
+        first_block = request.num_computed_tokens // self._block_size
+        num_blocks = -(-request.num_prompt_tokens // self._block_size)
+        receiver = HandoffReceiver(
+            handoff,
+            transport=link.transport,
+            region=link.region,
+            memory=self._memory,
+            local_blocks=request.table.block_ids[first_block:num_blocks],
+            first_block=first_block,
+        )
+        inbox = link.open(handoff)
+        try:
+            await link.stream.send(
+                StartHandoff(
+                    handoff=handoff,
+                    prompt_token_ids=request.submit.prompt_token_ids,
+                    first_block=first_block,
+                    sampling=request.submit.sampling,
+                    deadline_s=expires_at_s - self._clock(),
+                )
+            )
+            await self._receive(request, link, receiver, inbox)
+        finally:
+            link.close(handoff)
+            if link.is_lost:
+                receiver.lost()
+            elif (end := receiver.end()) is not None:
+                link.stream.try_send(end)
+            self.num_bytes += receiver.num_bytes
+            self.num_corrupt_blocks += receiver.num_corrupt_blocks
+            request.times.transferred_bytes += receiver.num_bytes
+
+    async def _receive(
+        self,
+        request: DecodeRequest,
+        link: PeerLink,
+        receiver: HandoffReceiver,
+        inbox: HandoffInbox,
+    ) -> None:
+        """Land blocks and take the first token side by side; whichever fails ends both."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                landing = tasks.create_task(self._land_all(request, link, receiver, inbox))
+                tasks.create_task(self._take_first_token(request, receiver, inbox, landing, link))
+        except ExceptionGroup as group:
+            faults = [error for error in group.exceptions if isinstance(error, PeerFault | Refused)]
+            if len(faults) < len(group.exceptions):
+                raise
+            raise max(faults, key=_severity) from None
+
+    async def _land_all(
+        self,
+        request: DecodeRequest,
+        link: PeerLink,
+        receiver: HandoffReceiver,
+        inbox: HandoffInbox,
+    ) -> None:
+        assert request.table is not None
+        while not receiver.is_complete:
+            offer = await inbox.next_offer()
+            if not request.times.first_read_s:
+                request.times.first_read_s = self._clock()
+            num_landed = receiver.num_landed_blocks
+            pulled = await receiver.land(offer)
+            if receiver.num_landed_blocks > num_landed:
+                request.table.hold(pulled.first_block, pulled.num_blocks)
+                landed_tokens = (pulled.first_block + pulled.num_blocks) * self._block_size
+                request.num_computed_tokens = min(landed_tokens, request.num_prompt_tokens)
+                request.table.publish(
+                    request.names[: request.num_computed_tokens // self._block_size]
+                )
+            link.stream.try_send(pulled)
+        request.times.landed_s = self._clock()
+
+    async def _take_first_token(
+        self,
+        request: DecodeRequest,
+        receiver: HandoffReceiver,
+        inbox: HandoffInbox,
+        landing: asyncio.Task[None],
+        link: PeerLink,
+    ) -> None:
+        done = await inbox.done
+        if not receiver.done(done):
+            return
+        request.times.prefill_worker = link.worker_id
+        request.times.prefill_queue_s = done.queue_s
+        request.times.prefill_s = done.prefill_s
+        request.num_cached_tokens = max(request.num_cached_tokens, done.cached_tokens)
+        if request.num_output_tokens == 0:  # else an earlier worker gave it: the same, by its seed
+            request.take(done.first_token)
+        if request.finished.done():
+            landing.cancel()
+
+
+def _severity(error: PeerFault | Refused) -> int:
+    """Of several failures, which one says most: corrupt KV, then a refusal, then a loss."""
+    if error.reason is Reason.KV_INTEGRITY:
+        return 2
+    return int(isinstance(error, Refused))

@@ -1,0 +1,112 @@
+"""Where a request waits until its blocks are promised; nothing is asked of prefill before."""
+
+import asyncio
+from collections import deque
+
+from decode_worker.requests import Clock, DecodeRequest
+from pdserve.domain.errors import Reason, Refused
+from pdserve.engine.block_pool import BlockPool
+from pdserve.engine.step_table import StepTable
+
+
+class Intake:
+    """First come, first served; the worst case of blocks is reserved, so decode never runs out.
+
+    A request holds its place from `admit` to `leave`.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        max_num_requests: int,
+        max_num_waiting: int,
+        queue_s: float,
+        clock: Clock,
+    ) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._max_num_requests = max_num_requests
+        self._max_num_waiting = max_num_waiting
+        self._queue_s = queue_s
+        self._clock = clock
+        self._waiting: deque[tuple[DecodeRequest, asyncio.Future[None]]] = deque()
+        self.num_admitted = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_waiting_prompt_tokens(self) -> int:
+        return sum(request.num_prompt_tokens for request, _ in self._waiting)
+
+    async def admit(self, request: DecodeRequest) -> None:
+        """Reserve `request.table`, waiting for room; raises `Refused` when there is none."""
+        num_blocks = self._num_blocks(request)
+        if num_blocks > self._pool.num_blocks:
+            raise Refused(
+                f"the request needs {num_blocks} KV blocks; this worker has {self._pool.num_blocks}"
+            )
+        if not self._waiting and self._try_reserve(request):
+            return
+        if len(self._waiting) >= self._max_num_waiting:
+            raise Refused(
+                f"the decode queue holds {len(self._waiting)} requests",
+                retry_after_s=1.0,
+            )
+        await self._wait(request)
+
+    def leave(self, request: DecodeRequest) -> None:
+        """Give back the place and the blocks (after the running step, if they are in it)."""
+        assert request.table is not None
+        self.num_admitted -= 1
+        request.table.release()
+        self._admit_waiting()
+
+    async def _wait(self, request: DecodeRequest) -> None:
+        admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (request, admitted)
+        self._waiting.append(entry)
+        try:
+            async with asyncio.timeout(self._queue_s):
+                await admitted
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if request.table is not None:  # admitted and given up in the same turn
+                self.leave(request)
+            elif entry in self._waiting:
+                self._waiting.remove(entry)
+                self._admit_waiting()  # whoever stood behind may fit
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            raise Refused(
+                f"no KV blocks came free within {self._queue_s:g} s", reason=Reason.QUEUE_TIMEOUT
+            ) from None
+
+    def _num_blocks(self, request: DecodeRequest) -> int:
+        return -(-request.max_num_kv_tokens // self._block_size)
+
+    def _try_reserve(self, request: DecodeRequest) -> bool:
+        if self.num_admitted >= self._max_num_requests:
+            return False
+        # The last token is always computed, for its logits.
+        reusable = request.names[: (request.num_prompt_tokens - 1) // self._block_size]
+        table = self._pool.reserve(self._num_blocks(request), reusable)
+        if table is None:
+            return False
+        self.num_admitted += 1
+        request.table = StepTable(table, self._admit_waiting)
+        request.num_computed_tokens = table.num_cached_blocks * self._block_size
+        request.num_cached_tokens = request.num_computed_tokens
+        request.times.reserved_s = self._clock()
+        return True
+
+    def _admit_waiting(self) -> None:
+        while self._waiting:
+            request, admitted = self._waiting[0]
+            if not admitted.cancelled():
+                if not self._try_reserve(request):
+                    return
+                admitted.set_result(None)
+            self._waiting.popleft()

@@ -1,0 +1,211 @@
+"""One stream for each router: every request it carries is a task of that stream."""
+
+import asyncio
+
+import structlog
+
+from decode_worker.decode_loop import DecodeLoop
+from decode_worker.handoff import Handoffs
+from decode_worker.intake import Intake
+from decode_worker.requests import Clock, DecodeRequest
+from decode_worker.stream import Answer, RouterOutbox
+from pdserve.domain.errors import LocalFault, PdserveError, PeerFault, Reason
+from pdserve.domain.ids import PROTOCOL_VERSION, RequestId
+from pdserve.domain.messages import Cancel, PeerHello, Submit, WorkerLoad
+from pdserve.domain.prefix import hash_full_blocks
+from pdserve.domain.tokens import Failed
+from pdserve.engine.block_pool import BlockPool
+from pdserve.engine.contract import EngineSpec
+from pdserve.engine.tokenizer import Tokenizer
+from pdserve.rpc.links import DecodeServerLink
+from pdserve.rpc.streams import iterate
+
+log = structlog.get_logger(__name__)
+
+
+class DecodeService:
+    """Owns requests from submission to their one end.
+
+    Whatever ends a request (its last token, a cancel, its deadline, a fault, the loss of the
+    router) ends its task, and the task gives back everything on its way out.
+    """
+
+    def __init__(
+        self,
+        *,
+        hello: PeerHello,
+        spec: EngineSpec,
+        tokenizer: Tokenizer,
+        pool: BlockPool,
+        intake: Intake,
+        handoffs: Handoffs,
+        decode_loop: DecodeLoop,
+        max_local_prefill_tokens: int,
+        clock: Clock,
+    ) -> None:
+        self._hello = hello
+        self._spec = spec
+        self._tokenizer = tokenizer
+        self._pool = pool
+        self._intake = intake
+        self._handoffs = handoffs
+        self._decode_loop = decode_loop
+        self._max_local_prefill_tokens = max_local_prefill_tokens
+        self._clock = clock
+        self._num_requests = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.is_draining = False
+
+    def load(self, sequence: int) -> WorkerLoad:
+        return WorkerLoad(
+            sequence=sequence,
+            num_waiting=self._intake.num_waiting,
+            num_running=self._num_requests - self._intake.num_waiting,
+            waiting_prompt_tokens=self._intake.num_waiting_prompt_tokens,
+            running_context_tokens=self._decode_loop.num_context_tokens,
+            kv=self._pool.usage(),
+            is_draining=self.is_draining,
+            num_steps=self._decode_loop.num_steps,
+            num_tokens=self._decode_loop.num_tokens,
+            transferred_bytes=self._handoffs.num_bytes,
+            num_corrupt_blocks=self._handoffs.num_corrupt_blocks,
+        )
+
+    async def wait_idle(self) -> None:
+        """Until no request is left."""
+        await self._idle.wait()
+
+    async def handle(self, stream: DecodeServerLink) -> None:
+        """Serve one router until its stream ends, and then end all that it had here."""
+        first = await stream.receive()
+        if not isinstance(first, PeerHello) or first.protocol_version != PROTOCOL_VERSION:
+            raise PeerFault("protocol versions differ", reason=Reason.INCOMPATIBLE_PEER)
+        await stream.send(self._hello)
+        log.info("router.linked", router_id=first.peer_id, epoch=first.epoch)
+        router = _RouterRequests(self, RouterOutbox(stream))
+        try:
+            await router.serve(stream)
+        finally:
+            log.info("router.unlinked", router_id=first.peer_id, epoch=first.epoch)
+
+    async def run(self, submit: Submit, outbox: RouterOutbox) -> None:
+        """One request, from here to its end; exactly one ending is sent, unless cancelled."""
+        request = self._new_request(submit, outbox)
+        failure: Failed | None = None
+        self._num_requests += 1
+        self._idle.clear()
+        try:
+            async with asyncio.timeout(submit.deadline_s):
+                await self._serve(request, self._clock() + submit.deadline_s)
+        except TimeoutError:
+            failure = Failed(
+                reason=Reason.DEADLINE,
+                message=f"the deadline passed after {request.num_output_tokens} tokens",
+            )
+        except PdserveError as error:
+            failure = Failed.of(error)
+        except Exception as error:
+            log.error("request.crashed", request_id=submit.request_id, exc_info=error)
+            failure = Failed.of(LocalFault("internal error at the decode worker"))
+        finally:
+            self._num_requests -= 1
+            if self._num_requests == 0:
+                self._idle.set()
+        if failure is None:
+            request.complete(self._hello.peer_id)
+        else:
+            request.fail(failure)
+
+    def _new_request(self, submit: Submit, outbox: RouterOutbox) -> DecodeRequest:
+        return DecodeRequest(
+            submit,
+            answer=Answer(
+                submit.sampling,
+                eos_token_ids=self._spec.eos_token_ids,
+                detokenizer=self._tokenizer.detokenizer(),
+            ),
+            outbox=outbox,
+            names=hash_full_blocks(submit.prompt_token_ids, self._spec.layout.block_size),
+            clock=self._clock,
+        )
+
+    async def _serve(self, request: DecodeRequest, expires_at_s: float) -> None:
+        await self._intake.admit(request)
+        try:
+            if not self._reads_here(request):
+                is_read = await self._handoffs.fetch(request, expires_at_s)
+                log.debug("prompt.read", request_id=request.submit.request_id, elsewhere=is_read)
+            if request.finished.done():
+                return
+            self._decode_loop.join(request)
+            try:
+                await request.finished
+            finally:
+                self._decode_loop.leave(request)
+        finally:
+            self._publish(request)
+            self._intake.leave(request)
+
+    def _reads_here(self, request: DecodeRequest) -> bool:
+        """No prefill worker is offered, or this worker's cache leaves hardly anything to read."""
+        num_left = request.num_prompt_tokens - request.num_computed_tokens
+        is_mostly_cached = request.num_computed_tokens > 0 and (
+            num_left <= self._max_local_prefill_tokens
+        )
+        return is_mostly_cached or not request.submit.prefill_targets
+
+    def _publish(self, request: DecodeRequest) -> None:
+        """Let later requests find the prompt's blocks that have their KV."""
+        assert request.table is not None
+        num_blocks = request.num_computed_tokens // self._spec.layout.block_size
+        request.table.publish(request.names[:num_blocks])
+
+
+class _RouterRequests:
+    """The requests of one router's stream, by name."""
+
+    def __init__(self, service: DecodeService, outbox: RouterOutbox) -> None:
+        self._service = service
+        self._outbox = outbox
+        self._tasks: dict[RequestId, tuple[int, asyncio.Task[None]]] = {}
+
+    async def serve(self, stream: DecodeServerLink) -> None:
+        async with asyncio.TaskGroup() as group:
+            watch = group.create_task(self._close_if_stuck(stream))
+            async for message in iterate(stream):
+                match message:
+                    case Submit():
+                        self._submit(group, message)
+                    case Cancel():
+                        self._cancel(message.request_id, message.attempt)
+                    case PeerHello():
+                        log.warning("peer.violated", peer=stream.peer, why="a second hello")
+            watch.cancel()
+            for _, task in self._tasks.values():
+                task.cancel()
+
+    async def _close_if_stuck(self, stream: DecodeServerLink) -> None:
+        await self._outbox.is_stuck.wait()
+        log.warning("router.stuck", peer=stream.peer)
+        await stream.close()
+
+    def _submit(self, group: asyncio.TaskGroup, submit: Submit) -> None:
+        known = self._tasks.get(submit.request_id)
+        if known is not None and known[0] >= submit.attempt:
+            log.warning("submit.dropped", request_id=submit.request_id, attempt=submit.attempt)
+            return
+        if known is not None:
+            known[1].cancel()
+        task = group.create_task(self._service.run(submit, self._outbox))
+        self._tasks[submit.request_id] = (submit.attempt, task)
+        task.add_done_callback(lambda done: self._forget(submit, done))
+
+    def _cancel(self, request_id: RequestId, attempt: int) -> None:
+        known = self._tasks.get(request_id)
+        if known is not None and known[0] <= attempt:
+            known[1].cancel()
+
+    def _forget(self, submit: Submit, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(submit.request_id) == (submit.attempt, task):
+            del self._tasks[submit.request_id]

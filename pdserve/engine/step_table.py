@@ -1,0 +1,63 @@
+"""A block table that outlives the step it is in."""
+
+from collections.abc import Callable, Sequence
+
+from pdserve.domain.ids import BlockId
+from pdserve.engine.block_pool import BlockTable
+
+
+class StepTable:
+    """One request's blocks, while engine steps read and write them.
+
+    A request can end in the middle of a step. Its blocks then go back only when the step is over:
+    given away earlier, they could take another request's KV, which the step would write over.
+    """
+
+    __slots__ = ("_is_in_step", "_is_released", "_on_released", "_table")
+
+    def __init__(self, table: BlockTable, on_released: Callable[[], None]) -> None:
+        self._table = table
+        self._on_released = on_released
+        self._is_in_step = False
+        self._is_released = False
+
+    @property
+    def block_ids(self) -> tuple[BlockId, ...]:
+        return self._table.block_ids
+
+    @property
+    def num_cached_blocks(self) -> int:
+        return self._table.num_cached_blocks
+
+    def hold(self, first: int, count: int) -> None:
+        self._table.hold(first, count)
+
+    def pin(self, first: int, count: int) -> None:
+        self._table.pin(first, count)
+
+    def unpin(self, first: int, count: int) -> None:
+        self._table.unpin(first, count)
+
+    def publish(self, names: Sequence[bytes]) -> None:
+        self._table.publish(names)
+
+    def enter_step(self) -> None:
+        assert not self._is_released, "a step on blocks that are given back"
+        self._is_in_step = True
+
+    def leave_step(self) -> None:
+        self._is_in_step = False
+        if self._is_released:
+            self._give_back()
+
+    def release(self) -> None:
+        """Give all blocks back, at once or after the running step; safe to call twice."""
+        if self._is_released:
+            return
+        self._is_released = True
+        if not self._is_in_step:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self._table.release()
+        self._on_released()

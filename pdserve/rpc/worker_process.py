@@ -1,0 +1,100 @@
+"""What prefill and decode workers do alike around their service."""
+
+import asyncio
+import contextlib
+import os
+import random
+import secrets
+from collections.abc import AsyncIterator, Callable
+
+from pdserve.config.processes import WorkerSettings
+from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, WorkerId
+from pdserve.domain.latency import StepCoefficients
+from pdserve.domain.messages import Role, WorkerHello, WorkerLoad
+from pdserve.engine.contract import EngineSpec
+from pdserve.rpc.registration import Registration
+
+
+def draw_epoch() -> Epoch:
+    return Epoch(secrets.randbits(63))
+
+
+def pin_to_cpus(cpus: tuple[int, ...]) -> None:
+    """Run on these CPUs only, where the system can do that; none means all."""
+    if cpus and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cpus)
+
+
+def worker_hello(
+    settings: WorkerSettings,
+    spec: EngineSpec,
+    coefficients: StepCoefficients,
+    *,
+    epoch: Epoch,
+    address: str,
+) -> WorkerHello:
+    return WorkerHello(
+        worker_id=WorkerId(settings.worker_id),
+        role=Role(settings.role),
+        epoch=epoch,
+        protocol_version=PROTOCOL_VERSION,
+        address=address,
+        pid=os.getpid(),
+        model_name=spec.model_name,
+        model_hash=spec.model_hash,
+        layout_hash=spec.layout.digest(),
+        tokenizer_hash=spec.tokenizer_hash,
+        max_context_tokens=spec.max_context_tokens,
+        vocab_size=spec.vocab_size,
+        block_size=spec.layout.block_size,
+        num_blocks=settings.engine.num_blocks,
+        block_bytes=spec.layout.block_bytes,
+        max_num_requests=settings.max_num_requests,
+        engine=spec.kind,
+        coefficients=coefficients,
+    )
+
+
+@contextlib.asynccontextmanager
+async def registered(
+    settings: WorkerSettings, hello: WorkerHello, load: Callable[[int], WorkerLoad]
+) -> AsyncIterator[None]:
+    """Stay registered with every router of the settings for as long as the block runs.
+
+    `load` is given a sequence number that only grows.
+    """
+    sequence = 0
+
+    def next_load() -> WorkerLoad:
+        nonlocal sequence
+        sequence += 1
+        return load(sequence)
+
+    rng = random.Random(hello.epoch)
+    tasks = [
+        asyncio.create_task(Registration(address, hello, next_load, settings.timers, rng).run())
+        for address in settings.routers
+    ]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def run_until(stop: asyncio.Event, work: asyncio.Task[None]) -> None:
+    """Wait for `stop`; if `work`, which never ends by itself, fails before, raise its error."""
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([stopped, work], return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            work.result()
+    finally:
+        stopped.cancel()
+
+
+async def end_task(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait until it is over, whatever its outcome."""
+    task.cancel()
+    await asyncio.wait([task])

@@ -1,0 +1,235 @@
+"""The loop that reads prompts: admit, plan, step, settle."""
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from kvtransfer.sender import HandoffSender, SenderTable
+from kvtransfer.session import Event
+from pdserve.domain.errors import Reason
+from pdserve.domain.ids import HandoffId
+from pdserve.domain.latency import StepCoefficients
+from pdserve.domain.messages import HandoffFailed, PrefillDone, WorkerLoad
+from pdserve.domain.tokens import Failed, SampledToken
+from pdserve.engine.block_pool import BlockPool
+from pdserve.engine.contract import Engine, StepBatch
+from pdserve.engine.step_table import StepTable
+from pdserve.rpc.links import PrefillServerLink
+from prefill_worker.batching import chunk_step, plan_chunks
+from prefill_worker.queue import PrefillQueue, PrefillRequest
+
+log = structlog.get_logger(__name__)
+
+Clock = Callable[[], float]
+
+
+class PrefillLoop:
+    """Owns the queue, the active prompts and, through `senders`, every block that is offered.
+
+    A request is in one place at a time: in the queue, active (blocks reserved, being read), or
+    only in `senders` (read; its blocks wait to be pulled).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        pool: BlockPool,
+        *,
+        coefficients: StepCoefficients,
+        max_step_tokens: int,
+        max_num_active: int,
+        max_num_waiting: int,
+        lease_s: float,
+        clock: Clock,
+    ) -> None:
+        self.queue = PrefillQueue(max_num_waiting)
+        self.senders: SenderTable[PrefillServerLink] = SenderTable()
+        self._engine = engine
+        self._pool = pool
+        self._coefficients = coefficients
+        self._max_step_tokens = max_step_tokens
+        self._max_num_active = max_num_active
+        self._lease_s = lease_s
+        self._clock = clock
+        self._active: list[PrefillRequest] = []
+        self._work = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._num_steps = 0
+        self._num_tokens = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing waits, is read or is offered."""
+        return not (len(self.queue) or self._active or len(self.senders))
+
+    async def wait_idle(self) -> None:
+        """Until nothing waits, is read or is offered."""
+        while not self.is_idle:
+            self._idle.clear()
+            await self._idle.wait()
+
+    def load(self, sequence: int, *, is_draining: bool) -> WorkerLoad:
+        return WorkerLoad(
+            sequence=sequence,
+            num_waiting=len(self.queue),
+            num_running=len(self._active),
+            waiting_prompt_tokens=self.queue.num_tokens
+            + sum(request.num_tokens_left for request in self._active),
+            running_context_tokens=sum(request.num_computed_tokens for request in self._active),
+            kv=self._pool.usage(),
+            is_draining=is_draining,
+            num_steps=self._num_steps,
+            num_tokens=self._num_tokens,
+        )
+
+    def drain_time_s(self) -> float:
+        """How long what waits will take to read: the retry advice of a refusal."""
+        return self._coefficients.prefill_s(0, self.queue.num_tokens, self._max_step_tokens)
+
+    def submit(self, request: PrefillRequest) -> bool:
+        """Queue a request; False when the queue is full."""
+        is_queued = self.queue.push(request)
+        self._work.set()
+        return is_queued
+
+    def end(self, peer: PrefillServerLink, handoff: HandoffId) -> None:
+        """The decode worker needs nothing more of this handoff, wherever it is."""
+        self.queue.remove(peer, handoff)
+        self.senders.end(peer, handoff, Event.END)
+        self._work.set()
+
+    def end_peer(self, peer: PrefillServerLink) -> None:
+        """The stream is gone: forget all it asked for."""
+        for request in [request for request in self.queue if request.peer is peer]:
+            self.queue.remove(peer, request.handoff)
+        self.senders.end_peer(peer)
+        self._work.set()
+
+    async def run(self) -> None:
+        """Read prompts until cancelled."""
+        while True:
+            self._expire()
+            self._active = [request for request in self._active if not _is_over(request)]
+            self._admit()
+            plan = plan_chunks(self._active, self._max_step_tokens)
+            if plan:
+                await self._step(plan)
+            else:
+                await self._wait_for_work()
+
+    def _expire(self) -> None:
+        now_s = self._clock()
+        for request in [request for request in self.queue if request.expires_at_s <= now_s]:
+            self.queue.remove(request.peer, request.handoff)
+            self._tell_failed(request, Reason.DEADLINE, "the deadline passed in the prefill queue")
+        for _, handoff in self.senders.expire(now_s):
+            log.warning("lease.expired", request_id=handoff.request_id, attempt=handoff.attempt)
+
+    def _admit(self) -> None:
+        """Reserve blocks for the most urgent requests; the first that does not fit waits."""
+        while len(self._active) < self._max_num_active and (request := self.queue.peek()):
+            block_size = self._engine.spec.layout.block_size
+            num_blocks = self._engine.spec.layout.num_blocks_for(request.num_tokens)
+            # The last token is always computed, for its logits.
+            reusable = request.names[: (request.num_tokens - 1) // block_size]
+            table = self._pool.reserve(num_blocks, reusable)
+            if table is None:
+                return
+            self.queue.remove(request.peer, request.handoff)
+            table.hold(table.num_cached_blocks, num_blocks - table.num_cached_blocks)
+            now_s = self._clock()
+            request.table = StepTable(table, self._work.set)
+            request.sender = HandoffSender(
+                request.start,
+                block_table=request.table,
+                memory=self._engine.kv,
+                lease_s=self._lease_s,
+                now_s=now_s,
+            )
+            self.senders.add(request.peer, request.sender)
+            request.started_s = now_s
+            request.num_cached_tokens = table.num_cached_blocks * block_size
+            request.num_computed_tokens = request.num_cached_tokens
+            self._active.append(request)
+            self._offer(request)
+
+    async def _step(self, plan: list[tuple[PrefillRequest, int]]) -> None:
+        batch = StepBatch(tuple(chunk_step(request, count) for request, count in plan))
+        tables = [request.table for request, _ in plan if request.table is not None]
+        for table in tables:
+            table.enter_step()
+        try:
+            result = await self._engine.step(batch)
+        except Exception as error:
+            log.error("step.failed", num_requests=len(plan), exc_info=error)
+            for request, _ in plan:
+                self._fail(request)
+            return
+        finally:
+            for table in tables:
+                table.leave_step()
+        self._num_steps += 1
+        for (request, count), sampled in zip(plan, result.sampled, strict=True):
+            self._num_tokens += count
+            self._settle(request, count, sampled)
+
+    def _settle(self, request: PrefillRequest, count: int, sampled: SampledToken | None) -> None:
+        if _is_over(request):
+            return
+        assert request.table is not None
+        assert request.sender is not None
+        request.num_computed_tokens += count
+        block_size = self._engine.spec.layout.block_size
+        request.table.publish(request.names[: request.num_computed_tokens // block_size])
+        if sampled is not None and request.sender.sampled():
+            now_s = self._clock()
+            done = PrefillDone(
+                handoff=request.handoff,
+                first_token=sampled,
+                queue_s=request.started_s - request.arrived_s,
+                prefill_s=now_s - request.started_s,
+                cached_tokens=request.num_cached_tokens,
+            )
+            # First, so that the client has it before the last blocks are even described.
+            self._send(request, done)
+            self._active.remove(request)
+        self._offer(request)
+
+    def _offer(self, request: PrefillRequest) -> None:
+        assert request.sender is not None
+        is_last = request.num_tokens_left == 0
+        offer = request.sender.offer(request.num_computed_tokens, is_last=is_last)
+        if offer is not None:
+            self._send(request, offer)
+
+    def _send(self, request: PrefillRequest, message: object) -> None:
+        if not request.peer.try_send(message):  # type: ignore[arg-type]
+            # Too far behind, or gone: its stream ends, and with it all it asked for.
+            self.end_peer(request.peer)
+
+    def _fail(self, request: PrefillRequest) -> None:
+        self.senders.end(request.peer, request.handoff, Event.FAIL)
+        self._tell_failed(request, Reason.INTERNAL, "the engine failed on this batch")
+
+    def _tell_failed(self, request: PrefillRequest, reason: Reason, message: str) -> None:
+        failure = Failed(reason=reason, message=message)
+        self._send(request, HandoffFailed(handoff=request.handoff, failure=failure))
+
+    async def _wait_for_work(self) -> None:
+        """Until something arrives, ends, or runs out of time."""
+        ends_s = [request.expires_at_s for request in self.queue]
+        if (lease_s := self.senders.next_expiry_s()) is not None:
+            ends_s.append(lease_s)
+        if self.is_idle:
+            self._idle.set()
+        self._work.clear()
+        try:
+            async with asyncio.timeout_at(min(ends_s, default=None)):
+                await self._work.wait()
+        except TimeoutError:
+            return
+
+
+def _is_over(request: PrefillRequest) -> bool:
+    return request.sender is not None and request.sender.is_over

@@ -1,0 +1,136 @@
+"""One stream for each decode worker: hello, then handoffs as they come."""
+
+import structlog
+
+from kvtransfer.sender import check_start
+from kvtransfer.session import Event, ProtocolViolation
+from pdserve.domain.errors import PeerFault, Reason
+from pdserve.domain.ids import PROTOCOL_VERSION
+from pdserve.domain.messages import (
+    BlocksPulled,
+    DecodeToPrefill,
+    EndHandoff,
+    HandoffHello,
+    HandoffRefused,
+    RenewLeases,
+    StartHandoff,
+)
+from pdserve.domain.prefix import hash_full_blocks
+from pdserve.domain.tokens import Failed
+from pdserve.engine.contract import EngineSpec
+from pdserve.rpc.links import PrefillServerLink
+from pdserve.rpc.streams import iterate
+from prefill_worker.prefill_loop import Clock, PrefillLoop
+from prefill_worker.queue import PrefillRequest
+
+log = structlog.get_logger(__name__)
+
+
+class PrefillService:
+    """Turns messages into calls of the loop. A bad message ends its handoff, never the process."""
+
+    def __init__(
+        self,
+        loop: PrefillLoop,
+        hello: HandoffHello,
+        spec: EngineSpec,
+        *,
+        num_blocks: int,
+        queue_s: float,
+        clock: Clock,
+    ) -> None:
+        self._loop = loop
+        self._hello = hello
+        self._spec = spec
+        self._num_blocks = num_blocks
+        self._queue_s = queue_s
+        self._clock = clock
+        self.is_draining = False
+
+    async def handle(self, stream: PrefillServerLink) -> None:
+        """Serve one decode worker until its stream ends."""
+        first = await stream.receive()
+        if not isinstance(first, HandoffHello) or not self._is_compatible(first):
+            raise PeerFault(
+                "protocol version, model or KV layout differ", reason=Reason.INCOMPATIBLE_PEER
+            )
+        await stream.send(self._hello)
+        log.info("decode_worker.joined", worker_id=first.worker_id, epoch=first.epoch)
+        try:
+            async for message in iterate(stream):
+                self._take(stream, message)
+        finally:
+            self._loop.end_peer(stream)
+            log.info("decode_worker.left", worker_id=first.worker_id, epoch=first.epoch)
+
+    def _is_compatible(self, hello: HandoffHello) -> bool:
+        return (
+            hello.protocol_version == PROTOCOL_VERSION
+            and hello.model_hash == self._hello.model_hash
+            and hello.layout_hash == self._hello.layout_hash
+        )
+
+    def _take(self, stream: PrefillServerLink, message: DecodeToPrefill) -> None:
+        senders = self._loop.senders
+        match message:
+            case StartHandoff():
+                self._start(stream, message)
+            case BlocksPulled():
+                if (sender := senders.get(stream, message.handoff)) is None:
+                    return
+                try:
+                    sender.pulled(message)
+                except ProtocolViolation as violation:
+                    log.warning("peer.violated", peer=stream.peer, why=violation.message)
+                    senders.end(stream, message.handoff, Event.FAIL)
+            case RenewLeases():
+                now_s = self._clock()
+                for handoff in message.handoffs:
+                    if sender := senders.get(stream, handoff):
+                        sender.renew(now_s)
+            case EndHandoff():
+                self._loop.end(stream, message.handoff)
+            case HandoffHello():
+                log.warning("peer.violated", peer=stream.peer, why="a second hello")
+
+    def _start(self, stream: PrefillServerLink, start: StartHandoff) -> None:
+        key = (stream, start.handoff)
+        if key in self._loop.queue or self._loop.senders.is_known(*key):
+            log.warning("peer.violated", peer=stream.peer, why="a handoff started twice")
+            return
+        if (failure := self._refusal(start)) is None:
+            now_s = self._clock()
+            expires_at_s = now_s + start.deadline_s
+            request = PrefillRequest(
+                start=start,
+                peer=stream,
+                arrived_s=now_s,
+                expires_at_s=expires_at_s,
+                urgent_at_s=min(expires_at_s, now_s + self._queue_s),
+                names=hash_full_blocks(start.prompt_token_ids, self._spec.layout.block_size),
+            )
+            if self._loop.submit(request):
+                return
+            failure = Failed(
+                reason=Reason.OVERLOADED,
+                message=f"the prefill queue holds {len(self._loop.queue)} requests",
+                retry_after_s=self._loop.drain_time_s(),
+            )
+        stream.try_send(HandoffRefused(handoff=start.handoff, failure=failure))
+
+    def _refusal(self, start: StartHandoff) -> Failed | None:
+        """Why this prompt cannot be read here, whatever the load."""
+        if self.is_draining:
+            return Failed(reason=Reason.DRAINING, message="the prefill worker is draining")
+        try:
+            num_blocks = check_start(start, self._spec.layout.block_size)
+        except ProtocolViolation as violation:
+            return Failed(reason=Reason.INTERNAL, message=violation.message)
+        if any(token_id >= self._spec.vocab_size for token_id in start.prompt_token_ids):
+            return Failed(reason=Reason.INVALID_FIELD, message="a token id beyond the vocabulary")
+        if num_blocks > self._num_blocks:
+            return Failed(
+                reason=Reason.OVERLOADED,
+                message=f"the prompt needs {num_blocks} KV blocks of {self._num_blocks}",
+            )
+        return None
