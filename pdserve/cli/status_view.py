@@ -61,6 +61,8 @@ def render_state(state: ClusterState) -> Group:
         f"requests: {state.num_in_flight} in flight, {state.num_completed} completed, "
         f"{state.num_failed} failed, {state.num_cancelled} cancelled, {state.num_refused} refused",
     ]
+    if not state.workers:
+        return Group(*lines, "no worker is registered")
     return Group(*lines, _worker_table(state.workers))
 
 

@@ -12,6 +12,7 @@ from pdserve.domain.errors import (
     ERROR_DOMAIN,
     BadRequest,
     FieldViolation,
+    LocalFault,
     PdserveError,
     Reason,
     Refused,
@@ -98,7 +99,10 @@ def _error_from_code(error: grpc.aio.AioRpcError, address: str) -> PdserveError:
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return BadRequest("the request is larger than the server takes in one message")
         case grpc.StatusCode.UNIMPLEMENTED:
-            return ClusterUnreachable(f"{address}: the server there is not this pdserve service")
+            return LocalFault(
+                f"{address}: the server there lacks this service; requests go to the router's "
+                "public port, `pdserve status` to its internal one"
+            )
         case code:
             return PdserveError(f"{address}: the call failed with status {code.name}")
 
