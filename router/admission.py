@@ -31,8 +31,12 @@ def check_label(label: str) -> None:
     """Raise `BadRequest` unless the request id is safe in logs and headers."""
     if len(label) > MAX_LABEL_CHARS:
         _refuse("request_id", f"must have at most {MAX_LABEL_CHARS} characters; got {len(label)}")
-    if not all("!" <= character <= "~" for character in label):
+    if not is_safe_label(label):
         _refuse("request_id", "must be printable ASCII without spaces")
+
+
+def is_safe_label(label: str) -> bool:
+    return len(label) <= MAX_LABEL_CHARS and all("!" <= character <= "~" for character in label)
 
 
 def check_token_ids(

@@ -41,11 +41,13 @@ class Inbox:
     def __init__(
         self,
         *,
+        max_answer_tokens: int,
         max_num_tokens: int,
         watch: Callable[[RequestOutput], None] = lambda output: None,
         on_overflow: Callable[[], None] = lambda: None,
     ) -> None:
         self.num_stale = 0
+        self._max_answer_tokens = max_answer_tokens
         self._max_num_tokens = max_num_tokens
         self._watch = watch
         self._on_overflow = on_overflow
@@ -58,12 +60,18 @@ class Inbox:
         self._has_news = asyncio.Event()
 
     def put(self, output: RequestOutput) -> None:
-        """Add what continues the answer; drop and count what repeats it; a gap is the fault."""
+        """Add what continues the answer; drop and count what repeats it.
+
+        A gap, or more tokens than were asked for, is the worker's fault and ends the attempt.
+        """
         if self._is_closed or output.first_index < self._next_index:
             self.num_stale += 1
             return
         if output.first_index > self._next_index:
             self.fail(WorkerLost("a decode worker left out tokens"))
+            return
+        if self._next_index + len(output.tokens) > self._max_answer_tokens:
+            self.fail(WorkerLost("a decode worker sent more tokens than asked for"))
             return
         self._watch(output)
         self._next_index += len(output.tokens)

@@ -20,7 +20,6 @@ from pdserve.domain.errors import (
     PeerFault,
     Reason,
     Refused,
-    WorkerLost,
 )
 from pdserve.domain.ids import AttemptId, RequestId, WorkerId
 from pdserve.domain.messages import PrefillTarget, RequestOutput, Submit
@@ -259,6 +258,7 @@ class Dispatcher:
         attempt_id = AttemptId(record.request_id, attempt)
         link = self._links[pair.decode.hello.worker_id]
         inbox = Inbox(
+            max_answer_tokens=record.sampling.max_tokens,
             max_num_tokens=self._limits.max_num_buffered_tokens,
             watch=lambda output: self._account(attempt_id, output),
             on_overflow=lambda: record.stop(slow_consumer(self._limits.max_num_buffered_tokens)),
@@ -311,12 +311,10 @@ class Dispatcher:
     async def _pass_on(self, record: Record, output: RequestOutput) -> None:
         if not output.tokens and not output.text:
             return
-        if record.num_delivered + len(output.tokens) > record.sampling.max_tokens:
-            raise WorkerLost("a decode worker sent more tokens than asked for")
-        await record.send(
-            Chunk(first_index=record.num_delivered, tokens=output.tokens, text=output.text)
-        )
+        chunk = Chunk(first_index=record.num_delivered, tokens=output.tokens, text=output.text)
+        # Counted before it is sent: what may have reached the client is never sent again.
         record.num_delivered += len(output.tokens)
+        await record.send(chunk)
         if record.first_token_s is None:
             record.first_token_s = self._clock()
 

@@ -1,11 +1,14 @@
 """The public gRPC service: protobuf to the router's values and back, nothing else."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError, Message
 
-from pdserve.domain.errors import PdserveError, Reason
+from pdserve.domain.errors import BadRequest, FieldViolation, PdserveError, Reason
 from pdserve.domain.tokens import SampledToken
 from pdserve.rpc.codec import (
     FINISH_TO_PROTO,
@@ -16,17 +19,20 @@ from pdserve.rpc.codec import (
 from pdserve.rpc.errors import abort
 from pdserve.rpc.links import AddService
 from pdserve.v1 import inference_pb2 as pb
-from pdserve.v1 import inference_pb2_grpc, types_pb2
+from pdserve.v1 import types_pb2
+from router.admission import is_safe_label
 from router.dispatch import Dispatcher
 from router.requests import Chunk, Finished, GenerateCall
 
 SETTLE_S = 5.0
 """How long a client that was too slow may take to make room for the error."""
 
+SERVICE_NAME = "pdserve.v1.Inference"
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class InferenceService(inference_pb2_grpc.InferenceServicer):
+class InferenceService:
     """`pdserve.v1.Inference`."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
@@ -89,14 +95,54 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
 def inference_service(dispatcher: Dispatcher) -> AddService:
     """Serve `Inference` with `dispatcher`."""
+    service = InferenceService(dispatcher)
+    handlers = {
+        "Generate": grpc.unary_stream_rpc_method_handler(
+            _checked(service.Generate),
+            request_deserializer=_lenient(pb.GenerateRequest),
+            response_serializer=pb.GenerateChunk.SerializeToString,
+        ),
+        "Complete": grpc.unary_unary_rpc_method_handler(
+            _checked(service.Complete),
+            request_deserializer=_lenient(pb.GenerateRequest),
+            response_serializer=pb.CompleteResponse.SerializeToString,
+        ),
+        "ListModels": grpc.unary_unary_rpc_method_handler(
+            _checked(service.ListModels),
+            request_deserializer=_lenient(pb.ListModelsRequest),
+            response_serializer=pb.ListModelsResponse.SerializeToString,
+        ),
+    }
 
     def add(server: grpc.aio.Server) -> str:
-        inference_pb2_grpc.add_InferenceServicer_to_server(  # type: ignore[no-untyped-call]
-            InferenceService(dispatcher), server
+        server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)]
         )
-        return "pdserve.v1.Inference"
+        return SERVICE_NAME
 
     return add
+
+
+def _lenient(kind: type[Message]) -> Callable[[bytes], Message | None]:
+    """Parse, or None: gRPC would answer bad bytes with UNKNOWN and protobuf's own words."""
+
+    def parse(data: bytes) -> Message | None:
+        try:
+            return kind.FromString(data)
+        except DecodeError:
+            return None
+
+    return parse
+
+
+def _checked(method: Callable[[Any, Context], Awaitable[Any]]) -> Any:
+    async def checked(request: Message | None, context: Context) -> Any:
+        if request is None:
+            violation = FieldViolation("request", "must be a valid message with text in UTF-8")
+            raise BadRequest.of([violation])
+        return await method(request, context)
+
+    return checked
 
 
 class _ChunkWriter:
@@ -120,10 +166,10 @@ class _ChunkWriter:
             text=chunk.text,
             request_id=self._take_label(),
         )
+        self.num_tokens += len(chunk.tokens)
         self._write = asyncio.create_task(self._write_message(message))
         await asyncio.shield(self._write)
         self._write = None
-        self.num_tokens += len(chunk.tokens)
 
     def last(self, finished: Finished) -> pb.GenerateChunk:
         """The message that ends a good answer."""
@@ -189,6 +235,5 @@ def _finished_to_proto(finished: Finished) -> pb.Finished:
 
 
 def _metadata(label: str, num_tokens: int) -> dict[str, str]:
-    # A label that was refused for its characters is not sent back.
-    shown = label if label.isascii() and label.isprintable() else ""
-    return {"request_id": shown[:128], "tokens_delivered": str(num_tokens)}
+    shown = label if is_safe_label(label) else ""
+    return {"request_id": shown, "tokens_delivered": str(num_tokens)}

@@ -1,0 +1,162 @@
+"""Pair choice against cases computed by hand.
+
+COEFFICIENTS: a step costs 10 ms, a prompt token 1 ms, a decoding request 2 ms, 100 tokens of
+context 1 ms. So a prompt of 100 tokens alone takes 110 ms, and a first decode step over it
+10 + 2 + 1 = 13 ms.
+"""
+
+from typing import Any
+
+import pytest
+
+from pdserve.domain.messages import Role
+from router.cluster_view import Assigned, Health, RequestShape
+from router.policy import HANDOFF_S, NoWorkers, Overloaded, Pair, choose_pair
+from tests.unit.router.builders import make_hello, make_load, make_view, make_worker
+
+SHAPE = RequestShape(num_prompt_tokens=100, max_tokens=10)
+
+
+def chosen(pair: Pair | NoWorkers | Overloaded) -> tuple[str, list[str]]:
+    assert isinstance(pair, Pair), pair
+    return pair.decode.hello.worker_id, [worker.hello.worker_id for worker in pair.prefill_targets]
+
+
+def test_ttft_and_step_time_of_an_idle_pair() -> None:
+    pair = choose_pair(make_view(make_worker("d0"), make_worker("p0", Role.PREFILL)), SHAPE)
+    assert isinstance(pair, Pair)
+    assert pair.ttft_s == pytest.approx(0.110 + HANDOFF_S)
+    assert pair.step_s == pytest.approx(0.013)
+    assert pair.reader.hello.worker_id == "p0"
+
+
+def test_queue_ahead_of_the_prefill_worker_counts() -> None:
+    # 600 tokens ahead are two chunks: 2 * 10 ms + 600 ms.
+    busy = Assigned(num_requests=2, num_unread_tokens=600)
+    view = make_view(make_worker("d0"), make_worker("p0", Role.PREFILL, assigned=busy))
+    pair = choose_pair(view, SHAPE)
+    assert isinstance(pair, Pair)
+    assert pair.ttft_s == pytest.approx(0.620 + 0.110 + HANDOFF_S)
+
+
+def test_prefill_targets_come_in_order_of_ttft_three_at_most() -> None:
+    view = make_view(
+        make_worker("d0"),
+        make_worker("p0", Role.PREFILL, assigned=Assigned(num_unread_tokens=300)),
+        make_worker("p1", Role.PREFILL, assigned=Assigned(num_unread_tokens=200)),
+        make_worker("p2", Role.PREFILL, assigned=Assigned(num_unread_tokens=100)),
+        make_worker("p3", Role.PREFILL),
+    )
+    assert chosen(choose_pair(view, SHAPE)) == ("d0", ["p3", "p2", "p1"])
+
+
+def test_queue_reported_by_the_worker_counts_where_it_is_longer_than_ours() -> None:
+    view = make_view(
+        make_worker("d0"),
+        make_worker("p0", Role.PREFILL, load=make_load(waiting_prompt_tokens=500)),
+        make_worker("p1", Role.PREFILL, assigned=Assigned(num_unread_tokens=400)),
+    )
+    assert chosen(choose_pair(view, SHAPE)) == ("d0", ["p1", "p0"])
+
+
+def test_decode_worker_with_the_shorter_step_wins() -> None:
+    view = make_view(
+        make_worker("d0", assigned=Assigned(num_requests=3, num_context_tokens=300)),
+        make_worker("d1", assigned=Assigned(num_requests=2, num_context_tokens=700)),
+    )
+    # d0: 10 + 4*2 + 4 = 22 ms a step; d1: 10 + 3*2 + 8 = 24 ms.
+    assert chosen(choose_pair(view, SHAPE)) == ("d0", [])
+
+
+def test_decode_worker_without_room_for_the_blocks_comes_last() -> None:
+    # 110 tokens are 7 blocks; d0 has 6 left, d1 is slower and has them.
+    view = make_view(
+        make_worker("d0", assigned=Assigned(num_blocks=94)),
+        make_worker("d1", assigned=Assigned(num_requests=5, num_context_tokens=5000)),
+    )
+    assert chosen(choose_pair(view, SHAPE)) == ("d1", [])
+
+
+def test_blocks_in_use_by_others_count() -> None:
+    view = make_view(
+        make_worker("d0", load=make_load(num_in_use=94)),
+        make_worker("d1", load=make_load(num_in_use=93, num_running=2)),
+    )
+    assert chosen(choose_pair(view, SHAPE)) == ("d1", [])
+
+
+def test_full_batch_comes_last() -> None:
+    view = make_view(
+        make_worker("d0", assigned=Assigned(num_requests=8)),
+        make_worker("d1", assigned=Assigned(num_requests=7, num_context_tokens=9000)),
+    )
+    assert chosen(choose_pair(view, SHAPE)) == ("d1", [])
+
+
+def test_worker_that_can_never_hold_the_answer_is_no_candidate() -> None:
+    view = make_view(make_worker("d0", num_blocks=6), make_worker("d1", num_blocks=7))
+    assert chosen(choose_pair(view, SHAPE)) == ("d1", [])
+    assert choose_pair(make_view(make_worker("d0", num_blocks=6)), SHAPE) == NoWorkers()
+
+
+def test_ties_go_to_the_smallest_ids() -> None:
+    view = make_view(
+        make_worker("d1"),
+        make_worker("d0"),
+        make_worker("p1", Role.PREFILL),
+        make_worker("p0", Role.PREFILL),
+    )
+    assert chosen(choose_pair(view, SHAPE)) == ("d0", ["p0", "p1"])
+
+
+def test_without_prefill_workers_the_decode_worker_reads_the_prompt() -> None:
+    pair = choose_pair(make_view(make_worker("d0")), SHAPE)
+    assert isinstance(pair, Pair)
+    assert pair.prefill_targets == ()
+    assert pair.reader is pair.decode
+    assert pair.ttft_s == pytest.approx(0.110)
+
+
+@pytest.mark.parametrize("health", [Health.SUSPECT, Health.DRAINING])
+def test_suspect_and_draining_workers_get_nothing(health: Health) -> None:
+    view = make_view(
+        make_worker("d0", health=health),
+        make_worker("d1"),
+        make_worker("p0", Role.PREFILL, health=health),
+        make_worker("p1", Role.PREFILL),
+    )
+    assert chosen(choose_pair(view, SHAPE)) == ("d1", ["p1"])
+
+
+def test_decode_worker_without_a_stream_gets_nothing() -> None:
+    assert choose_pair(make_view(make_worker("d0", is_linked=False)), SHAPE) == NoWorkers()
+
+
+@pytest.mark.parametrize("change", [{"layout_hash": b"other"}, {"model_hash": b"other"}])
+def test_prefill_worker_of_another_model_or_layout_is_never_paired(
+    change: dict[str, Any],
+) -> None:
+    view = make_view(
+        make_worker("d0"),
+        make_worker("p0", Role.PREFILL, **change),
+        make_worker("p1", Role.PREFILL, assigned=Assigned(num_unread_tokens=900)),
+    )
+    assert chosen(choose_pair(view, SHAPE)) == ("d0", ["p1"])
+
+
+def test_workers_that_failed_this_request_are_left_out_in_that_life_only() -> None:
+    d0, d1, p0 = make_worker("d0"), make_worker("d1"), make_worker("p0", Role.PREFILL)
+    excluded = frozenset({d0.life, p0.life})
+    assert chosen(choose_pair(make_view(d0, d1, p0), SHAPE, excluded=excluded)) == ("d1", [])
+    assert choose_pair(make_view(d0, p0), SHAPE, excluded=excluded) == NoWorkers()
+    reborn = make_worker("d0", epoch=make_hello().epoch + 1)
+    assert chosen(choose_pair(make_view(reborn), SHAPE, excluded=excluded)) == ("d0", [])
+
+
+def test_queue_longer_than_allowed_is_refused_with_the_time_it_needs() -> None:
+    queued = Assigned(num_unread_tokens=5120)  # 10 chunks: 5.22 s
+    view = make_view(make_worker("d0"), make_worker("p0", Role.PREFILL, assigned=queued))
+    refused = choose_pair(view, SHAPE, max_wait_s=4.0)
+    assert isinstance(refused, Overloaded)
+    assert refused.retry_after_s == pytest.approx(1.22)
+    assert isinstance(choose_pair(view, SHAPE, max_wait_s=5.3), Pair)
