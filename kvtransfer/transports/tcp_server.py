@@ -105,7 +105,7 @@ class TcpRegionServer:
             del self._new[oldest]
             oldest.cancel()
         self._num_connections += 1
-        task = connections.create_task(self._converse(sock))
+        task = connections.create_task(self._converse(sock), name="kv-tcp-connection")
         self._new[task] = None
         task.add_done_callback(lambda task: self._forget(task, sock))
 

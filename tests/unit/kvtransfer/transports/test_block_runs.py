@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +26,7 @@ def test_runs_say_the_same_as_the_pairs_in_the_same_order(pairs: list[tuple[int,
 @given(PAIRS)
 def test_neighbouring_runs_could_not_have_been_joined(pairs: list[tuple[int, int]]) -> None:
     runs = list(block_runs([pair[0] for pair in pairs], [pair[1] for pair in pairs]))
-    for one, two in zip(runs, runs[1:], strict=False):
+    for one, two in pairwise(runs):
         assert (two.remote, two.local) != (one.remote + one.count, one.local + one.count)
 
 

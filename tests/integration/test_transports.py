@@ -1,0 +1,808 @@
+"""What every transport promises, on each of them, against a real process and a real network."""
+
+import asyncio
+import contextlib
+import gc
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import uvloop
+
+from kvtransfer.digest import block_digest
+from kvtransfer.receiver import HandoffReceiver
+from kvtransfer.transports.base import MayRead, Transport
+from kvtransfer.transports.shm import ShmTransport
+from kvtransfer.transports.tcp import TcpTransport
+from kvtransfer.transports.tcp_frames import REPLY_HEADER_BYTES, encode_request
+from kvtransfer.transports.tcp_server import TcpRegionServer
+from pdserve.domain.errors import Reason, TransferFailed
+from pdserve.domain.ids import BlockId
+from pdserve.domain.messages import BlocksOffered, RemoteRegion
+from pdserve.engine.kv_memory import KvMemory
+from tests.support.kv_handoff import blocks, handoff_id, kv_memory
+
+SEED = 20
+BLOCK_BYTES = 4096
+NUM_BLOCKS = 64  # of which the first 48 are on offer at a peer process
+NOTICE_S = 3.0  # within which every fault of a peer shows
+
+MAKERS: dict[str, Callable[[], Transport]] = {"shm": ShmTransport, "tcp": TcpTransport}
+
+
+pytestmark = pytest.mark.filterwarnings('ignore:Overriding the "event_loop_policy"')
+
+
+@pytest.fixture(params=[asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy])
+def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
+    policy: asyncio.AbstractEventLoopPolicy = request.param()
+    return policy
+
+
+@pytest.fixture(params=MAKERS)
+def name(request: pytest.FixtureRequest) -> str:
+    chosen: str = request.param
+    return chosen
+
+
+def num_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture(autouse=True)
+async def nothing_held(event_loop_policy: object) -> AsyncIterator[None]:
+    """Every test ends with as many descriptors and tasks as it began with."""
+    await asyncio.to_thread(gc.collect)  # starts the loop's thread pool, too
+    before = num_fds()
+    yield
+    gc.collect()
+    for _ in range(10):  # the loop closes some of what a test let go only at its next turns
+        await asyncio.sleep(0)
+    assert num_fds() == before
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@dataclass
+class Peer:
+    """A process that serves `NUM_BLOCKS` blocks of what `seed` says."""
+
+    process: subprocess.Popen[bytes]
+    region: RemoteRegion
+    content: bytes
+
+    def block(self, block_id: int) -> bytes:
+        size = self.region.block_bytes
+        return self.content[block_id * size : (block_id + 1) * size]
+
+    async def kill(self) -> None:
+        self.process.kill()
+        await asyncio.to_thread(self.process.wait)
+
+
+@asynccontextmanager
+async def peer_process(
+    name: str, num_blocks: int = NUM_BLOCKS, block_bytes: int = BLOCK_BYTES
+) -> AsyncIterator[Peer]:
+    process = subprocess.Popen(  # not asyncio's: the loop would keep descriptors of its own
+        [
+            *(sys.executable, "-m", "tests.support.kv_peer"),
+            *(name, str(num_blocks), str(block_bytes), str(SEED)),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    with process:
+        assert process.stdout is not None
+        try:
+            line = await asyncio.to_thread(process.stdout.readline)
+            content = Random(SEED).randbytes(num_blocks * block_bytes)
+            yield Peer(process, RemoteRegion(**json.loads(line)), content)
+        finally:
+            process.kill()
+
+
+@asynccontextmanager
+async def transport_of(name: str) -> AsyncIterator[Transport]:
+    transport = MAKERS[name]()
+    try:
+        yield transport
+    finally:
+        await transport.close()
+
+
+@contextlib.contextmanager
+def memories(num_blocks: int, block_bytes: int) -> Iterator[tuple[KvMemory, KvMemory]]:
+    """One with content, and an empty one of the same shape."""
+    with (
+        kv_memory(num_blocks, block_bytes, seed=6) as source,
+        kv_memory(num_blocks, block_bytes) as target,
+    ):
+        yield source, target
+
+
+@pytest.fixture
+def target() -> Iterator[KvMemory]:
+    with kv_memory(NUM_BLOCKS, BLOCK_BYTES) as memory:
+        yield memory
+
+
+@asynccontextmanager
+async def fails_within(limit_s: float) -> AsyncIterator[None]:
+    start_s = time.monotonic()
+    with pytest.raises(TransferFailed):
+        yield
+    assert time.monotonic() - start_s < limit_s
+
+
+async def connect(region: RemoteRegion) -> socket.socket:
+    sock = socket.socket()
+    sock.setblocking(False)
+    address = region.address
+    await asyncio.get_running_loop().sock_connect(sock, (address["host"], int(address["port"])))
+    return sock
+
+
+# Exact bytes --------------------------------------------------------------------------------------
+
+LISTS = {
+    "none": ((), ()),
+    "one": ((5,), (9,)),
+    "scattered": ((5, 3, 40, 41, 42, 0), (0, 63, 10, 11, 13, 1)),
+    "one run": (tuple(range(8, 40)), tuple(range(1, 33))),
+    "the same block twice": ((7, 7), (1, 2)),
+}
+
+
+@pytest.mark.parametrize(("remote", "local"), LISTS.values(), ids=LISTS.keys())
+async def test_listed_blocks_arrive_exactly_and_no_others_change(
+    name: str, target: KvMemory, remote: tuple[int, ...], local: tuple[int, ...]
+) -> None:
+    async with peer_process(name) as peer, transport_of(name) as transport:
+        assert transport.can_reach(peer.region)
+        await transport.read(peer.region, blocks(*remote), target, blocks(*local))
+        for block in range(NUM_BLOCKS):
+            expected = peer.block(remote[local.index(block)]) if block in local else bytes(4096)
+            assert target.block(BlockId(block)) == expected
+
+
+async def test_concurrent_reads_do_not_mix(name: str, target: KvMemory) -> None:
+    async with peer_process(name) as peer, transport_of(name) as transport:
+        order = Random(1).sample(range(48), 48)
+        async with asyncio.TaskGroup() as reads:
+            for place, remote in enumerate(order):
+                reads.create_task(
+                    transport.read(peer.region, blocks(remote), target, blocks(place))
+                )
+        for place, remote in enumerate(order):
+            assert target.block(BlockId(place)) == peer.block(remote)
+
+
+@pytest.mark.parametrize(("num_blocks", "block_bytes"), [(4, 8 << 20), (1200, 8192)])
+async def test_reads_larger_than_any_buffer_arrive_exactly(
+    name: str, num_blocks: int, block_bytes: int
+) -> None:
+    num_read = num_blocks * 3 // 4
+    remote = Random(2).sample(range(num_read), num_read)
+    local = Random(3).sample(range(num_blocks), num_read)
+    async with peer_process(name, num_blocks, block_bytes) as peer, transport_of(name) as transport:
+        with kv_memory(num_blocks, block_bytes) as target:
+            await transport.read(peer.region, blocks(*remote), target, blocks(*local))
+            for one, two in zip(remote, local, strict=True):
+                assert target.block(BlockId(two)) == peer.block(one)
+
+
+async def test_more_blocks_than_one_request_can_name_arrive_exactly(name: str) -> None:
+    with kv_memory(20_000, 8, seed=4) as source, kv_memory(20_000, 8) as target:
+        async with transport_of(name) as transport:
+            server = await transport.serve(source, lambda block_ids: True)
+            order = Random(5).sample(range(20_000), 20_000)
+            await transport.read(server.region, blocks(*order), target, blocks(*range(20_000)))
+            await server.close()
+            for place, remote in enumerate(order):
+                assert target.block(BlockId(place)) == source.block(BlockId(remote))
+
+
+async def test_a_region_of_another_shape_is_refused(name: str) -> None:
+    async with peer_process(name) as peer, transport_of(name) as transport:
+        with kv_memory(4, 2048) as target, pytest.raises(TransferFailed):
+            await transport.read(peer.region, blocks(0), target, blocks(0))
+
+
+# Peers that die, stop or are replaced -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+async def test_a_peer_killed_before_a_read_fails_it(
+    name: str, target: KvMemory, is_known: bool
+) -> None:
+    async with peer_process(name) as peer, transport_of(name) as transport:
+        if is_known:
+            await transport.read(peer.region, blocks(0), target, blocks(0))
+        await peer.kill()
+        async with fails_within(NOTICE_S):
+            await transport.read(peer.region, blocks(0), target, blocks(0))
+
+
+async def test_a_killed_peer_is_not_reached_through_shared_memory(target: KvMemory) -> None:
+    async with peer_process("shm") as peer, transport_of("shm") as transport:
+        assert transport.can_reach(peer.region)
+        await peer.kill()
+        assert not transport.can_reach(peer.region)
+
+
+async def test_a_peer_killed_during_a_copy_fails_it_or_the_next_one() -> None:
+    """Its memory outlives it in our map, so the copy that runs may still end well and exact."""
+    num_blocks, block_bytes = 48, 1 << 20
+    wanted = blocks(*range(num_blocks * 3 // 4))
+    async with peer_process("shm", num_blocks, block_bytes) as peer, transport_of("shm") as shm:
+        with kv_memory(num_blocks, block_bytes) as target:
+            assert shm.can_reach(peer.region)
+            reading = asyncio.create_task(shm.read(peer.region, wanted, target, wanted))
+            await asyncio.sleep(0)
+            await peer.kill()
+            try:
+                await reading
+            except TransferFailed:
+                pass
+            else:
+                num_bytes = len(wanted) * block_bytes
+                assert target.bytes[:num_bytes] == peer.content[:num_bytes]
+            async with fails_within(NOTICE_S):
+                await shm.read(peer.region, wanted[:1], target, wanted[:1])
+
+
+@asynccontextmanager
+async def raw_server(
+    converse: Callable[[socket.socket], Coroutine[object, object, None]],
+) -> AsyncIterator[int]:
+    """A port where `converse` runs for each connection; without the loop's own transports."""
+    loop = asyncio.get_running_loop()
+
+    async def serve(sock: socket.socket) -> None:
+        with sock, contextlib.suppress(OSError):
+            await converse(sock)
+
+    async def accept(listener: socket.socket) -> None:
+        async with asyncio.TaskGroup() as connections:
+            while True:
+                sock, _ = await loop.sock_accept(listener)
+                sock.setblocking(False)
+                connections.create_task(serve(sock))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        accepting = asyncio.create_task(accept(listener))
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            accepting.cancel()
+            await asyncio.wait([accepting])
+
+
+@asynccontextmanager
+async def proxy_to(
+    region: RemoteRegion, damage: Callable[[int, bytearray], bytearray]
+) -> AsyncIterator[RemoteRegion]:
+    """The region through a proxy. `damage` is given each piece of the replies and its offset.
+
+    It returns what to pass on. The end of one side is passed on to the other.
+    """
+    loop = asyncio.get_running_loop()
+
+    async def pump(
+        source: socket.socket,
+        sink: socket.socket,
+        change: Callable[[int, bytearray], bytearray] = lambda offset, data: data,
+    ) -> None:
+        offset = 0
+        with contextlib.suppress(OSError):
+            while data := await loop.sock_recv(source, 1 << 16):
+                await loop.sock_sendall(sink, change(offset, bytearray(data)))
+                offset += len(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+
+    async def converse(down: socket.socket) -> None:
+        with await connect(region) as up:
+            async with asyncio.TaskGroup() as pumps:
+                pumps.create_task(pump(down, up))
+                pumps.create_task(pump(up, down, damage))
+
+    async with raw_server(converse) as port:
+        yield replace(region, address={**region.address, "port": str(port)})
+
+
+async def test_a_peer_killed_in_the_middle_of_a_reply_fails_the_read(target: KvMemory) -> None:
+    is_halfway = asyncio.Event()
+    half = 20 * BLOCK_BYTES
+
+    def stop_halfway(offset: int, data: bytearray) -> bytearray:
+        if offset + len(data) >= half:
+            is_halfway.set()
+        return data[: max(0, half - offset)]
+
+    async with (
+        peer_process("tcp") as peer,
+        transport_of("tcp") as transport,
+        proxy_to(peer.region, stop_halfway) as region,
+    ):
+        wanted = blocks(*range(40))
+        reading = asyncio.create_task(transport.read(region, wanted, target, wanted))
+        await is_halfway.wait()
+        async with fails_within(NOTICE_S):
+            await peer.kill()
+            await reading
+
+
+async def test_a_stopped_peer_fails_a_network_read_by_the_idle_timeout(target: KvMemory) -> None:
+    async with peer_process("tcp") as peer, transport_of("tcp") as transport:
+        await transport.read(peer.region, blocks(0), target, blocks(0))
+        peer.process.send_signal(signal.SIGSTOP)
+        async with fails_within(NOTICE_S):
+            await transport.read(peer.region, blocks(1), target, blocks(1))
+        peer.process.send_signal(signal.SIGCONT)
+        await transport.read(peer.region, blocks(2), target, blocks(2))
+        assert target.block(BlockId(2)) == peer.block(2)
+
+
+async def test_a_stopped_peer_can_still_be_read_through_shared_memory(target: KvMemory) -> None:
+    async with peer_process("shm") as peer, transport_of("shm") as transport:
+        peer.process.send_signal(signal.SIGSTOP)
+        await transport.read(peer.region, blocks(1), target, blocks(1))
+        assert target.block(BlockId(1)) == peer.block(1)
+
+
+async def test_a_reply_that_stops_halfway_fails_by_the_idle_timeout(target: KvMemory) -> None:
+    def stop(offset: int, data: bytearray) -> bytearray:
+        return data[: max(0, BLOCK_BYTES - offset)]
+
+    async with (
+        peer_process("tcp") as peer,
+        transport_of("tcp") as transport,
+        proxy_to(peer.region, stop) as region,
+        fails_within(NOTICE_S),
+    ):
+        await transport.read(region, blocks(0, 1, 2), target, blocks(0, 1, 2))
+
+
+async def test_a_peer_that_trickles_fails_by_the_total_timeout(target: KvMemory) -> None:
+    """Each byte comes within the idle timeout, and still the read ends."""
+
+    async def trickle(sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.sock_recv(sock, 1)
+        await loop.sock_sendall(sock, struct.pack("<BQ", 0, BLOCK_BYTES))
+        while True:
+            await loop.sock_sendall(sock, b"x")
+            await asyncio.sleep(0.01)
+
+    async with raw_server(trickle) as port:
+        region = RemoteRegion(
+            transport="tcp",
+            address={"host": "127.0.0.1", "port": str(port), "token": "00" * 16},
+            num_blocks=4,
+            block_bytes=BLOCK_BYTES,
+        )
+        transport = TcpTransport(idle_timeout_s=0.2, total_timeout_s=0.4)
+        async with fails_within(NOTICE_S):
+            await transport.read(region, blocks(0), target, blocks(0))
+        await transport.close()
+
+
+@pytest.mark.parametrize("field", ["pid", "start", "fd", "host"])
+async def test_shared_memory_of_a_process_that_is_not_the_one_named_is_not_read(
+    target: KvMemory, field: str
+) -> None:
+    async with peer_process("shm") as peer, transport_of("shm") as transport:
+        for value in ("1", "", "x", "-1", "9" * 30):
+            region = replace(peer.region, address={**peer.region.address, field: value})
+            assert not transport.can_reach(region)
+            with pytest.raises(TransferFailed):
+                await transport.read(region, blocks(0), target, blocks(0))
+
+
+async def test_shared_memory_that_is_shorter_than_said_is_not_mapped(target: KvMemory) -> None:
+    async with peer_process("shm") as peer, transport_of("shm") as transport:
+        region = replace(peer.region, num_blocks=NUM_BLOCKS + 1)
+        assert not transport.can_reach(region)
+        with pytest.raises(TransferFailed):
+            await transport.read(region, blocks(NUM_BLOCKS), target, blocks(0))
+
+
+async def test_a_descriptor_that_is_not_kv_memory_is_not_opened(
+    target: KvMemory, tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    fd = os.open(pipe, os.O_RDWR)  # opening it read-only, as a reader would, could block for ever
+    async with transport_of("shm") as transport:
+        with kv_memory(NUM_BLOCKS, BLOCK_BYTES) as own:
+            server = await transport.serve(own, lambda block_ids: True)
+            assert transport.can_reach(server.region)
+            region = replace(server.region, address={**server.region.address, "fd": str(fd)})
+            assert not transport.can_reach(region)
+    os.close(fd)
+
+
+# Cancellation -------------------------------------------------------------------------------------
+
+
+async def cancel_after_turns(reading: asyncio.Task[None], num_turns: int) -> None:
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    reading.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await reading
+
+
+@pytest.mark.parametrize("num_turns", [*range(12), 20, 40, 80, 160, 320])
+async def test_a_read_cancelled_at_any_turn_writes_nothing_afterwards(
+    name: str, num_turns: int
+) -> None:
+    num_blocks, block_bytes = 256, 32_768
+    first, second = blocks(*range(128)), blocks(*range(128, 256))
+    with memories(num_blocks, block_bytes) as (source, target):
+        async with transport_of(name) as transport:
+            server = await transport.serve(source, lambda block_ids: True)
+            reading = asyncio.create_task(transport.read(server.region, first, target, first))
+            await cancel_after_turns(reading, num_turns)
+            target.bytes[: 128 * block_bytes] = b"\xee" * (128 * block_bytes)
+            await transport.read(server.region, second, target, second)
+            await server.close()
+            assert target.bytes[: 128 * block_bytes] == b"\xee" * (128 * block_bytes)
+            assert target.bytes[128 * block_bytes :] == source.bytes[128 * block_bytes :]
+
+
+@pytest.mark.parametrize("num_turns", [0, 1, 2, 3, 5, 8, 13, 21, 34])
+async def test_a_cancelled_landing_writes_nothing_afterwards(name: str, num_turns: int) -> None:
+    """2 MiB, so that both the copy and the digests run on threads."""
+    num_blocks, block_bytes = 64, 32_768
+    wanted = blocks(*range(num_blocks))
+    with memories(num_blocks, block_bytes) as (source, target):
+        async with transport_of(name) as transport:
+            server = await transport.serve(source, lambda block_ids: True)
+            receiver = HandoffReceiver(
+                handoff_id(),
+                transport=transport,
+                region=server.region,
+                memory=target,
+                local_blocks=wanted,
+                first_block=0,
+            )
+            landing = asyncio.create_task(receiver.land(offer_of(source, wanted)))
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+            landing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await landing
+            receiver.end()
+            target.bytes[:] = b"\xee" * target.num_bytes
+            await server.close()
+            await transport.close()
+            assert target.bytes == b"\xee" * target.num_bytes
+
+
+def offer_of(source: KvMemory, block_ids: tuple[BlockId, ...]) -> BlocksOffered:
+    return BlocksOffered(
+        handoff=handoff_id(),
+        first_block=0,
+        block_ids=block_ids,
+        digests=tuple(
+            block_digest(handoff_id(), place, source.block(block_id))
+            for place, block_id in enumerate(block_ids)
+        ),
+    )
+
+
+# Damage on the way --------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def receiver_through_damage(
+    target: KvMemory, num_damaged: int
+) -> AsyncIterator[tuple[HandoffReceiver, BlocksOffered, KvMemory]]:
+    """Eight blocks through a proxy that flips one bit in each of the first replies.
+
+    The reader asks again on the same connection, so one count of bytes runs through both replies.
+    """
+    reply_bytes = REPLY_HEADER_BYTES + 8 * BLOCK_BYTES
+    flips = [REPLY_HEADER_BYTES + 3 * BLOCK_BYTES + 17, reply_bytes + REPLY_HEADER_BYTES + 99]
+
+    def flip(offset: int, data: bytearray) -> bytearray:
+        for place in flips[:num_damaged]:
+            if offset <= place < offset + len(data):
+                data[place - offset] ^= 4
+        return data
+
+    with kv_memory(NUM_BLOCKS, BLOCK_BYTES, seed=SEED) as source:
+        async with (
+            transport_of("tcp") as transport,
+            peer_process("tcp") as peer,
+            proxy_to(peer.region, flip) as region,
+        ):
+            wanted = blocks(*range(8))
+            receiver = HandoffReceiver(
+                handoff_id(),
+                transport=transport,
+                region=region,
+                memory=target,
+                local_blocks=wanted,
+                first_block=0,
+            )
+            yield receiver, offer_of(source, wanted), source
+
+
+@pytest.mark.parametrize("num_damaged", [0, 1])
+async def test_a_bit_flipped_on_the_way_is_found_and_the_block_read_again(
+    target: KvMemory, num_damaged: int
+) -> None:
+    async with receiver_through_damage(target, num_damaged) as (receiver, offer, source):
+        await receiver.land(offer)
+        assert target.bytes[: 8 * BLOCK_BYTES] == source.bytes[: 8 * BLOCK_BYTES]
+        assert receiver.num_corrupt_blocks == num_damaged
+
+
+async def test_a_bit_flipped_in_both_reads_fails_the_landing(target: KvMemory) -> None:
+    async with receiver_through_damage(target, 2) as (receiver, offer, _):
+        with pytest.raises(TransferFailed) as failure:
+            await receiver.land(offer)
+        assert failure.value.reason is Reason.KV_INTEGRITY
+        assert receiver.num_landed_blocks == 0
+
+
+# A server among strangers (tcp) -------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def tcp_server(
+    may_read: MayRead = lambda block_ids: True, max_num_connections: int = 256
+) -> AsyncIterator[tuple[TcpTransport, TcpRegionServer, KvMemory]]:
+    transport = TcpTransport(idle_timeout_s=0.3, max_num_served_connections=max_num_connections)
+    with kv_memory(NUM_BLOCKS, BLOCK_BYTES, seed=SEED) as source:
+        server = await transport.serve(source, may_read)
+        try:
+            yield transport, server, source
+        finally:
+            await server.close()
+            await transport.close()
+
+
+def connection_tasks() -> list[asyncio.Task[object]]:
+    """Of the servers in this process."""
+    return [task for task in asyncio.all_tasks() if task.get_name() == "kv-tcp-connection"]
+
+
+async def await_drop(sock: socket.socket) -> bytes:
+    """What the server still said before it hung up."""
+    said = b""
+    with contextlib.suppress(ConnectionResetError):
+        while data := await asyncio.get_running_loop().sock_recv(sock, 1 << 16):
+            said += data
+    sock.close()
+    return said
+
+
+async def test_blocks_that_are_not_on_offer_are_refused(target: KvMemory) -> None:
+    async with peer_process("tcp") as peer, transport_of("tcp") as transport:
+        with pytest.raises(TransferFailed, match="not on offer"):
+            await transport.read(peer.region, blocks(0, 63), target, blocks(0, 1))
+        assert target.bytes == bytes(target.num_bytes)
+        await transport.read(peer.region, blocks(0), target, blocks(0))
+        assert target.block(BlockId(0)) == peer.block(0)
+
+
+async def test_a_refused_read_is_counted_and_keeps_the_connection(target: KvMemory) -> None:
+    offered = {1, 2}
+    async with tcp_server(offered.issuperset) as (transport, server, _):
+        for _ in range(3):
+            with pytest.raises(TransferFailed):
+                await transport.read(server.region, blocks(1, 3), target, blocks(0, 1))
+        await transport.read(server.region, blocks(1, 2), target, blocks(0, 1))
+        assert (server.num_refused_reads, server.num_dropped_connections) == (3, 0)
+
+
+async def test_blocks_taken_back_while_they_are_sent_end_the_reply() -> None:
+    calls: list[object] = []
+
+    def only_once(block_ids: object) -> bool:
+        calls.append(block_ids)
+        return len(calls) == 1
+
+    with kv_memory(4, 1 << 20, seed=1) as source, kv_memory(4, 1 << 20) as target:
+        transport = TcpTransport()
+        server = await transport.serve(source, only_once)
+        async with fails_within(NOTICE_S):
+            await transport.read(server.region, blocks(0, 1, 2), target, blocks(0, 1, 2))
+        assert len(calls) == 2
+        await server.close()
+        await transport.close()
+
+
+def rogue_requests(region: RemoteRegion) -> dict[str, bytes]:
+    token = bytes.fromhex(region.address["token"])
+    good = encode_request(token, blocks(1))
+    return {
+        "garbage": Random(7).randbytes(500),
+        "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + bytes(100),
+        "another token": encode_request(bytes(16), blocks(1)),
+        "another version": good[:4] + b"\xff\xff" + good[6:],
+        "too many blocks": good[:22] + b"\xff\xff\xff\xff",
+        "no blocks": good[:22] + bytes(4),
+        "a block beyond the region": encode_request(token, blocks(NUM_BLOCKS)),
+        "half a header": good[:10],
+        "half the blocks": encode_request(token, blocks(1, 2))[:-3],
+        "nothing": b"",
+    }
+
+
+async def test_rogue_connections_are_dropped_without_a_word_and_others_are_served(
+    target: KvMemory,
+) -> None:
+    async with tcp_server() as (transport, server, source):
+        rogues = []
+        for request in rogue_requests(server.region).values():
+            sock = await connect(server.region)
+            await asyncio.get_running_loop().sock_sendall(sock, request)
+            rogues.append(sock)
+        for block in range(32):
+            await transport.read(server.region, blocks(block), target, blocks(block))
+        assert target.bytes[: 32 * BLOCK_BYTES] == source.bytes[: 32 * BLOCK_BYTES]
+        async with asyncio.timeout(NOTICE_S):
+            assert await asyncio.gather(*map(await_drop, rogues)) == [b""] * len(rogues)
+        assert server.num_dropped_connections == len(rogues) - 1  # silence is no fault
+
+
+async def test_a_request_that_trickles_in_is_dropped_by_one_deadline() -> None:
+    async with tcp_server() as (_, server, _):
+        sock = await connect(server.region)
+        request = encode_request(bytes.fromhex(server.region.address["token"]), blocks(1, 2))
+
+        async def trickle() -> None:
+            with contextlib.suppress(OSError):
+                for byte in request:
+                    await asyncio.get_running_loop().sock_sendall(sock, bytes([byte]))
+                    await asyncio.sleep(0.1)  # less than the idle timeout
+
+        trickling = asyncio.create_task(trickle())
+        async with asyncio.timeout(NOTICE_S):
+            assert await await_drop(sock) == b""
+        trickling.cancel()
+        await asyncio.gather(trickling, return_exceptions=True)
+
+
+async def test_a_reader_that_stops_reading_is_dropped(target: KvMemory) -> None:
+    with kv_memory(16, 8 << 20) as source:
+        transport = TcpTransport(idle_timeout_s=0.3)
+        server = await transport.serve(source, lambda block_ids: True)
+        sock = await connect(server.region)
+        token = bytes.fromhex(server.region.address["token"])
+        await asyncio.get_running_loop().sock_sendall(
+            sock, encode_request(token, blocks(*range(16)))
+        )
+        await asyncio.get_running_loop().sock_recv(sock, 1)
+        await asyncio.wait(connection_tasks(), timeout=NOTICE_S)
+        assert server.num_dropped_connections == 1
+        sock.close()
+        await server.close()
+        await transport.close()
+
+
+async def test_idle_strangers_cannot_keep_a_reader_out(target: KvMemory) -> None:
+    async with tcp_server(max_num_connections=4) as (transport, server, source):
+        strangers = [await connect(server.region) for _ in range(12)]
+        await transport.read(server.region, blocks(3), target, blocks(0))
+        more = [await connect(server.region) for _ in range(12)]
+        await transport.read(server.region, blocks(4), target, blocks(1))
+        assert target.block(BlockId(0)) == source.block(BlockId(3))
+        assert target.block(BlockId(1)) == source.block(BlockId(4))
+        async with asyncio.timeout(NOTICE_S):
+            await asyncio.gather(*map(await_drop, strangers + more))
+
+
+async def test_a_bug_in_answering_costs_one_connection_only(target: KvMemory) -> None:
+    is_broken = [True]
+
+    def may_read(block_ids: object) -> bool:
+        if is_broken.pop():
+            raise ZeroDivisionError
+        is_broken.append(False)
+        return True
+
+    async with tcp_server(may_read) as (transport, server, source):
+        with pytest.raises(TransferFailed):
+            await transport.read(server.region, blocks(3), target, blocks(0))
+        is_broken.append(False)
+        await transport.read(server.region, blocks(3), target, blocks(0))
+        assert target.block(BlockId(0)) == source.block(BlockId(3))
+        assert server.num_dropped_connections == 1
+
+
+async def test_a_region_of_a_past_life_on_the_same_port_is_not_read(target: KvMemory) -> None:
+    async with tcp_server() as (transport, server, _):
+        past = replace(server.region, address={**server.region.address, "token": "ab" * 16})
+        async with fails_within(NOTICE_S):
+            await transport.read(past, blocks(0), target, blocks(0))
+
+
+async def test_connections_are_reused_and_limited(target: KvMemory) -> None:
+    async with tcp_server() as (transport, server, _):
+        await transport.read(server.region, blocks(0), target, blocks(0))
+        before = num_fds()
+        for block in range(20):
+            await transport.read(server.region, blocks(block), target, blocks(block))
+        assert num_fds() == before
+        async with asyncio.TaskGroup() as reads:
+            for block in range(40):
+                wanted = blocks(block)
+                reads.create_task(transport.read(server.region, wanted, target, wanted))
+        assert num_fds() <= before + 2 * 8  # both ends of at most eight
+
+
+async def test_a_connection_that_the_server_closed_is_replaced(target: KvMemory) -> None:
+    transport = TcpTransport()
+    with kv_memory(NUM_BLOCKS, BLOCK_BYTES, seed=SEED) as source:
+        server = await transport.serve(source, lambda block_ids: True)
+        wanted = blocks(*range(8))
+        await transport.read(server.region, wanted, target, wanted)
+        for task in connection_tasks():
+            task.cancel()
+        await asyncio.wait(connection_tasks())
+        await transport.read(server.region, wanted, target, wanted)
+        await server.close()
+    await transport.close()
+
+
+# Letting go ---------------------------------------------------------------------------------------
+
+
+async def test_closing_a_peer_forgets_it_and_it_can_be_read_again(
+    name: str, target: KvMemory
+) -> None:
+    async with peer_process(name) as peer, transport_of(name) as transport:
+        before = num_fds()
+        await transport.read(peer.region, blocks(0), target, blocks(0))
+        assert num_fds() > before
+        await transport.close_peer(peer.region)
+        await transport.close_peer(peer.region)
+        assert num_fds() == before
+        await transport.read(peer.region, blocks(1), target, blocks(1))
+        assert target.block(BlockId(1)) == peer.block(1)
+
+
+async def test_closing_while_reads_run_ends_them_and_frees_everything(name: str) -> None:
+    num_blocks, block_bytes = 64, 1 << 20
+    with memories(num_blocks, block_bytes) as (source, target):
+        transport = MAKERS[name]()
+        server = await transport.serve(source, lambda block_ids: True)
+        wanted = blocks(*range(num_blocks))
+        reading = asyncio.create_task(transport.read(server.region, wanted, target, wanted))
+        for _ in range(8):
+            await asyncio.sleep(0)
+        await transport.close()
+        with contextlib.suppress(TransferFailed):
+            await reading
+        await server.close()
+        await server.close()
+
+
+async def test_closing_the_server_ends_its_readers(target: KvMemory) -> None:
+    transport = TcpTransport()
+    with kv_memory(NUM_BLOCKS, BLOCK_BYTES, seed=SEED) as source:
+        server = await transport.serve(source, lambda block_ids: True)
+        await transport.read(server.region, blocks(0), target, blocks(0))
+        await server.close()
+        async with fails_within(NOTICE_S):
+            await transport.read(server.region, blocks(0), target, blocks(0))
+    await transport.close()
