@@ -1,0 +1,223 @@
+"""A closed loop of clients against one instance, or against pools, over a `LatencyGrid`.
+
+Each of `concurrency` clients sends its next request when the last one ended. The three batching
+rules are those of the engines that were measured:
+
+- VLLM: decodes first, the rest of the token budget goes to prompt chunks; both in one step.
+- SGLANG: waiting prompts go first, in steps of their own; decodes wait.
+- TRTLLM: whole prompts beside decodes in one step, admitted only with room for all their output.
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from placement.latency import LatencyGrid
+
+VLLM, SGLANG, TRTLLM = 0, 1, 2
+Floats = NDArray[np.float64]
+
+
+def grid_arrays(grid: LatencyGrid) -> tuple[Any, ...]:
+    """The grid as a plain tuple that compiled code takes."""
+    return (
+        np.array([grid.fixed_s, grid.prefill_fixed_s, grid.prompt_s, grid.prompt_token_s]),
+        grid.tokens,
+        grid.linear_s,
+        grid.chunks,
+        grid.lengths,
+        grid.pair_s,
+        grid.decodes,
+        grid.contexts,
+        grid.decode_s,
+    )
+
+
+@numba.njit(cache=True)
+def _cell(axis, value):  # type: ignore[no-untyped-def]
+    value = max(value, axis[0])
+    lower = min(np.searchsorted(axis, value, side="right") - 1, len(axis) - 2)
+    return lower, (value - axis[lower]) / (axis[lower + 1] - axis[lower])
+
+
+@numba.njit(cache=True)
+def _plane(xs, ys, values, x, y):  # type: ignore[no-untyped-def]
+    i, u = _cell(xs, x)
+    j, v = _cell(ys, y)
+    low = values[i, j] + (values[i, j + 1] - values[i, j]) * v
+    high = values[i + 1, j] + (values[i + 1, j + 1] - values[i + 1, j]) * v
+    return max(low + (high - low) * u, 0.0)
+
+
+@numba.njit(cache=True)
+def step_s(grid, chunk, pairs, decodes, context_sum):  # type: ignore[no-untyped-def]
+    """`LatencyGrid.step_s`, compiled."""
+    scalars, tokens, linear, chunks, lengths, pair_s, batch, contexts, decode = grid
+    i, u = _cell(tokens, float(chunk + decodes))
+    time = scalars[0] + linear[i] + (linear[i + 1] - linear[i]) * u
+    if chunk > 0:
+        length = 2.0 * pairs / chunk - 1.0
+        time += scalars[1] + pairs * _plane(chunks, lengths, pair_s, float(chunk), length)
+    if decodes > 0:
+        time += _plane(batch, contexts, decode, float(decodes), context_sum / decodes)
+    return time
+
+
+@numba.njit(cache=True)
+def serve(grid, rule, limits, prompts, outputs, concurrency):  # type: ignore[no-untyped-def]
+    """TTFT and TPOT (seconds) of each request of one colocated instance.
+
+    limits: step token budget, KV capacity in tokens, most requests in a batch.
+    """
+    budget, capacity, max_batch = limits
+    count = len(prompts)
+    sent = np.zeros(count)
+    ready = np.zeros(count)  # when the engine may first see it
+    first = np.full(count, -1.0)
+    ended = np.zeros(count)
+    done = np.zeros(count, np.int64)  # prompt tokens computed
+    made = np.zeros(count, np.int64)  # tokens sent
+    need = prompts.copy()  # prompt tokens to compute, grows when preempted
+    waiting = np.zeros(count * 4 + 16, np.int64)
+    head, tail = 0, 0
+    running = np.zeros(count, np.int64)
+    num_running = 0
+    scalars = grid[0]
+    next_request = min(concurrency, count)
+    for r in range(next_request):
+        ready[r] = scalars[2] + scalars[3] * prompts[r]
+        waiting[tail] = r
+        tail += 1
+    now = 0.0
+    used = 0.0
+    finished = 0
+    while finished < count:
+        # What this step prefills.
+        decodes, context_sum = 0, 0.0
+        for i in range(num_running):
+            r = running[i]
+            if done[r] >= need[r]:
+                decodes += 1
+                context_sum += prompts[r] + made[r]
+        chunk, pairs = 0, 0.0
+        room = budget - (decodes if rule != SGLANG else 0)
+        for i in range(num_running):
+            r = running[i]
+            if done[r] < need[r] and room > 0:
+                take = min(room, need[r] - done[r])
+                pairs += take * done[r] + take * (take + 1) / 2
+                chunk += take
+                room -= take
+                done[r] += take
+        while head < tail and room > 0 and num_running < max_batch:
+            r = waiting[head]
+            if ready[r] > now + 1e-12:
+                break
+            take = need[r]
+            reserve = float(need[r])
+            if rule == TRTLLM:
+                reserve = float(prompts[r] + outputs[r])
+                if take > room and chunk + decodes > 0:
+                    break
+            elif rule == SGLANG:
+                reserve = need[r] + 0.0
+                ahead = 0.0
+                for i in range(num_running):
+                    ahead += 0.5 * (outputs[running[i]] - made[running[i]])
+                if num_running > 0 and used + reserve + ahead + 0.5 * outputs[r] > capacity:
+                    break
+                take = min(take, room)
+            else:
+                take = min(take, room)
+            if used + reserve > capacity and num_running > 0:
+                break
+            used += reserve
+            pairs += take * (take + 1) / 2
+            chunk += take
+            room -= take
+            done[r] = take
+            running[num_running] = r
+            num_running += 1
+            head += 1
+        if chunk + decodes == 0:
+            soonest = 1e30
+            for i in range(head, tail):
+                soonest = min(soonest, ready[waiting[i]])
+            now = max(now, soonest)
+            continue
+        if rule == SGLANG and chunk > 0:
+            decodes, context_sum = 0, 0.0
+        # How many equal steps may be taken at once.
+        steps = 1
+        if chunk == 0:
+            steps = 1 << 30
+            for i in range(num_running):
+                steps = min(steps, outputs[running[i]] - made[running[i]])
+            middle = context_sum + decodes * (steps - 1) / 2.0
+            each = step_s(grid, 0, 0.0, decodes, middle)
+            if head < tail and ready[waiting[head]] > now:
+                until = int((ready[waiting[head]] - now) / each) + 1
+                steps = min(steps, max(until, 1))
+            if rule != TRTLLM:
+                left = int((capacity - used) / max(decodes, 1))
+                steps = max(1, min(steps, left))
+            elapsed = steps * step_s(
+                grid, 0, 0.0, decodes, context_sum + decodes * (steps - 1) / 2.0
+            )
+        else:
+            elapsed = step_s(grid, chunk, pairs, decodes, context_sum)
+        now += elapsed
+        # Who got tokens, who ended.
+        keep = 0
+        for i in range(num_running):
+            r = running[i]
+            is_done = False
+            if done[r] >= need[r]:
+                fresh = need[r] > 0 and first[r] < 0.0
+                resumed = False
+                if fresh:
+                    first[r] = now
+                    made[r] = 1
+                elif chunk > 0 and rule == SGLANG:
+                    resumed = True  # its decode waited for the prompts
+                else:
+                    made[r] += steps
+                    if rule != TRTLLM:
+                        used += steps
+                if not resumed and made[r] >= outputs[r]:
+                    is_done = True
+            if is_done:
+                ended[r] = now
+                finished += 1
+                used -= prompts[r] + outputs[r] if rule == TRTLLM else prompts[r] + made[r] - 1
+                if next_request < count:
+                    sent[next_request] = now
+                    ready[next_request] = now + scalars[2] + scalars[3] * prompts[next_request]
+                    waiting[tail] = next_request
+                    tail += 1
+                    next_request += 1
+            else:
+                running[keep] = r
+                keep += 1
+        num_running = keep
+        if rule != TRTLLM:
+            while used + num_running > capacity and num_running > 1:
+                # Preempt the youngest: its tokens are computed again.
+                num_running -= 1
+                r = running[num_running]
+                used -= prompts[r] + max(made[r] - 1, 0) if done[r] >= need[r] else need[r]
+                need[r] = prompts[r] + made[r]
+                done[r] = 0
+                if head > 0:
+                    head -= 1
+                    waiting[head] = r
+                else:
+                    for i in range(tail, 0, -1):
+                        waiting[i] = waiting[i - 1]
+                    waiting[0] = r
+                    tail += 1
+    ttft = first - sent
+    tpot = (ended - first) / np.maximum(outputs - 1, 1)
+    return ttft, tpot

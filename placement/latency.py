@@ -1,0 +1,271 @@
+"""How long steps take on a (model, GPU, cut), how sure that is, and where it comes from.
+
+Three sources, and every model says which: coefficients fitted on the real engine by
+`pdserve profile`; measured kernel tables composed over the model's layers; the datasheet's
+roofline with stated efficiencies. Whatever the source, a model flattens to one `LatencyGrid`, which
+is what the simulator, the solver and `step_s` all read, so that none of them can disagree.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+
+from pdserve.domain.errors import LocalFault
+from pdserve.domain.latency import StepCoefficients, StepShape, num_attention_pairs
+from placement.framework import Framework, find_framework
+from placement.hardware import Gpu, Link
+from placement.layer_times import LayerTimes
+from placement.model_spec import ModelSpec, Parallelism
+from placement.tables.interpolate import Array
+from placement.tables.kernels import kernels_of
+
+
+class Source(StrEnum):
+    """Where a prediction comes from."""
+
+    FITTED = "fitted on the engine"
+    MEASURED = "measured kernel tables"
+    ROOFLINE = "datasheet roofline"
+
+
+ROOFLINE_ERROR = 0.3  # against the measured tables, see docs/latency-model.md
+UNMEASURED_PART_ERROR = 0.25  # experts and latent attention have no table
+
+
+def _axis(last: int) -> Array:
+    """1, 2, 3, 4, 6, 8, 12, ... up to `last`."""
+    powers = [float(2**exponent) for exponent in range(last.bit_length())]
+    halves = [1.5 * power for power in powers if 2 <= power < last]
+    return np.array(sorted(powers + halves))
+
+
+TOKENS = _axis(2**17)
+DECODES = _axis(2**12)
+CONTEXTS = np.array([float(2**exponent) for exponent in range(4, 19)])
+LENGTHS = np.array([float(2**exponent) for exponent in range(4, 19)])
+CHUNKS = np.array([float(2**exponent) for exponent in range(18)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyGrid:
+    """A step's time as arrays, for compiled loops.
+
+    step_s = fixed_s
+           + linear(tokens)                       tokens = prefill tokens + decodes
+           + pairs * rate(chunk, length)          if it prefills: chunk = prefill tokens,
+                                                  length = 2 * pairs / chunk - 1
+           + prefill_fixed_s                      if it prefills
+           + decode(decodes, context)             if it decodes: mean context
+
+    Each table is read by linear interpolation in its arguments (not their logarithms) between the
+    two nearest knots of each axis and continued in a straight line beyond the last one; arguments
+    below the first knot count as the first. The time is of the whole pipeline; with `num_stages`
+    stages a stage is busy for about 1/num_stages of it.
+    """
+
+    fixed_s: float
+    prefill_fixed_s: float
+    prompt_s: float  # host time of a request before its first step: not the device's
+    prompt_token_s: float
+    num_stages: int
+    tokens: Array
+    linear_s: Array  # [tokens]
+    chunks: Array
+    lengths: Array
+    pair_s: Array  # [chunks, lengths], seconds per (token, attended token) pair
+    decodes: Array
+    contexts: Array
+    decode_s: Array  # [decodes, contexts], without what linear_s counts
+
+    def step_s(self, shape: StepShape) -> float:
+        """The formula above, for one step."""
+        tokens = shape.num_prefill_tokens + shape.num_decodes
+        if tokens == 0:
+            return 0.0
+        time = self.fixed_s + _read_line(self.tokens, self.linear_s, tokens)
+        if shape.num_prefill_tokens:
+            chunk = float(shape.num_prefill_tokens)
+            length = 2.0 * shape.num_prefill_pairs / chunk - 1.0
+            rate = _read_plane((self.chunks, self.lengths), self.pair_s, chunk, length)
+            time += self.prefill_fixed_s + rate * shape.num_prefill_pairs
+        if shape.num_decodes:
+            context = shape.num_decode_context_tokens / shape.num_decodes
+            axes = (self.decodes, self.contexts)
+            time += _read_plane(axes, self.decode_s, shape.num_decodes, context)
+        return time
+
+
+def _cell(axis: Array, value: float) -> tuple[int, float]:
+    value = max(value, float(axis[0]))
+    lower = min(int(np.searchsorted(axis, value, side="right")) - 1, len(axis) - 2)
+    return lower, (value - float(axis[lower])) / float(axis[lower + 1] - axis[lower])
+
+
+def _read_line(axis: Array, values: Array, x: float) -> float:
+    lower, weight = _cell(axis, x)
+    return float(values[lower] + (values[lower + 1] - values[lower]) * weight)
+
+
+def _read_plane(axes: tuple[Array, Array], values: Array, x: float, y: float) -> float:
+    i, u = _cell(axes[0], x)
+    j, v = _cell(axes[1], y)
+    low = values[i, j] + (values[i, j + 1] - values[i, j]) * v
+    high = values[i + 1, j] + (values[i + 1, j + 1] - values[i + 1, j]) * v
+    return max(float(low + (high - low) * u), 0.0)
+
+
+class LatencyModel(Protocol):
+    """What router, solver, simulator and timed engine ask; also a `StepLatency`."""
+
+    @property
+    def source(self) -> Source: ...
+
+    @property
+    def relative_error(self) -> float:
+        """Expected |measured / predicted - 1| of one step."""
+        ...
+
+    def step_s(self, shape: StepShape) -> float: ...
+
+    def prefill_s(self, lengths: Iterable[int], cached: int = 0) -> float:
+        """One step that prefills prompts of these lengths, each after `cached` tokens."""
+        ...
+
+    def decode_s(self, batch: int, context: float) -> float:
+        """One step of `batch` requests that attend to `context` tokens on average."""
+        ...
+
+    def to_grid(self) -> LatencyGrid: ...
+
+
+class GridLatency:
+    """A `LatencyModel` that reads its grid."""
+
+    def __init__(self, grid: LatencyGrid, source: Source, relative_error: float) -> None:
+        self.grid = grid
+        self.source = source
+        self.relative_error = relative_error
+
+    def step_s(self, shape: StepShape) -> float:
+        return self.grid.step_s(shape)
+
+    def prefill_s(self, lengths: Iterable[int], cached: int = 0) -> float:
+        return self.step_s(StepShape.of([(cached, length) for length in lengths]))
+
+    def decode_s(self, batch: int, context: float) -> float:
+        return self.step_s(
+            StepShape(num_decodes=batch, num_decode_context_tokens=round(batch * context))
+        )
+
+    def to_grid(self) -> LatencyGrid:
+        return self.grid
+
+
+def fitted_latency(coefficients: StepCoefficients, *, num_stages: int = 1) -> GridLatency:
+    """Coefficients of `pdserve profile` as a model; the grid reproduces them exactly."""
+    tokens = np.array([0.0, 1.0])
+    decodes = np.array([0.0, 1.0])
+    per_decode = coefficients.decode_token_s - coefficients.prefill_token_s
+    decode = decodes[:, None] * (
+        per_decode + coefficients.decode_context_token_s * np.array([0.0, 1.0])[None, :]
+    )
+    grid = LatencyGrid(
+        fixed_s=coefficients.fixed_s,
+        prefill_fixed_s=0.0,
+        prompt_s=0.0,
+        prompt_token_s=0.0,
+        num_stages=num_stages,
+        tokens=tokens,
+        linear_s=tokens * coefficients.prefill_token_s,
+        chunks=np.array([0.0, 1.0]),
+        lengths=np.array([0.0, 1.0]),
+        pair_s=np.full((2, 2), coefficients.prefill_attention_s),
+        decodes=decodes,
+        contexts=np.array([0.0, 1.0]),
+        decode_s=decode,
+    )
+    return GridLatency(grid, Source.FITTED, coefficients.relative_error)
+
+
+def composed_latency(
+    spec: ModelSpec,
+    gpu: Gpu,
+    parallelism: Parallelism = Parallelism(),
+    framework: Framework | None = None,
+) -> GridLatency:
+    """Measured tables where `gpu` has them, else its roofline; raises for an impossible cut."""
+    problem = spec.fits(parallelism)
+    if problem is not None:
+        raise LocalFault(f"{spec.name}: {problem}")
+    framework = framework or find_framework()
+    times = LayerTimes(spec, kernels_of(gpu), parallelism, framework)
+    error = framework.relative_error if gpu.has_tables else ROOFLINE_ERROR
+    if spec.experts is not None or spec.latent is not None:
+        error = max(error, UNMEASURED_PART_ERROR)
+    source = Source.MEASURED if gpu.has_tables else Source.ROOFLINE
+    return GridLatency(_grid(times), source, error)
+
+
+def _grid(times: LayerTimes) -> LatencyGrid:
+    framework = times.framework
+    head = times.head_s(DECODES)
+    attention = times.decode_attention_s(DECODES[:, None], CONTEXTS[None, :])
+    per_request = head - head[0] + framework.request_s * DECODES
+    chunk, length = np.broadcast_arrays(CHUNKS[:, None], LENGTHS[None, :])
+    pairs = chunk * (length + 1) / 2
+    return LatencyGrid(
+        fixed_s=framework.step_s + float(head[0]),
+        prefill_fixed_s=framework.prefill_step_s,
+        prompt_s=framework.prompt_s,
+        prompt_token_s=framework.prompt_token_s,
+        num_stages=times.parallelism.pp,
+        tokens=TOKENS,
+        linear_s=np.maximum.accumulate(times.linear_s(TOKENS)),
+        chunks=CHUNKS,
+        lengths=LENGTHS,
+        pair_s=times.prefill_attention_s(chunk, length) / pairs,
+        decodes=DECODES,
+        contexts=CONTEXTS,
+        decode_s=np.maximum.accumulate(attention + per_request[:, None], axis=0),
+    )
+
+
+# Memory and transfers.
+
+MEMORY_SHARE = 0.9  # of device memory that engines use by default
+RUNTIME_BYTES = 3.5 * 2**30  # context, libraries, communicators, CUDA graphs, activations
+
+
+def kv_capacity_tokens(
+    spec: ModelSpec,
+    gpu: Gpu,
+    parallelism: Parallelism = Parallelism(),
+    *,
+    memory_share: float = MEMORY_SHARE,
+    runtime_bytes: float = RUNTIME_BYTES,
+    max_num_seqs: int = 0,
+) -> int:
+    """Tokens of KV that one instance holds; 0 when the weights alone do not fit.
+
+    `max_num_seqs` sequences keep their sliding windows or recurrent states besides.
+    """
+    free = gpu.memory_bytes * memory_share - runtime_bytes - spec.weight_bytes(parallelism)
+    window = spec.kv_bytes(float(spec.sliding_window or 0))
+    state = max_num_seqs * (window if spec.num_sliding_layers or spec.linear else 0.0)
+    free -= state / (parallelism.tp * parallelism.pp * parallelism.attention_dp)
+    per_token = spec.kv_bytes_per_gpu_token(parallelism)
+    return max(0, int(free / per_token)) * parallelism.attention_dp
+
+
+def kv_transfer_s(spec: ModelSpec, num_tokens: int, link: Link, num_lanes: int = 1) -> float:
+    """Time to hand over one prompt's KV over `num_lanes` GPUs' links at once."""
+    return link.transfer_s(spec.kv_bytes(num_tokens), num_lanes)
+
+
+def prefill_floor_s(model: LatencyModel, length: int) -> float:
+    """The least TTFT that any plan on this cut can have: the prompt alone, in one step."""
+    shape = StepShape(num_prefill_tokens=length, num_prefill_pairs=num_attention_pairs(0, length))
+    return model.step_s(shape)
