@@ -51,7 +51,7 @@ async def run_bench(address: str, plan: Plan, json_file: Path | None) -> int:
     """Run, print the report and write `json_file`; 1 where no request was answered."""
     if json_file is not None:
         _write_json(json_file, {})  # a path that cannot be written is told before the run
-    requests = _requests(plan)  # a bad trace is told before the cluster is asked anything
+    requests = planned_requests(plan)  # a bad trace is told before the cluster is asked anything
     report, model = await measure(address, plan, requests)
     console = Console()
     console = console if console.is_terminal else Console(width=100)
@@ -66,7 +66,7 @@ async def measure(
     address: str, plan: Plan, requests: tuple[TraceRequest, ...] | None = None
 ) -> tuple[LoadReport, Model]:
     """Send the planned requests, fitted to the served model, with a progress bar on stderr."""
-    requests = _requests(plan) if requests is None else requests
+    requests = planned_requests(plan) if requests is None else requests
     async with InferenceClient(address) as client:
         model = await only_model(client, plan.model)
     fitted = fit_to_context(requests, model.max_context_tokens)
@@ -118,7 +118,8 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
         raise LocalFault(f"{path}: {error.strerror}") from None
 
 
-def _requests(plan: Plan) -> tuple[TraceRequest, ...]:
+def planned_requests(plan: Plan) -> tuple[TraceRequest, ...]:
+    """What the plan sends and when, before lengths are fitted to a model."""
     if plan.trace is not None:
         requests = read_trace(plan.trace)[: plan.num_requests]
         if plan.rate is None:

@@ -1,0 +1,49 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from pdserve.cli.benching import Plan, planned_requests, render_report, report_as_json, run_bench
+from pdserve.client.statistics import RequestRecord, Slo, summarise
+from pdserve.client.values import Model
+from pdserve.domain.errors import LocalFault
+
+
+def test_trace_gives_lengths_and_times() -> None:
+    requests = planned_requests(Plan(trace="azure-code", num_requests=5, time_scale=2.0))
+    assert [request.prompt_tokens for request in requests[:2]] == [4808, 3180]
+    assert requests[1].arrival_s == pytest.approx(0.104)
+    assert len(requests) == 5
+
+
+def test_rate_replaces_the_times_of_a_trace() -> None:
+    requests = planned_requests(Plan(trace="azure-code", num_requests=50, rate=10.0))
+    assert requests[0].prompt_tokens == 4808
+    assert 2.0 < requests[-1].arrival_s < 10.0
+
+
+def test_without_a_trace_all_requests_have_the_same_length() -> None:
+    requests = planned_requests(Plan(num_requests=3, prompt_tokens=9, output_tokens=4))
+    assert {(request.prompt_tokens, request.output_tokens) for request in requests} == {(9, 4)}
+
+
+def test_report_of_a_failed_run_is_plain_json() -> None:
+    record = RequestRecord(index=0, arrival_s=0.0, prompt_tokens=3, failure="UNREACHABLE")
+    report = summarise([record], Slo(ttft_s=1.0), 2.0)
+    model = Model(name="demo", max_context_tokens=100, vocab_size=10)
+    text = json.dumps(report_as_json(report, Plan(), model), allow_nan=False)
+    content = json.loads(text)
+    assert content["ttft_s"]["50"] is None
+    assert content["failures"] == {"UNREACHABLE": 1}
+    assert content["attainment"] == 0.0
+    assert len(render_report(report)) == 3
+
+
+async def test_unwritable_result_file_is_told_before_the_run(tmp_path: Path) -> None:
+    with pytest.raises(LocalFault, match="No such file or directory"):
+        await run_bench("127.0.0.1:1", Plan(), tmp_path / "none" / "result.json")
+
+
+async def test_bad_trace_is_told_before_the_cluster_is_asked() -> None:
+    with pytest.raises(LocalFault, match="no such trace file"):
+        await run_bench("127.0.0.1:1", Plan(trace="none.csv"), None)

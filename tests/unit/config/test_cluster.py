@@ -1,0 +1,132 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pdserve.config.base import parse_settings
+from pdserve.config.cluster import ClusterSettings, example_yaml, read_cluster_settings
+from pdserve.domain.errors import LocalFault
+
+
+def problem(data: object) -> str:
+    with pytest.raises(LocalFault) as caught:
+        parse_settings(ClusterSettings, data, source="c.yaml")
+    assert caught.value.message.startswith("c.yaml: ")
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"prefil": {}}, "prefil: unknown field; did you mean prefill?"),
+        ({"router": {"prot": 1}}, "router.prot: unknown field; did you mean port?"),
+        ({"decode": {"num_block": 1}}, "decode.num_block: unknown field; did you mean num_blocks?"),
+        ({"decode": {"replicas": "two"}}, "decode.replicas: Input should be a valid integer"),
+        ({"decode": {"replicas": "two"}}, "got 'two'"),
+        ({"decode": {"replicas": 0}}, "decode.replicas: Input should be greater than or equal"),
+        ({"decode": 3}, "decode: "),
+        ({"router": {"port": 70000}}, "router.port: "),
+        ({"router": {"port": 7, "internal_port": 7}}, "router.internal_port must differ"),
+        ({"transports": []}, "transports: "),
+        ({"transports": ["rdma"]}, "transports.0: "),
+        ({"timers": {"drain_s": float("nan")}}, "timers.drain_s: "),
+        ({"engine": "timed"}, "engine: timed needs coefficients"),
+        ([], "expected a mapping of settings, got list"),
+    ],
+)
+def test_bad_settings_are_named_with_their_field(data: object, said: str) -> None:
+    assert said in problem(data)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
+def test_only_loopback_hosts_are_accepted(host: str) -> None:
+    assert "router.host: " in problem({"router": {"host": host}})
+    assert "loopback" in problem({"router": {"host": host}})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback_hosts_are_accepted(host: str) -> None:
+    settings = parse_settings(ClusterSettings, {"router": {"host": host}}, source="c")
+    assert settings.router_settings().host == host
+
+
+def test_example_holds_every_field_at_its_default_and_explains_it() -> None:
+    text = example_yaml()
+    assert parse_settings(ClusterSettings, yaml.safe_load(text), source="example") == (
+        ClusterSettings()
+    )
+    for name in ClusterSettings.model_fields:
+        assert f"\n{name}:" in text or f"\n# {name}:" in text
+    unexplained = [line for line in text.splitlines() if line[:2] != "  " and "#" not in line]
+    assert [line for line in unexplained if line and line[-1] != ":"] == []
+
+
+def test_every_worker_gets_its_pool_and_what_the_pools_share() -> None:
+    settings = ClusterSettings.model_validate(
+        {
+            "block_size": 8,
+            "prefill": {"replicas": 2, "num_blocks": 10, "max_step_tokens": 99},
+            "decode": {"replicas": 1, "num_blocks": 20},
+            "timers": {"drain_s": 5},
+        }
+    )
+    workers = settings.worker_settings("127.0.0.1:9")
+    assert [worker.worker_id for worker in workers] == ["prefill-0", "prefill-1", "decode-0"]
+    assert [worker.engine.num_blocks for worker in workers] == [10, 10, 20]
+    assert [worker.max_step_tokens for worker in workers] == [99, 99, 512]
+    assert {worker.engine.block_size for worker in workers} == {8}
+    assert {worker.routers for worker in workers} == {("127.0.0.1:9",)}
+    assert {worker.timers.drain_s for worker in workers} == {5.0}
+
+
+def test_no_prefill_workers_is_colocated_serving() -> None:
+    settings = ClusterSettings.model_validate({"prefill": {"replicas": 0}})
+    assert [worker.role for worker in settings.worker_settings("a:1")] == ["decode"]
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: demo-draft\nrouter: {port: 1, internal_port: 2}\n")
+    settings = read_cluster_settings(path, {"router.port": 3, "decode.replicas": 4})
+    assert settings.model == "demo-draft"
+    assert (settings.router.port, settings.router.internal_port) == (3, 2)
+    assert settings.decode.replicas == 4
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n"])
+def test_empty_file_means_all_defaults(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert read_cluster_settings(path, {}) == ClusterSettings()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"model: [", "c.yaml:1:"),
+        (b"- model\n", "expected a mapping of settings"),
+        (b"\xff\xfe", "not UTF-8 at byte 0"),
+        (b"router: 3\n", "router: "),
+        (b"model: !!python/object:os.system x\n", "c.yaml:1:"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    with pytest.raises(LocalFault) as caught:
+        read_cluster_settings(path, {"router.port": 1})
+    assert said in caught.value.message
+    assert str(path) in caught.value.message
+
+
+def test_missing_file_and_directory_are_named(tmp_path: Path) -> None:
+    for path, said in ((tmp_path / "none.yaml", "no such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(LocalFault, match=said):
+            read_cluster_settings(path, {})
+
+
+def test_settings_do_not_change() -> None:
+    settings: Any = ClusterSettings()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.model = "other"
