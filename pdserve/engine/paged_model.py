@@ -34,7 +34,8 @@ def load_model(files: ModelFiles, dtype: str) -> Any:
     """
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
     loader: Any = transformers.AutoModelForCausalLM
     try:
         model, loading = loader.from_pretrained(

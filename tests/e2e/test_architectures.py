@@ -1,0 +1,125 @@
+"""Each supported architecture gives the tokens and logits that transformers alone gives."""
+
+import itertools
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pdserve.domain.errors import LocalFault
+from pdserve.domain.ids import BlockId
+from pdserve.domain.sampling import SamplingParams
+from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
+from pdserve.engine.paged_model import PagedModel
+from tests.support.tiny_models import REFUSED, SERVED, tiny_model
+
+BLOCK_SIZE = 8
+NUM_BLOCKS = 48
+CHUNK = 13
+NUM_NEW_TOKENS = 24
+PROMPT_LENGTHS = (21, 47, 5)
+LATE_STEP = 3  # the last prompt joins here
+MAX_LOGIT_DIFFERENCE = 1e-5
+
+
+@dataclass
+class Running:
+    """One prompt on its way: what was computed and what was drawn."""
+
+    prompt: list[int]
+    block_table: tuple[BlockId, ...]
+    joins_at: int
+    num_computed: int = 0
+    output: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+    def next_step(self) -> SequenceStep:
+        known = self.prompt + self.output
+        end = min(self.num_computed + CHUNK, len(known))
+        sample = SampleStep(params=SamplingParams(), token_index=len(self.output))
+        return SequenceStep(
+            token_ids=tuple(known[self.num_computed : end]),
+            start=self.num_computed,
+            block_table=self.block_table,
+            sample=sample if end == len(known) else None,
+        )
+
+
+def run_all(paged: PagedModel, prompts: list[list[int]]) -> list[Running]:
+    """Chunked prefill, decode and a late prompt in mixed batches, greedy, in shuffled blocks."""
+    blocks = [BlockId(block) for block in range(NUM_BLOCKS)]
+    random.Random(5).shuffle(blocks)
+    free = iter(blocks)
+    running = []
+    for index, prompt in enumerate(prompts):
+        num_blocks = -(-(len(prompt) + NUM_NEW_TOKENS) // BLOCK_SIZE)
+        table = tuple(itertools.islice(free, num_blocks))
+        joins_at = LATE_STEP if index == len(prompts) - 1 else 0
+        running.append(Running(prompt=prompt, block_table=table, joins_at=joins_at))
+    for step in itertools.count():
+        active = [
+            each for each in running if each.joins_at <= step and len(each.output) < NUM_NEW_TOKENS
+        ]
+        if not active:
+            return running
+        sequences = tuple(each.next_step() for each in active)
+        rows = iter(paged.forward(StepBatch(sequences)))
+        for each, sequence in zip(active, sequences, strict=True):
+            each.num_computed += len(sequence.token_ids)
+            if sequence.sample is not None:
+                logits = next(rows)
+                each.logits.append(logits)
+                each.output.append(int(logits.argmax()))
+    raise AssertionError("unreachable")
+
+
+@torch.inference_mode()
+def generated(model: Any, prompt: list[int]) -> list[int]:
+    output = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=NUM_NEW_TOKENS,
+        do_sample=False,
+    )
+    return [int(token_id) for token_id in output[0, len(prompt) :]]
+
+
+@torch.inference_mode()
+def plain_logits(model: Any, token_ids: list[int]) -> Tensor:
+    logits: Tensor = model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("name", sorted(SERVED))
+def test_tokens_and_logits_equal_those_of_transformers(name: str) -> None:
+    model = tiny_model(name)
+    chooser = random.Random(7)
+    prompts = [[chooser.randrange(2, 160) for _ in range(length)] for length in PROMPT_LENGTHS]
+    expected = [generated(model, prompt) for prompt in prompts]
+    expected_logits = [
+        plain_logits(model, prompt + output[:-1])[len(prompt) - 1 :]
+        for prompt, output in zip(prompts, expected, strict=True)
+    ]
+
+    paged = PagedModel(model, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, dtype="float32")
+    running = run_all(paged, prompts)
+    paged.close()
+
+    assert [each.output for each in running] == expected
+    for each, logits in zip(running, expected_logits, strict=True):
+        difference = float((torch.stack(each.logits) - logits).abs().max())
+        assert difference < MAX_LOGIT_DIFFERENCE
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_model_that_cannot_be_served_is_refused_with_its_name(name: str) -> None:
+    model = tiny_model(name)
+    with pytest.raises(LocalFault, match=f"model type {name.partition('/')[0]} cannot be served"):
+        PagedModel(model, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, dtype="float32")
+
+
+def test_at_least_forty_architectures_are_verified() -> None:
+    assert len({name.partition("/")[0] for name in SERVED}) >= 40
