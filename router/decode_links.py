@@ -227,6 +227,8 @@ class DecodeLink:
             except Exception:
                 # One bad message never ends the link, nor the process.
                 log.exception("link.message_failed", worker_id=self.life.worker_id)
+            # Requests take their turn between messages: a backlog is no fault of their clients.
+            await asyncio.sleep(0)
 
     def _hand_out(self, message: DecodeToRouter) -> None:
         if not isinstance(message, StepOutputs):

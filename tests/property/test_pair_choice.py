@@ -1,0 +1,270 @@
+"""Pair choice over any cluster; the account over any order of events."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pdserve.domain.ids import AttemptId, Epoch, RequestId, WorkerId
+from pdserve.domain.latency import StepCoefficients
+from pdserve.domain.messages import Role
+from pdserve.domain.tokens import Failed
+from router.cluster_view import (
+    NOTHING,
+    Assigned,
+    ClusterView,
+    Health,
+    Ledger,
+    Life,
+    RequestShape,
+    WorkerView,
+)
+from router.failures import MOVED
+from router.policy import MAX_NUM_PREFILL_TARGETS, NoWorkers, Overloaded, Pair, choose_pair
+from tests.unit.router.bench import DONE, Bench, open_bench, settle
+from tests.unit.router.builders import make_load, make_view, make_worker
+
+SMALL = st.floats(0, 0.1)
+COUNT = st.integers(0, 3000)
+SHAPES = st.builds(
+    RequestShape, num_prompt_tokens=st.integers(1, 3000), max_tokens=st.integers(1, 500)
+)
+
+
+@st.composite
+def workers(draw: st.DrawFn, name: str, role: Role) -> WorkerView:
+    num_blocks = draw(st.integers(1, 200))
+    in_use = draw(st.integers(0, num_blocks))
+    return make_worker(
+        name,
+        role,
+        health=draw(st.sampled_from(Health)),
+        is_linked=draw(st.booleans()),
+        load=make_load(
+            num_blocks,
+            in_use,
+            num_waiting=draw(st.integers(0, 9)),
+            num_running=draw(st.integers(0, 9)),
+            waiting_prompt_tokens=draw(COUNT),
+            running_context_tokens=draw(COUNT),
+        ),
+        assigned=Assigned(
+            num_requests=draw(st.integers(0, 9)),
+            num_blocks=draw(st.integers(0, 300)),
+            num_context_tokens=draw(COUNT),
+            num_unread_tokens=draw(COUNT),
+            num_unread_pairs=draw(st.integers(0, 10**6)),
+        ),
+        epoch=Epoch(draw(st.integers(0, 3))),
+        num_blocks=num_blocks,
+        block_size=draw(st.sampled_from([1, 16, 64])),
+        max_num_requests=draw(st.integers(1, 9)),
+        model_hash=draw(st.sampled_from([b"m", b"n"])),
+        layout_hash=draw(st.sampled_from([b"l", b"k"])),
+        coefficients=StepCoefficients(
+            fixed_s=draw(SMALL),
+            prefill_token_s=draw(SMALL),
+            prefill_attention_s=draw(SMALL),
+            decode_token_s=draw(SMALL),
+            decode_context_token_s=draw(SMALL),
+        ),
+    )
+
+
+@st.composite
+def views(draw: st.DrawFn) -> ClusterView:
+    prefill = [draw(workers(f"p{index}", Role.PREFILL)) for index in range(draw(st.integers(0, 5)))]
+    decode = [draw(workers(f"d{index}", Role.DECODE)) for index in range(draw(st.integers(0, 4)))]
+    return make_view(*prefill, *decode)
+
+
+def lives(view: ClusterView) -> list[Life]:
+    return [worker.life for worker in (*view.prefill, *view.decode)]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data(), view=views(), shape=SHAPES)
+def test_choice_is_total_deterministic_and_never_an_excluded_worker(
+    data: st.DataObject, view: ClusterView, shape: RequestShape
+) -> None:
+    known = lives(view)
+    excluded = frozenset(data.draw(st.lists(st.sampled_from(known)))) if known else frozenset()
+    choice = choose_pair(view, shape, excluded=excluded)
+    assert choice == choose_pair(view, shape, excluded=excluded)
+    mirrored = replace(view, prefill=view.prefill[::-1], decode=view.decode[::-1])
+    assert choice == choose_pair(mirrored, shape, excluded=excluded)
+    possible = [
+        worker
+        for worker in view.decode
+        if worker.is_usable
+        and worker.life not in excluded
+        and shape.num_blocks(worker.hello.block_size) <= worker.hello.num_blocks
+    ]
+    if not possible:
+        assert choice == NoWorkers()
+        return
+    assert isinstance(choice, Pair)
+    assert choice.decode in possible
+    targets = choice.prefill_targets
+    assert len(set(targets)) == len(targets) <= MAX_NUM_PREFILL_TARGETS
+    for target in targets:
+        assert target.is_usable
+        assert target.life not in excluded
+        assert target.can_exchange_kv_with(choice.decode)
+    if not targets:
+        assert not any(
+            worker.is_usable
+            and worker.life not in excluded
+            and worker.can_exchange_kv_with(choice.decode)
+            for worker in view.prefill
+        )
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(view=views(), shape=SHAPES, max_wait_s=st.floats(0, 100))
+def test_refusal_for_load_names_a_time_and_only_follows_from_the_limit(
+    view: ClusterView, shape: RequestShape, max_wait_s: float
+) -> None:
+    choice = choose_pair(view, shape, max_wait_s=max_wait_s)
+    if isinstance(choice, Overloaded):
+        assert choice.retry_after_s > 0
+        assert isinstance(choose_pair(view, shape), Pair)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    events=st.lists(
+        st.tuples(st.sampled_from(["assign", "read", "release"]), st.integers(0, 5), SHAPES),
+        max_size=40,
+    )
+)
+def test_account_is_the_sum_of_what_is_open_and_returns_to_nothing(
+    events: list[tuple[str, int, RequestShape]],
+) -> None:
+    ledger = Ledger()
+    open_attempts: dict[AttemptId, RequestShape] = {}
+    for kind, number, shape in events:
+        attempt = AttemptId(RequestId(str(number)), 1)
+        decode, reader = WorkerId(f"d{number % 2}"), WorkerId(f"{'pd'[number // 3]}{number % 2}")
+        if kind == "assign" and attempt not in open_attempts:
+            ledger.assign(attempt, shape, decode=decode, reader=reader, block_size=16)
+            open_attempts[attempt] = shape
+        elif kind == "read":
+            ledger.mark_read(attempt)
+        elif kind == "release":
+            ledger.release(attempt)
+            open_attempts.pop(attempt, None)
+        held = [ledger.assigned(WorkerId(f"d{index}")) for index in range(2)]
+        assert sum(part.num_requests for part in held) == len(open_attempts)
+        assert sum(part.num_blocks for part in held) == sum(
+            shape.num_blocks(16) for shape in open_attempts.values()
+        )
+    for attempt in list(open_attempts):
+        ledger.release(attempt)
+    assert ledger.is_empty
+    assert ledger.assigned(WorkerId("d0")) == NOTHING
+
+
+# The dispatcher -----------------------------------------------------------------------------------
+
+NAMES = ("d0", "d1", "d2")
+
+
+class Play:
+    """Requests at a dispatcher, and events that befall them and their workers."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.tasks: dict[str, asyncio.Task[Any]] = {}
+        self.num_said: dict[tuple[str, int], int] = {}
+
+    async def start(self, number: int) -> None:
+        label = f"r{len(self.tasks)}"
+        self.tasks[label] = self.bench.start(label)
+
+    async def cancel(self, number: int) -> None:
+        if self.tasks:
+            list(self.tasks.values())[number % len(self.tasks)].cancel()
+
+    async def cut(self, number: int) -> None:
+        await self.bench.workers[NAMES[number % len(NAMES)]].cut()
+
+    async def drain(self, number: int) -> None:
+        if number == 0:
+            await self.bench.dispatcher.drain(0.0)
+
+    async def say(self, number: int) -> None:
+        self.answer(number, end=None)
+
+    async def finish(self, number: int) -> None:
+        self.answer(number, end=DONE)
+
+    async def fail(self, number: int) -> None:
+        reason = sorted(MOVED)[number % len(MOVED)]
+        self.answer(number, end=Failed(reason=reason, message="no"))
+
+    async def repeat(self, number: int) -> None:
+        self.answer(number, end=None, back=1)
+
+    async def skip(self, number: int) -> None:
+        self.answer(number, end=None, back=-1)
+
+    def answer(self, number: int, *, end: Any, back: int = 0) -> None:
+        open_submits = [
+            (worker, submit)
+            for worker in self.bench.workers.values()
+            for submit in worker.open.values()
+        ]
+        if not open_submits:
+            return
+        worker, submit = open_submits[number % len(open_submits)]
+        key = (submit.request_id, submit.attempt)
+        said = self.num_said.get(key, 0)
+        worker.say(submit, max(said - back, 0), 1, end)
+        self.num_said[key] = said + (back == 0)
+
+
+EVENTS: dict[str, Callable[[Play, int], Coroutine[Any, Any, None]]] = {
+    "start": Play.start,
+    "cancel": Play.cancel,
+    "cut": Play.cut,
+    "drain": Play.drain,
+    "say": Play.say,
+    "finish": Play.finish,
+    "fail": Play.fail,
+    "repeat": Play.repeat,
+    "skip": Play.skip,
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    events=st.lists(
+        st.tuples(st.sampled_from(["start", "say", *EVENTS]), st.integers(0, 20), st.booleans()),
+        max_size=30,
+    )
+)
+def test_nothing_is_held_after_any_order_of_events(events: list[tuple[str, int, bool]]) -> None:
+    async def run() -> None:
+        async with open_bench(*NAMES) as bench:
+            play = Play(bench)
+            for kind, number, is_settled in events:
+                await EVENTS[kind](play, number)
+                if is_settled:
+                    await settle()
+            await settle()
+            for task in play.tasks.values():
+                task.cancel()
+            await asyncio.gather(*play.tasks.values(), return_exceptions=True)
+            await settle()
+            assert bench.is_idle
+            for received in bench.received.values():
+                assert received == list(range(len(received)))
+            counts = bench.in_flight.counts
+            ended = counts.completed + counts.failed + counts.cancelled + counts.refused
+            assert ended <= len(play.tasks)  # one cancelled before its first step never entered
+
+    asyncio.run(run())

@@ -1,0 +1,174 @@
+"""A dispatcher in memory whose decode workers the test plays; no gRPC, no files."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from random import Random
+from typing import Any
+
+from pdserve.config.timers import Timers
+from pdserve.domain.ids import PROTOCOL_VERSION, Epoch
+from pdserve.domain.messages import Cancel, PeerHello, RequestOutput, StepOutputs, Submit
+from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.tokens import Completed, Failed, FinishReason, PhaseTimeline, SampledToken
+from pdserve.rpc.streams import MemoryStream, iterate, memory_stream_pair
+from router.cluster_view import Ledger
+from router.decode_links import DecodeLink, LinkTarget
+from router.dispatch import Dispatcher, DispatchLimits
+from router.in_flight import InFlight
+from router.membership import Membership
+from router.requests import Chunk, GenerateCall
+from tests.unit.router.builders import make_hello
+
+TIMERS = Timers(suspect_s=1e6, dead_s=2e6)
+ME = PeerHello(peer_id="router-0", epoch=Epoch(9), protocol_version=PROTOCOL_VERSION)
+DONE = Completed(reason=FinishReason.LENGTH, cached_prompt_tokens=0, timeline=PhaseTimeline())
+
+
+async def settle() -> None:
+    """Let everything that can run run."""
+    for _ in range(30):
+        await asyncio.sleep(0)
+
+
+class PlayedWorker:
+    """A decode worker; `open` has what it was asked for and neither ended nor was cancelled."""
+
+    def __init__(self, name: str) -> None:
+        self.hello = make_hello(name)
+        self.open: dict[tuple[str, int], Submit] = {}
+        self.submits: list[Submit] = []
+        self.cancels: list[Cancel] = []
+        self.is_down = False
+        self.stream: MemoryStream[Any, Any] | None = None
+
+    async def connect(self, address: str, timers: Timers) -> MemoryStream[Any, Any]:
+        ours, theirs = memory_stream_pair("router", "worker")
+        life = PeerHello(
+            peer_id=self.hello.worker_id,
+            epoch=self.hello.epoch,
+            protocol_version=PROTOCOL_VERSION,
+        )
+        await theirs.send(life)
+        self.stream = theirs
+        if self.is_down:
+            await theirs.close()
+        return ours
+
+    async def run(self) -> None:
+        """Take messages, over all streams of its life."""
+        while True:
+            if self.stream is not None:
+                async for message in iterate(self.stream):
+                    self._take(message)
+                self.open.clear()  # a worker cancels what a lost stream carried
+            await asyncio.sleep(0)
+
+    def say(self, submit: Submit, index: int, count: int, end: Any = None) -> None:
+        output = RequestOutput(
+            request_id=submit.request_id,
+            attempt=submit.attempt,
+            first_index=index,
+            tokens=tuple(SampledToken(i) for i in range(index, index + count)),
+            end=end,
+        )
+        assert self.stream is not None
+        self.stream.try_send(StepOutputs((output,)))
+        if isinstance(end, Completed | Failed):
+            self.open.pop((submit.request_id, submit.attempt), None)
+
+    async def cut(self) -> None:
+        if self.stream is not None:
+            await self.stream.close()
+
+    def _take(self, message: Any) -> None:
+        if isinstance(message, Submit):
+            self.submits.append(message)
+            self.open[message.request_id, message.attempt] = message
+        elif isinstance(message, Cancel):
+            self.cancels.append(message)
+            self.open.pop((message.request_id, message.attempt), None)
+
+
+class Bench:
+    """The dispatcher and what it works on."""
+
+    def __init__(self, names: tuple[str, ...], limits: DispatchLimits) -> None:
+        self.ledger = Ledger()
+        self.in_flight = InFlight(max_num_requests=100)
+        self.membership = Membership(timers=TIMERS, ledger=self.ledger)
+        self.workers = {name: PlayedWorker(name) for name in names}
+        self.links: dict[Any, DecodeLink] = {}
+        self.received: dict[str, list[int]] = {}
+        self.is_client_reading = asyncio.Event()
+        self.is_client_reading.set()
+        self.dispatcher = Dispatcher(
+            model_name="demo",
+            membership=self.membership,
+            ledger=self.ledger,
+            links=self.links,
+            in_flight=self.in_flight,
+            encode=self._encode,
+            timers=TIMERS,
+            limits=limits,
+            clock=asyncio.get_running_loop().time,
+            rng=Random(0),
+        )
+
+    def start(
+        self, label: str, *, max_tokens: int = 8, deadline_s: float | None = None
+    ) -> "asyncio.Task[Any]":
+        call = GenerateCall(
+            prompt=(1, 2, 3),
+            sampling=SamplingParams(max_tokens=max_tokens),
+            label=label,
+            deadline_s=deadline_s,
+        )
+        received = self.received[label] = []
+
+        async def send(chunk: Chunk) -> None:
+            await self.is_client_reading.wait()
+            assert chunk.first_index == len(received)
+            received.extend(token.token_id for token in chunk.tokens)
+
+        return asyncio.create_task(self.dispatcher.run(call, send))
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is held, here or at a worker."""
+        held = any(worker.open for worker in self.workers.values())
+        return self.ledger.is_empty and len(self.in_flight) == 0 and not held
+
+    async def _encode(self, text: str) -> tuple[int, ...]:
+        await asyncio.sleep(0)
+        return tuple(text.encode())
+
+
+@contextlib.asynccontextmanager
+async def open_bench(*names: str, limits: DispatchLimits | None = None) -> AsyncIterator[Bench]:
+    """Workers registered and linked; all tasks end with the block."""
+    bench = Bench(names, limits or DispatchLimits())
+    tasks = []
+    for worker in bench.workers.values():
+        member = bench.membership.admit(worker.hello, 0.0)
+
+        def on_change(is_linked: bool, member: Any = member) -> None:
+            member.is_linked = is_linked
+
+        link = DecodeLink(
+            LinkTarget(life=member.life, address=""),
+            me=ME,
+            connect=worker.connect,
+            timers=TIMERS,
+            rng=Random(1),
+            on_change=on_change,
+        )
+        bench.links[worker.hello.worker_id] = link
+        tasks += [asyncio.create_task(link.run()), asyncio.create_task(worker.run())]
+    await settle()
+    try:
+        yield bench
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
