@@ -21,7 +21,7 @@ class FaultyTransport:
         self.name = inner.name
         self.num_corrupted = 0
         self._inner = inner
-        self._corrupt = corrupt
+        self.corrupt = corrupt
 
     async def serve(self, memory: KvMemory, may_read: MayRead) -> RegionServer:
         return await self._inner.serve(memory, may_read)
@@ -38,7 +38,7 @@ class FaultyTransport:
     ) -> None:
         await self._inner.read(region, remote_blocks, memory, local_blocks)
         for block_id in local_blocks:
-            if self._corrupt != "all" and self.num_corrupted >= self._corrupt:
+            if self.corrupt != "all" and self.num_corrupted >= self.corrupt:
                 return
             block = memory.block(block_id)
             block[self.num_corrupted % len(block)] ^= 1

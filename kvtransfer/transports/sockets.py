@@ -66,7 +66,7 @@ async def recv_all(
 
     After a cancelled call nothing is written: bytes move only between two awaits.
     """
-    views = [memoryview(buffer) for buffer in buffers]
+    views = [memoryview(buffer) for buffer in buffers]  # of its own, to release
 
     def recv(batch: list[memoryview]) -> int:
         num_bytes: int = sock.recvmsg_into(batch)[0]
@@ -74,7 +74,11 @@ async def recv_all(
             raise ConnectionResetError("closed by the peer")
         return num_bytes
 
-    await _move(sock, views, recv, wait_readable, idle_timeout_s)
+    try:
+        await _move(sock, views, recv, wait_readable, idle_timeout_s)
+    finally:
+        for view in views:  # else a failure's traceback keeps the memory from being closed
+            view.release()
 
 
 async def _move(

@@ -199,21 +199,30 @@ class TcpTransport:
             await send_all(sock, [request], self._idle_timeout_s)
             header = bytearray(REPLY_HEADER_BYTES)
             await recv_all(sock, [header], self._idle_timeout_s)
-            block_bytes = memory.layout.block_bytes
-            status = decode_reply(header, len(remote_blocks) * block_bytes)
+            status = decode_reply(header, len(remote_blocks) * memory.layout.block_bytes)
             if status is Status.OK:
-                runs = block_runs(range(len(local_blocks)), local_blocks)  # the reply is in order
-                targets = [
-                    memory.bytes[run.local * block_bytes : (run.local + run.count) * block_bytes]
-                    for run in runs
-                ]
-                await recv_all(sock, targets, self._idle_timeout_s)
+                await self._recv_blocks(sock, memory, local_blocks)
         except BaseException:
             peer.drop(sock)
             raise
         peer.put(sock)
         if status is Status.NOT_ON_OFFER:
             raise TransferFailed("the peer refuses: the blocks are not on offer")
+
+    async def _recv_blocks(
+        self, sock: socket.socket, memory: KvMemory, local_blocks: Sequence[BlockId]
+    ) -> None:
+        """The reply has the blocks in order; neighbours here are one buffer."""
+        block_bytes = memory.layout.block_bytes
+        targets = [
+            memory.bytes[run.local * block_bytes : (run.local + run.count) * block_bytes]
+            for run in block_runs(range(len(local_blocks)), local_blocks)
+        ]
+        try:
+            await recv_all(sock, targets, self._idle_timeout_s)
+        finally:
+            for target in targets:
+                target.release()
 
     async def close_peer(self, region: RemoteRegion) -> None:
         peer = self._peers.pop(_Address.of(region), None)

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -56,20 +57,24 @@ def name(request: pytest.FixtureRequest) -> str:
     return chosen
 
 
+def open_fds() -> Counter[str]:
+    """How many descriptors of each kind this process has."""
+    fds = Path("/proc/self/fd")
+    return Counter(os.readlink(fd).partition(":[")[0] for fd in fds.iterdir() if fd.is_symlink())
+
+
 def num_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return open_fds().total()
 
 
 @pytest.fixture(autouse=True)
 async def nothing_held(event_loop_policy: object) -> AsyncIterator[None]:
     """Every test ends with as many descriptors and tasks as it began with."""
     await asyncio.to_thread(gc.collect)  # starts the loop's thread pool, too
-    before = num_fds()
+    before = open_fds()
     yield
     gc.collect()
-    for _ in range(10):  # the loop closes some of what a test let go only at its next turns
-        await asyncio.sleep(0)
-    assert num_fds() == before
+    assert open_fds() == before
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
