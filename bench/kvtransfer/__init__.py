@@ -1,0 +1,1 @@
+"""How fast scattered KV blocks move between two processes of one host."""

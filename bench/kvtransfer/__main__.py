@@ -1,0 +1,204 @@
+"""`python -m bench.kvtransfer`: 16 MiB of scattered blocks by each transport, beside their peers.
+
+    memcpy     blocks copied within one process: the limit of one core
+    shm, tcp   ours, from a second process, as a decode worker reads them
+    asyncio    the same blocks by the event loop's own `sock_sendall` and `sock_recv_into`
+    digest     what checking the blocks costs on top
+
+All contenders take turns in every round, so that a noisy neighbour hits them alike. Prints a table
+of medians and writes JSON.
+"""
+
+import argparse
+import asyncio
+import json
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from bench.kvtransfer.peer import layout_of
+from kvtransfer.digest import block_digest
+from kvtransfer.transports import open_transports
+from pdserve.domain.ids import BlockId, HandoffId, RequestId
+from pdserve.domain.messages import RemoteRegion
+from pdserve.engine.kv_memory import KvMemory
+
+MOVED_BYTES = 16 << 20
+MEMORY_BYTES = 64 << 20
+BLOCK_SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10)
+HANDOFF = HandoffId(RequestId("bench"), 1, 1)
+GIB = 1 << 30
+
+Move = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    contender: str
+    block_bytes: int
+    median_s: float
+    best_s: float
+    gib_per_s: float
+    ratio_to_memcpy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Which blocks to read from the peer, and where to."""
+
+    regions: dict[str, RemoteRegion]
+    raw_port: int
+    source: KvMemory  # of this process, for the memcpy
+    target: KvMemory
+    remote: Sequence[BlockId]
+    local: Sequence[BlockId]
+
+
+def memcpy_of(reading: Reading) -> Move:
+    async def move() -> None:
+        for remote, local in zip(reading.remote, reading.local, strict=True):
+            reading.target.block(local)[:] = reading.source.block(remote)
+
+    return move
+
+
+def digest_of(reading: Reading) -> Move:
+    async def move() -> None:
+        for place, local in enumerate(reading.local):
+            block_digest(HANDOFF, place, reading.target.block(local))
+
+    return move
+
+
+def transport_of(name: str, reading: Reading) -> Move:
+    (transport,) = open_transports([name], "127.0.0.1")
+
+    async def move() -> None:
+        await transport.read(reading.regions[name], reading.remote, reading.target, reading.local)
+
+    return move
+
+
+async def asyncio_of(reading: Reading) -> Move:
+    """One connection; the peer sends the listed blocks one `sock_sendall` each."""
+    loop = asyncio.get_running_loop()
+    sock = socket.socket()
+    sock.setblocking(False)
+    await loop.sock_connect(sock, ("127.0.0.1", reading.raw_port))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    request = len(reading.remote).to_bytes(4, "little") + b"".join(
+        block.to_bytes(4, "little") for block in reading.remote
+    )
+
+    async def move() -> None:
+        await loop.sock_sendall(sock, request)
+        for local in reading.local:
+            block = reading.target.block(local)
+            place = 0
+            while place < len(block):
+                place += await loop.sock_recv_into(sock, block[place:])
+
+    return move
+
+
+async def time_rounds(contenders: dict[str, Move], num_rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, after one round to warm up."""
+    name_to_seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(num_rounds + 1):
+        for name, move in contenders.items():
+            start_s = time.perf_counter()
+            await move()
+            name_to_seconds[name].append(time.perf_counter() - start_s)
+    return {name: seconds[1:] for name, seconds in name_to_seconds.items()}
+
+
+async def measure(block_bytes: int, num_rounds: int) -> list[Measure]:
+    num_blocks, num_moved = MEMORY_BYTES // block_bytes, MOVED_BYTES // block_bytes
+    layout = layout_of(block_bytes)
+    source, target = KvMemory(layout, num_blocks), KvMemory(layout, num_blocks)
+    source.bytes[:] = target.bytes[:] = b"\x55" * source.num_bytes  # all pages are there
+    rng = Random(block_bytes)
+    with subprocess.Popen(  # noqa: ASYNC220  nothing else runs on this loop
+        [sys.executable, "-m", "bench.kvtransfer.peer", str(num_blocks), str(block_bytes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as peer:
+        assert peer.stdout is not None
+        hello = json.loads(await asyncio.to_thread(peer.stdout.readline))
+        reading = Reading(
+            regions={region["transport"]: RemoteRegion(**region) for region in hello["regions"]},
+            raw_port=hello["raw_port"],
+            source=source,
+            target=target,
+            remote=[BlockId(block) for block in rng.sample(range(num_blocks), num_moved)],
+            local=[BlockId(block) for block in rng.sample(range(num_blocks), num_moved)],
+        )
+        contenders = {
+            "memcpy": memcpy_of(reading),
+            "shm": transport_of("shm", reading),
+            "tcp": transport_of("tcp", reading),
+            "asyncio": await asyncio_of(reading),
+            "digest": digest_of(reading),
+        }
+        name_to_seconds = await time_rounds(contenders, num_rounds)
+        peer.kill()
+    limit_s = statistics.median(name_to_seconds["memcpy"])
+    return [
+        Measure(
+            contender=name,
+            block_bytes=block_bytes,
+            median_s=statistics.median(seconds),
+            best_s=min(seconds),
+            gib_per_s=MOVED_BYTES / GIB / statistics.median(seconds),
+            ratio_to_memcpy=statistics.median(seconds) / limit_s,
+        )
+        for name, seconds in name_to_seconds.items()
+    ]
+
+
+def print_table(measures: Sequence[Measure]) -> None:
+    names = list(dict.fromkeys(measure.contender for measure in measures))
+    table = Table(title="16 MiB of scattered blocks: GiB/s (time / time of memcpy), medians")
+    table.add_column("block")
+    for name in names:
+        table.add_column(name, justify="right")
+    for block_bytes in BLOCK_SIZES:
+        row = {one.contender: one for one in measures if one.block_bytes == block_bytes}
+        cells = [f"{row[name].gib_per_s:.2f} ({row[name].ratio_to_memcpy:.1f})" for name in names]
+        table.add_row(f"{block_bytes >> 10} KiB", *cells)
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Bandwidth of KV transports")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--json", type=Path, default=Path("bench-kvtransfer.json"))
+    parser.add_argument("--uvloop", action="store_true", help="as the workers run")
+    args = parser.parse_args()
+    run = uvloop.run if args.uvloop else asyncio.run
+    measures = [one for size in BLOCK_SIZES for one in run(measure(size, args.rounds))]
+    print_table(measures)
+    report = {
+        "moved_bytes": MOVED_BYTES,
+        "num_rounds": args.rounds,
+        "loop": "uvloop" if args.uvloop else "asyncio",
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "measures": [asdict(one) for one in measures],
+    }
+    args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The process that is read: serves one memory by shm, by tcp and by plain asyncio sockets."""
+
+import asyncio
+import json
+import socket
+import struct
+import sys
+from dataclasses import asdict
+
+import uvloop
+
+from kvtransfer.transports import open_transports
+from pdserve.domain.ids import BlockId
+from pdserve.domain.layout import KvLayout, LayerKv
+from pdserve.engine.kv_memory import KvMemory
+
+
+def layout_of(block_bytes: int) -> KvLayout:
+    """16 tokens a block, one layer of bytes."""
+    head_dim = block_bytes // 32
+    layer = LayerKv(num_kv_heads=1, k_head_dim=head_dim, v_head_dim=head_dim)
+    return KvLayout(layers=(layer,), block_size=16, dtype="uint8", item_bytes=1)
+
+
+async def recv_exactly(sock: socket.socket, num_bytes: int) -> bytes:
+    data = b""
+    while len(data) < num_bytes:
+        data += await asyncio.get_running_loop().sock_recv(sock, num_bytes - len(data))
+    return data
+
+
+async def serve_raw(listener: socket.socket, memory: KvMemory) -> None:
+    """One connection: a count and block ids in, the blocks out."""
+    loop = asyncio.get_running_loop()
+    sock, _ = await loop.sock_accept(listener)
+    sock.setblocking(False)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while True:
+        (num_blocks,) = struct.unpack("<I", await recv_exactly(sock, 4))
+        for block_id in struct.unpack(f"<{num_blocks}I", await recv_exactly(sock, 4 * num_blocks)):
+            await loop.sock_sendall(sock, memory.block(BlockId(block_id)))
+
+
+async def main(num_blocks: int, block_bytes: int) -> None:
+    memory = KvMemory(layout_of(block_bytes), num_blocks)
+    memory.bytes[:] = b"\xaa" * memory.num_bytes
+    transports = open_transports(["shm", "tcp"], "127.0.0.1")
+    servers = [await transport.serve(memory, lambda ids: True) for transport in transports]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        hello = {
+            "regions": [asdict(server.region) for server in servers],
+            "raw_port": listener.getsockname()[1],
+        }
+        print(json.dumps(hello), flush=True)
+        await serve_raw(listener, memory)
+
+
+if __name__ == "__main__":
+    uvloop.run(main(int(sys.argv[1]), int(sys.argv[2])))
