@@ -76,8 +76,10 @@ class DecodeLoop:
                 table.leave_step()
         self.num_steps += 1
         for (request, count), sampled in zip(plan, result.sampled, strict=True):
-            if request not in self._running:
-                continue  # it ended during the step
+            # It ended during the step; cancelling its task cancels the future at once, the task
+            # itself leaves a turn later.
+            if request not in self._running or request.finished.done():
+                continue
             request.num_computed_tokens += count
             if sampled is not None:
                 self.num_tokens += 1
