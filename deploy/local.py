@@ -172,7 +172,8 @@ class LocalCluster:
             while True:
                 with contextlib.suppress(ClusterUnreachable):
                     state = await admin.cluster_state()
-                    if expected <= {str(worker.hello.worker_id) for worker in state.workers}:
+                    alive = [each for each in state.workers if each.health == "alive"]
+                    if expected <= {str(worker.hello.worker_id) for worker in alive}:
                         return
                 await asyncio.sleep(REGISTERED_POLL_S)
 

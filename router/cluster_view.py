@@ -11,6 +11,7 @@ from pdserve.domain.messages import WorkerHello, WorkerLoad
 class Health(StrEnum):
     """What a worker that is registered can be; a dead one is not in the view."""
 
+    JOINING = "joining"  # the router's own stream to it is not open
     ALIVE = "alive"
     SUSPECT = "suspect"
     DRAINING = "draining"
@@ -135,7 +136,6 @@ class WorkerView:
     hello: WorkerHello
     load: WorkerLoad
     health: Health
-    is_linked: bool = True  # False: a decode worker whose stream is not open
     silence_s: float = 0.0
     assigned: Assigned = NOTHING
 
@@ -145,7 +145,7 @@ class WorkerView:
 
     @property
     def is_usable(self) -> bool:
-        return self.health is Health.ALIVE and self.is_linked
+        return self.health is Health.ALIVE
 
     @property
     def num_requests(self) -> int:

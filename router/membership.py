@@ -122,7 +122,6 @@ class Membership:
                     hello=member.hello,
                     load=member.load,
                     health=self._health(member, now_s),
-                    is_linked=member.is_linked or role is Role.PREFILL,
                     silence_s=now_s - member.heard_s,
                     assigned=self._ledger.assigned(worker_id),
                 )
@@ -130,7 +129,10 @@ class Membership:
     def _health(self, member: Member, now_s: float) -> Health:
         if now_s - member.heard_s > self._timers.suspect_s:
             return Health.SUSPECT
-        return Health.DRAINING if member.load.is_draining else Health.ALIVE
+        if member.load.is_draining:
+            return Health.DRAINING
+        is_joining = member.hello.role is Role.DECODE and not member.is_linked
+        return Health.JOINING if is_joining else Health.ALIVE
 
     def _check(self, hello: WorkerHello) -> None:
         if hello.protocol_version != PROTOCOL_VERSION:

@@ -42,7 +42,6 @@ def workers(draw: st.DrawFn, name: str, role: Role) -> WorkerView:
         name,
         role,
         health=draw(st.sampled_from(Health)),
-        is_linked=draw(st.booleans()),
         load=make_load(
             num_blocks,
             in_use,

@@ -65,7 +65,6 @@ def make_worker(
     load: WorkerLoad | None = None,
     assigned: Assigned | None = None,
     health: Health = Health.ALIVE,
-    is_linked: bool = True,
     **changes: Any,
 ) -> WorkerView:
     hello = make_hello(name, role, **changes)
@@ -73,7 +72,6 @@ def make_worker(
         hello=hello,
         load=load or make_load(hello.num_blocks),
         health=health,
-        is_linked=is_linked,
         assigned=assigned or Assigned(),
     )
 

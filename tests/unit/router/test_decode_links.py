@@ -106,7 +106,7 @@ async def test_loss_fails_every_request_on_the_link_and_the_link_comes_back() ->
         with pytest.raises(WorkerLost):
             link.submit(make_submit(), make_inbox())
         async with asyncio.timeout(10):
-            while not bench.membership.view(0.0).decode[0].is_linked:
+            while not bench.membership.view(0.0).decode[0].is_usable:
                 await settle()
         link.submit(make_submit(), make_inbox())
 

@@ -24,6 +24,8 @@ def make_membership(tokenizer_hash: bytes = b"") -> Membership:
 def test_silent_worker_is_suspect_then_dead_and_a_heartbeat_clears_it() -> None:
     membership = make_membership()
     member = membership.admit(make_hello("d0"), 10.0)
+    assert membership.view(10.0).decode[0].health is Health.JOINING
+    member.is_linked = True
     assert membership.view(11.5).decode[0].health is Health.ALIVE
     assert membership.view(11.6).decode[0].health is Health.SUSPECT
     assert membership.dead_at_s(member) == 13.0

@@ -129,7 +129,7 @@ def test_suspect_and_draining_workers_get_nothing(health: Health) -> None:
 
 
 def test_decode_worker_without_a_stream_gets_nothing() -> None:
-    assert choose_pair(make_view(make_worker("d0", is_linked=False)), SHAPE) == NoWorkers()
+    assert choose_pair(make_view(make_worker("d0", health=Health.JOINING)), SHAPE) == NoWorkers()
 
 
 @pytest.mark.parametrize("change", [{"layout_hash": b"other"}, {"model_hash": b"other"}])
