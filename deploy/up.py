@@ -17,6 +17,7 @@ from rich.table import Table
 from deploy.local import LocalCluster
 from deploy.processes import describe_exit
 from pdserve.cli.problems import ClusterFailed
+from pdserve.cli.running import EXIT_INTERRUPTED
 from pdserve.config.cluster import ClusterSettings, read_cluster_settings
 from pdserve.domain.errors import LocalFault, PdserveError
 
@@ -38,7 +39,7 @@ def run_up(settings: ClusterSettings, *, as_json: bool) -> None:
     try:
         asyncio.run(_Up(settings, as_json=as_json).run())
     except asyncio.CancelledError:
-        raise typer.Exit(130) from None
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     except PdserveError as error:
         if as_json:
             print(json.dumps({"ready": False, "error": error.message}), flush=True)
@@ -53,6 +54,7 @@ class _Up:
         self._as_json = as_json
         self._console = Console(stderr=True)
         self._stop = asyncio.Event()
+        self._is_forced = False
         self._cluster = LocalCluster.start(settings, report=self._report)
 
     async def run(self) -> None:
@@ -78,6 +80,8 @@ class _Up:
             raise
         await self._cluster.__aexit__(None, None, None)
         self._print("stopped; nothing is left running")
+        if self._is_forced:
+            raise typer.Exit(EXIT_INTERRUPTED)
 
     async def _watch(self) -> None:
         """Until a signal; raises `ClusterFailed` once the cluster cannot serve."""
@@ -109,6 +113,7 @@ class _Up:
     def _on_signal(self) -> None:
         if self._stop.is_set():
             self._print("stopping at once")
+            self._is_forced = True
             self._cluster.kill()
             return
         limit_s = self._settings.timers.drain_s

@@ -55,10 +55,16 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     app.callback()(_program)
-    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: entry.name):
-        _add_entry(app, entry)
+    entries = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: entry.name)
+    # What starts a cluster comes first: without it the others have nothing to talk to.
+    for entry in entries:
+        if entry.name == "up":
+            _add_entry(app, entry)
     for name, command in commands.COMMANDS.items():
         app.command(name)(command)
+    for entry in entries:
+        if entry.name != "up":
+            _add_entry(app, entry)
     return app
 
 
