@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo check test test-all bench proto model clean
+.PHONY: setup demo check test test-all bench proto diagrams model clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,9 @@ bench: setup
 
 proto: setup
 	$(BIN)/python scripts/generate_stubs.py
+
+diagrams: setup
+	$(BIN)/python scripts/generate_diagrams.py
 
 model: setup
 	$(BIN)/python scripts/train_demo_model.py
