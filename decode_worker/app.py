@@ -84,9 +84,10 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
                 queue_s=timers.queue_s,
                 clock=clock,
             ),
-            handoffs=Handoffs(links, engine.kv, clock=clock),
+            handoffs=Handoffs(links, engine.kv, vocab_size=spec.vocab_size, clock=clock),
             decode_loop=decode_loop,
             max_local_prefill_tokens=settings.max_local_prefill_tokens,
+            hello_s=timers.connect_s,
             clock=clock,
         )
         server = await RpcServer.start(
@@ -109,6 +110,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timers.drain_s):
                 await service.wait_idle()
+        await service.close()
         log.info("worker.drained")
 
 

@@ -17,7 +17,6 @@ class DecodeLoop:
 
     def __init__(self, engine: Engine, *, max_step_tokens: int, clock: Clock) -> None:
         self._engine = engine
-        self._block_size = engine.spec.layout.block_size
         self._max_step_tokens = max_step_tokens
         self._clock = clock
         self._running: dict[DecodeRequest, None] = {}
@@ -36,9 +35,7 @@ class DecodeLoop:
     def join(self, request: DecodeRequest) -> None:
         """Compute this request from the next step on; its reserved blocks become held."""
         assert request.table is not None
-        num_held = -(-request.num_computed_tokens // self._block_size)
-        num_blocks = len(request.table.block_ids)
-        request.table.hold(num_held, num_blocks - num_held)
+        request.table.hold_rest()
         request.times.joined_s = self._clock()
         self._running[request] = None
         self._joined.set()

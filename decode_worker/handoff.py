@@ -7,7 +7,8 @@ import structlog
 from decode_worker.prefill_links import HandoffInbox, PeerLink, PrefillLinks
 from decode_worker.requests import Clock, DecodeRequest
 from kvtransfer.receiver import HandoffReceiver
-from pdserve.domain.errors import PeerFault, Reason, Refused
+from kvtransfer.session import ProtocolViolation
+from pdserve.domain.errors import PeerFault, Reason, Refused, WorkerLost
 from pdserve.domain.ids import HandoffId
 from pdserve.domain.messages import PrefillTarget, StartHandoff
 from pdserve.engine.kv_memory import KvMemory
@@ -18,9 +19,12 @@ log = structlog.get_logger(__name__)
 class Handoffs:
     """Fetches KV for requests, and counts what was moved."""
 
-    def __init__(self, links: PrefillLinks, memory: KvMemory, *, clock: Clock) -> None:
+    def __init__(
+        self, links: PrefillLinks, memory: KvMemory, *, vocab_size: int, clock: Clock
+    ) -> None:
         self._links = links
         self._memory = memory
+        self._vocab_size = vocab_size
         self._block_size = memory.layout.block_size
         self._clock = clock
         self.num_bytes = 0
@@ -31,8 +35,8 @@ class Handoffs:
 
         Tries the request's prefill workers in order. Blocks that landed are kept, since their
         content was checked: the next worker is asked for the rest. Returns False when every
-        worker was lost, so that the prompt must be read here; raises `Refused` or `PeerFault`
-        when they refused, or sent KV that did not match.
+        worker was lost or is leaving, so that the rest must be read here; raises `Refused` or
+        `PeerFault` when they refused, or sent KV that did not match.
         """
         worst: PeerFault | Refused | None = None
         for retry, target in enumerate(request.submit.prefill_targets):
@@ -53,6 +57,12 @@ class Handoffs:
                     worst = error
             else:
                 return True
+            if request.is_answered:
+                return True
+            if request.num_computed_tokens == request.num_prompt_tokens:
+                # All is there but the first token: its logits need the last token once more.
+                request.num_computed_tokens -= request.num_output_tokens == 0
+                return False
         if worst is not None and _severity(worst) > 0:
             raise worst
         return False
@@ -137,7 +147,8 @@ class Handoffs:
                 request.table.publish(
                     request.names[: request.num_computed_tokens // self._block_size]
                 )
-            link.stream.try_send(pulled)
+            if not link.stream.try_send(pulled) and not receiver.is_complete:
+                raise WorkerLost(f"prefill worker {link.worker_id} takes no messages")
         request.times.landed_s = self._clock()
 
     async def _take_first_token(
@@ -149,6 +160,8 @@ class Handoffs:
         link: PeerLink,
     ) -> None:
         done = await inbox.done
+        if not 0 <= done.first_token.token_id < self._vocab_size:
+            raise ProtocolViolation(f"a first token at or above {self._vocab_size}")
         if not receiver.done(done):
             return
         request.times.prefill_worker = link.worker_id
@@ -162,7 +175,10 @@ class Handoffs:
 
 
 def _severity(error: PeerFault | Refused) -> int:
-    """Of several failures, which one says most: corrupt KV, then a refusal, then a loss."""
+    """Of several failures, which one says most: corrupt KV, then a refusal, then a loss.
+
+    A worker that drains will be gone soon: its refusal is a loss.
+    """
     if error.reason is Reason.KV_INTEGRITY:
         return 2
-    return int(isinstance(error, Refused))
+    return int(isinstance(error, Refused) and error.reason is not Reason.DRAINING)

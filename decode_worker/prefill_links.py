@@ -24,7 +24,7 @@ from pdserve.domain.messages import (
 )
 from pdserve.domain.tokens import Failed
 from pdserve.rpc.links import PrefillLink
-from pdserve.rpc.streams import Mailbox, iterate
+from pdserve.rpc.streams import Mailbox, iterate, receive_hello
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +32,7 @@ Connect = Callable[[str], Awaitable[PrefillLink]]
 
 
 class HandoffInbox:
-    """What one prefill worker says about one handoff. Ends with `failure` set, or by `close`."""
+    """What one prefill worker says about one handoff, until `failure` is set."""
 
     def __init__(self) -> None:
         self.offers: Mailbox[BlocksOffered] = Mailbox()
@@ -66,8 +66,9 @@ class HandoffInbox:
     async def next_offer(self) -> BlocksOffered:
         """The next offer; raises how the handoff failed."""
         offer = await self.offers.take()
-        if offer is None:
-            raise self.failure or WorkerLost("the prefill worker ended the handoff")
+        if self.failure is not None:  # also for offers that came before: their blocks may be gone
+            raise self.failure
+        assert offer is not None, "only a failure ends the offers"
         return offer
 
 
@@ -105,15 +106,14 @@ class PeerLink:
         """Drop whatever still comes for `handoff`."""
         self._inboxes.pop(handoff, None)
 
-    async def receive(self) -> None:
+    async def run(self, renew_s: float) -> None:
         """Give each message to its handoff, until the stream is over; then fail what is open."""
         try:
-            async for message in iterate(self.stream):
-                if isinstance(message, HandoffHello):
-                    continue
-                inbox = self._inboxes.get(message.handoff)
-                if inbox is not None:
-                    inbox.take(message)
+            async with asyncio.TaskGroup() as tasks:
+                renewing = tasks.create_task(self._renew_leases(renew_s))
+                async for message in iterate(self.stream):
+                    self._take(message)
+                renewing.cancel()
         finally:
             self.is_lost = True
             error = WorkerLost(f"prefill worker {self.worker_id} is lost")
@@ -122,9 +122,16 @@ class PeerLink:
             await self.transport.close_peer(self.region)
             await self.stream.close()
 
-    async def renew_leases(self, renew_s: float) -> None:
+    def _take(self, message: PrefillToDecode) -> None:
+        if isinstance(message, HandoffHello):
+            return
+        inbox = self._inboxes.get(message.handoff)
+        if inbox is not None:
+            inbox.take(message)
+
+    async def _renew_leases(self, renew_s: float) -> None:
         """Keep the blocks of open handoffs pinned."""
-        while not self.is_lost:
+        while True:
             await asyncio.sleep(renew_s)
             if self._inboxes:
                 self.stream.try_send(RenewLeases(tuple(self._inboxes)))
@@ -146,6 +153,7 @@ class PrefillLinks:
         self._timers = timers
         self._links: dict[PrefillTarget, PeerLink] = {}
         self._opening: dict[PrefillTarget, asyncio.Task[PeerLink | PeerFault]] = {}
+        self._running: set[asyncio.Task[None]] = set()
         self._tasks = asyncio.TaskGroup()
 
     async def __aenter__(self) -> "PrefillLinks":
@@ -158,8 +166,8 @@ class PrefillLinks:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for link in self._links.values():
-            await link.stream.close()
+        for task in (*self._opening.values(), *self._running):
+            task.cancel()
         await self._tasks.__aexit__(kind, error, trace)
 
     async def get(self, target: PrefillTarget) -> PeerLink:
@@ -183,26 +191,32 @@ class PrefillLinks:
             return await self._open(target)
         except PeerFault as fault:
             return fault
+        except Exception as error:
+            log.error("prefill_worker.link_failed", worker_id=target.worker_id, exc_info=error)
+            return WorkerLost(f"prefill worker {target.worker_id} cannot be linked")
 
     async def _open(self, target: PrefillTarget) -> PeerLink:
         stream = await self._connect(target.address)
         try:
-            async with asyncio.timeout(self._timers.connect_s):
-                await stream.send(self._hello)
-                theirs = await stream.receive()
+            await stream.send(self._hello)
+            theirs = await receive_hello(stream, self._timers.connect_s)
             link = self._accept(stream, target, theirs)
-        except TimeoutError:
-            await stream.close()
-            raise WorkerLost(f"prefill worker {target.worker_id} does not answer") from None
-        except (PeerFault, asyncio.CancelledError):
+        except BaseException:
             await stream.close()
             raise
         self._forget_lost()
         self._links[target] = link
-        self._tasks.create_task(link.receive())
-        self._tasks.create_task(link.renew_leases(self._timers.renew_s))
+        running = self._tasks.create_task(self._run_guarded(link))
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
         log.info("prefill_worker.linked", worker_id=target.worker_id, transport=link.transport.name)
         return link
+
+    async def _run_guarded(self, link: PeerLink) -> None:
+        try:
+            await link.run(self._timers.renew_s)
+        except Exception as error:
+            log.error("prefill_worker.link_crashed", worker_id=link.worker_id, exc_info=error)
 
     def _accept(
         self, stream: PrefillLink, target: PrefillTarget, theirs: PrefillToDecode

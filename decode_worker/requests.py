@@ -95,6 +95,11 @@ class DecodeRequest:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def is_answered(self) -> bool:
+        """The last token is there, and only `complete` is left to be called."""
+        return self._last_output is not None
+
+    @property
     def max_num_kv_tokens(self) -> int:
         """Positions whose KV is ever needed: the last token's is not."""
         return self.num_prompt_tokens + self.submit.sampling.max_tokens - 1

@@ -1,6 +1,7 @@
 """One stream for each router: every request it carries is a task of that stream."""
 
 import asyncio
+import math
 
 import structlog
 
@@ -9,16 +10,17 @@ from decode_worker.handoff import Handoffs
 from decode_worker.intake import Intake
 from decode_worker.requests import Clock, DecodeRequest
 from decode_worker.stream import Answer, RouterOutbox
-from pdserve.domain.errors import LocalFault, PdserveError, PeerFault, Reason
+from pdserve.domain.errors import BadRequest, LocalFault, PdserveError, PeerFault, Reason, Refused
 from pdserve.domain.ids import PROTOCOL_VERSION, RequestId
-from pdserve.domain.messages import Cancel, PeerHello, Submit, WorkerLoad
+from pdserve.domain.messages import Cancel, PeerHello, RequestOutput, Submit, WorkerLoad
 from pdserve.domain.prefix import hash_full_blocks
+from pdserve.domain.sampling import check_sampling
 from pdserve.domain.tokens import Failed
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.contract import EngineSpec
 from pdserve.engine.tokenizer import Tokenizer
 from pdserve.rpc.links import DecodeServerLink
-from pdserve.rpc.streams import iterate
+from pdserve.rpc.streams import iterate, receive_hello
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +43,7 @@ class DecodeService:
         handoffs: Handoffs,
         decode_loop: DecodeLoop,
         max_local_prefill_tokens: int,
+        hello_s: float,
         clock: Clock,
     ) -> None:
         self._hello = hello
@@ -51,10 +54,14 @@ class DecodeService:
         self._handoffs = handoffs
         self._decode_loop = decode_loop
         self._max_local_prefill_tokens = max_local_prefill_tokens
+        self._hello_s = hello_s
         self._clock = clock
         self._num_requests = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._streams: set[DecodeServerLink] = set()
+        self._no_streams = asyncio.Event()
+        self._no_streams.set()
         self.is_draining = False
 
     def load(self, sequence: int) -> WorkerLoad:
@@ -76,9 +83,24 @@ class DecodeService:
         """Until no request is left."""
         await self._idle.wait()
 
+    async def close(self) -> None:
+        """End every router's stream after what is queued; returns once nothing runs any more."""
+        await asyncio.gather(*(stream.close() for stream in self._streams))
+        await self._no_streams.wait()
+
     async def handle(self, stream: DecodeServerLink) -> None:
         """Serve one router until its stream ends, and then end all that it had here."""
-        first = await stream.receive()
+        self._streams.add(stream)
+        self._no_streams.clear()
+        try:
+            await self._handle(stream)
+        finally:
+            self._streams.remove(stream)
+            if not self._streams:
+                self._no_streams.set()
+
+    async def _handle(self, stream: DecodeServerLink) -> None:
+        first = await receive_hello(stream, self._hello_s)
         if not isinstance(first, PeerHello) or first.protocol_version != PROTOCOL_VERSION:
             raise PeerFault("protocol versions differ", reason=Reason.INCOMPATIBLE_PEER)
         await stream.send(self._hello)
@@ -91,31 +113,60 @@ class DecodeService:
 
     async def run(self, submit: Submit, outbox: RouterOutbox) -> None:
         """One request, from here to its end; exactly one ending is sent, unless cancelled."""
-        request = self._new_request(submit, outbox)
-        failure: Failed | None = None
         self._num_requests += 1
         self._idle.clear()
         try:
-            async with asyncio.timeout(submit.deadline_s):
-                await self._serve(request, self._clock() + submit.deadline_s)
-        except TimeoutError:
-            failure = Failed(
-                reason=Reason.DEADLINE,
-                message=f"the deadline passed after {request.num_output_tokens} tokens",
+            self._check(submit)
+            await self._run(self._new_request(submit, outbox))
+        except Exception as error:  # noqa: BLE001: it becomes this request's end, logged if unknown
+            outbox.add(
+                RequestOutput(
+                    request_id=submit.request_id,
+                    attempt=submit.attempt,
+                    first_index=0,
+                    end=_failure(submit.request_id, error),
+                )
             )
-        except PdserveError as error:
-            failure = Failed.of(error)
-        except Exception as error:
-            log.error("request.crashed", request_id=submit.request_id, exc_info=error)
-            failure = Failed.of(LocalFault("internal error at the decode worker"))
         finally:
             self._num_requests -= 1
             if self._num_requests == 0:
                 self._idle.set()
-        if failure is None:
+
+    async def _run(self, request: DecodeRequest) -> None:
+        deadline_s = request.submit.deadline_s
+        failure: Failed | None = None
+        try:
+            async with asyncio.timeout(deadline_s) as patience:
+                await self._serve(request, self._clock() + deadline_s)
+        except Exception as error:  # noqa: BLE001: as in `run`
+            failure = _failure(request.submit.request_id, error)
+            if patience.expired():
+                failure = Failed(
+                    reason=Reason.DEADLINE,
+                    message=f"the deadline passed after {request.num_output_tokens} tokens",
+                )
+        if request.is_answered:  # whatever else went wrong came too late
             request.complete(self._hello.peer_id)
         else:
+            assert failure is not None
             request.fail(failure)
+
+    def _check(self, submit: Submit) -> None:
+        """Raise what is wrong with it: one bad request must not reach a batch with others."""
+        if self.is_draining:
+            raise Refused("the decode worker is draining", reason=Reason.DRAINING)
+        check_sampling(submit.sampling, vocab_size=self._spec.vocab_size)
+        num_tokens = len(submit.prompt_token_ids) + submit.sampling.max_tokens
+        if num_tokens > self._spec.max_context_tokens:
+            raise BadRequest(
+                f"prompt and answer may have {self._spec.max_context_tokens} tokens; "
+                f"got {num_tokens}",
+                reason=Reason.CONTEXT_TOO_LONG,
+            )
+        if not submit.prompt_token_ids or not math.isfinite(submit.deadline_s):
+            raise BadRequest("a prompt without tokens, or a deadline that is no number")
+        if max(submit.prompt_token_ids) >= self._spec.vocab_size:
+            raise BadRequest(f"a token id at or above {self._spec.vocab_size}")
 
     def _new_request(self, submit: Submit, outbox: RouterOutbox) -> DecodeRequest:
         return DecodeRequest(
@@ -162,6 +213,13 @@ class DecodeService:
         request.table.publish(request.names[:num_blocks])
 
 
+def _failure(request_id: RequestId, error: Exception) -> Failed:
+    if isinstance(error, PdserveError):
+        return Failed.of(error)
+    log.error("request.crashed", request_id=request_id, exc_info=error)
+    return Failed.of(LocalFault("internal error at the decode worker"))
+
+
 class _RouterRequests:
     """The requests of one router's stream, by name."""
 
@@ -172,7 +230,6 @@ class _RouterRequests:
 
     async def serve(self, stream: DecodeServerLink) -> None:
         async with asyncio.TaskGroup() as group:
-            watch = group.create_task(self._close_if_stuck(stream))
             async for message in iterate(stream):
                 match message:
                     case Submit():
@@ -181,14 +238,8 @@ class _RouterRequests:
                         self._cancel(message.request_id, message.attempt)
                     case PeerHello():
                         log.warning("peer.violated", peer=stream.peer, why="a second hello")
-            watch.cancel()
             for _, task in self._tasks.values():
                 task.cancel()
-
-    async def _close_if_stuck(self, stream: DecodeServerLink) -> None:
-        await self._outbox.is_stuck.wait()
-        log.warning("router.stuck", peer=stream.peer)
-        await stream.close()
 
     def _submit(self, group: asyncio.TaskGroup, submit: Submit) -> None:
         known = self._tasks.get(submit.request_id)

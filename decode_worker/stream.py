@@ -85,12 +85,14 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class RouterOutbox:
-    """Outputs for one router: all that one turn of the event loop adds goes in one message."""
+    """Outputs for one router: all that one turn of the event loop adds goes in one message.
+
+    A router that reads too slowly loses its stream, and with it all that it had here.
+    """
 
     def __init__(self, stream: DecodeServerLink) -> None:
         self._stream = stream
         self._pending: list[RequestOutput] = []
-        self.is_stuck = asyncio.Event()  # the router reads too slowly; its stream must end
 
     def add(self, output: RequestOutput) -> None:
         """Queue an output; never waits."""
@@ -101,4 +103,5 @@ class RouterOutbox:
     def _flush(self) -> None:
         outputs, self._pending = tuple(self._pending), []
         if not self._stream.try_send(StepOutputs(outputs)):
-            self.is_stuck.set()
+            log.warning("router.stuck", peer=self._stream.peer, num_outputs=len(outputs))
+            self._stream.abort()

@@ -73,6 +73,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             engine.spec,
             num_blocks=settings.engine.num_blocks,
             queue_s=timers.queue_s,
+            hello_s=timers.connect_s,
             clock=clock,
         )
         server = await RpcServer.start(

@@ -10,7 +10,7 @@ from kvtransfer.session import Event
 from pdserve.domain.errors import Reason
 from pdserve.domain.ids import HandoffId
 from pdserve.domain.latency import StepCoefficients
-from pdserve.domain.messages import HandoffFailed, PrefillDone, WorkerLoad
+from pdserve.domain.messages import HandoffFailed, PrefillDone, PrefillToDecode, WorkerLoad
 from pdserve.domain.tokens import Failed, SampledToken
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.contract import Engine, StepBatch
@@ -99,6 +99,23 @@ class PrefillLoop:
         self.senders.end(peer, handoff, Event.END)
         self._work.set()
 
+    def fail(
+        self, peer: PrefillServerLink, handoff: HandoffId, reason: Reason, message: str
+    ) -> None:
+        """End a handoff that cannot go on, and say so: else its owner waits for its deadline."""
+        self.queue.remove(peer, handoff)
+        self.senders.end(peer, handoff, Event.FAIL)
+        failure = Failed(reason=reason, message=message)
+        self.tell(peer, HandoffFailed(handoff=handoff, failure=failure))
+        self._work.set()
+
+    def tell(self, peer: PrefillServerLink, message: PrefillToDecode) -> None:
+        """Send a message; a peer that is too far behind loses its stream, and all it asked for."""
+        if not peer.try_send(message):
+            log.warning("decode_worker.dropped", peer=peer.peer)
+            peer.abort()
+            self.end_peer(peer)
+
     def end_peer(self, peer: PrefillServerLink) -> None:
         """The stream is gone: forget all it asked for."""
         for request in [request for request in self.queue if request.peer is peer]:
@@ -121,10 +138,15 @@ class PrefillLoop:
     def _expire(self) -> None:
         now_s = self._clock()
         for request in [request for request in self.queue if request.expires_at_s <= now_s]:
-            self.queue.remove(request.peer, request.handoff)
-            self._tell_failed(request, Reason.DEADLINE, "the deadline passed in the prefill queue")
-        for _, handoff in self.senders.expire(now_s):
+            self.fail(
+                request.peer,
+                request.handoff,
+                Reason.DEADLINE,
+                "the deadline passed in the prefill queue",
+            )
+        for peer, handoff in self.senders.expire(now_s):
             log.warning("lease.expired", request_id=handoff.request_id, attempt=handoff.attempt)
+            self.fail(peer, handoff, Reason.TRANSFER_FAILED, "the lease on the blocks ran out")
 
     def _admit(self) -> None:
         """Reserve blocks for the most urgent requests; the first that does not fit waits."""
@@ -164,7 +186,13 @@ class PrefillLoop:
         except Exception as error:
             log.error("step.failed", num_requests=len(plan), exc_info=error)
             for request, _ in plan:
-                self._fail(request)
+                if not _is_over(request):
+                    self.fail(
+                        request.peer,
+                        request.handoff,
+                        Reason.INTERNAL,
+                        "the engine failed on this batch",
+                    )
             return
         finally:
             for table in tables:
@@ -192,7 +220,7 @@ class PrefillLoop:
                 cached_tokens=request.num_cached_tokens,
             )
             # First, so that the client has it before the last blocks are even described.
-            self._send(request, done)
+            self.tell(request.peer, done)
             self._active.remove(request)
         self._offer(request)
 
@@ -201,20 +229,7 @@ class PrefillLoop:
         is_last = request.num_tokens_left == 0
         offer = request.sender.offer(request.num_computed_tokens, is_last=is_last)
         if offer is not None:
-            self._send(request, offer)
-
-    def _send(self, request: PrefillRequest, message: object) -> None:
-        if not request.peer.try_send(message):  # type: ignore[arg-type]
-            # Too far behind, or gone: its stream ends, and with it all it asked for.
-            self.end_peer(request.peer)
-
-    def _fail(self, request: PrefillRequest) -> None:
-        self.senders.end(request.peer, request.handoff, Event.FAIL)
-        self._tell_failed(request, Reason.INTERNAL, "the engine failed on this batch")
-
-    def _tell_failed(self, request: PrefillRequest, reason: Reason, message: str) -> None:
-        failure = Failed(reason=reason, message=message)
-        self._send(request, HandoffFailed(handoff=request.handoff, failure=failure))
+            self.tell(request.peer, offer)
 
     async def _wait_for_work(self) -> None:
         """Until something arrives, ends, or runs out of time."""

@@ -10,6 +10,8 @@ from pdserve.domain.messages import StartHandoff
 from pdserve.engine.step_table import StepTable
 from pdserve.rpc.links import PrefillServerLink
 
+MIN_HEAP_TO_COMPACT = 64
+
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class PrefillRequest:
@@ -83,7 +85,14 @@ class PrefillQueue:
         request = self._live.pop((peer, handoff), None)
         if request is not None:
             self.num_tokens -= request.num_tokens
+            self._compact()
         return request
+
+    def _compact(self) -> None:
+        """What was taken out from behind a head that does not fit must not pile up."""
+        if len(self._heap) > 2 * len(self._live) + MIN_HEAP_TO_COMPACT:
+            self._heap = [entry for entry in self._heap if self._is_live(entry[2])]
+            heapq.heapify(self._heap)
 
     def _is_live(self, request: PrefillRequest) -> bool:
         return self._live.get((request.peer, request.handoff)) is request

@@ -1,10 +1,12 @@
 """One stream for each decode worker: hello, then handoffs as they come."""
 
+import math
+
 import structlog
 
 from kvtransfer.sender import check_start
-from kvtransfer.session import Event, ProtocolViolation
-from pdserve.domain.errors import PeerFault, Reason
+from kvtransfer.session import ProtocolViolation
+from pdserve.domain.errors import BadRequest, PeerFault, Reason
 from pdserve.domain.ids import PROTOCOL_VERSION
 from pdserve.domain.messages import (
     BlocksPulled,
@@ -16,10 +18,11 @@ from pdserve.domain.messages import (
     StartHandoff,
 )
 from pdserve.domain.prefix import hash_full_blocks
+from pdserve.domain.sampling import check_sampling
 from pdserve.domain.tokens import Failed
 from pdserve.engine.contract import EngineSpec
 from pdserve.rpc.links import PrefillServerLink
-from pdserve.rpc.streams import iterate
+from pdserve.rpc.streams import iterate, receive_hello
 from prefill_worker.prefill_loop import Clock, PrefillLoop
 from prefill_worker.queue import PrefillRequest
 
@@ -37,6 +40,7 @@ class PrefillService:
         *,
         num_blocks: int,
         queue_s: float,
+        hello_s: float,
         clock: Clock,
     ) -> None:
         self._loop = loop
@@ -44,12 +48,13 @@ class PrefillService:
         self._spec = spec
         self._num_blocks = num_blocks
         self._queue_s = queue_s
+        self._hello_s = hello_s
         self._clock = clock
         self.is_draining = False
 
     async def handle(self, stream: PrefillServerLink) -> None:
         """Serve one decode worker until its stream ends."""
-        first = await stream.receive()
+        first = await receive_hello(stream, self._hello_s)
         if not isinstance(first, HandoffHello) or not self._is_compatible(first):
             raise PeerFault(
                 "protocol version, model or KV layout differ", reason=Reason.INCOMPATIBLE_PEER
@@ -82,7 +87,9 @@ class PrefillService:
                     sender.pulled(message)
                 except ProtocolViolation as violation:
                     log.warning("peer.violated", peer=stream.peer, why=violation.message)
-                    senders.end(stream, message.handoff, Event.FAIL)
+                    self._loop.fail(
+                        stream, message.handoff, Reason.TRANSFER_FAILED, violation.message
+                    )
             case RenewLeases():
                 now_s = self._clock()
                 for handoff in message.handoffs:
@@ -116,18 +123,30 @@ class PrefillService:
                 message=f"the prefill queue holds {len(self._loop.queue)} requests",
                 retry_after_s=self._loop.drain_time_s(),
             )
-        stream.try_send(HandoffRefused(handoff=start.handoff, failure=failure))
+        self._loop.tell(stream, HandoffRefused(handoff=start.handoff, failure=failure))
 
     def _refusal(self, start: StartHandoff) -> Failed | None:
-        """Why this prompt cannot be read here, whatever the load."""
+        """Why this prompt cannot be read here, whatever the load: one bad request must not reach
+        a batch with others.
+        """
         if self.is_draining:
             return Failed(reason=Reason.DRAINING, message="the prefill worker is draining")
         try:
             num_blocks = check_start(start, self._spec.layout.block_size)
+            check_sampling(start.sampling, vocab_size=self._spec.vocab_size)
         except ProtocolViolation as violation:
             return Failed(reason=Reason.INTERNAL, message=violation.message)
-        if any(token_id >= self._spec.vocab_size for token_id in start.prompt_token_ids):
+        except BadRequest as error:
+            return Failed.of(error)
+        if not math.isfinite(start.deadline_s):
+            return Failed(reason=Reason.INVALID_FIELD, message="a deadline that is no number")
+        if max(start.prompt_token_ids) >= self._spec.vocab_size:
             return Failed(reason=Reason.INVALID_FIELD, message="a token id beyond the vocabulary")
+        if len(start.prompt_token_ids) > self._spec.max_context_tokens:
+            return Failed(
+                reason=Reason.CONTEXT_TOO_LONG,
+                message=f"a prompt may have {self._spec.max_context_tokens} tokens",
+            )
         if num_blocks > self._num_blocks:
             return Failed(
                 reason=Reason.OVERLOADED,

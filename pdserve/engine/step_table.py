@@ -13,13 +13,14 @@ class StepTable:
     given away earlier, they could take another request's KV, which the step would write over.
     """
 
-    __slots__ = ("_is_in_step", "_is_released", "_on_released", "_table")
+    __slots__ = ("_is_in_step", "_is_released", "_num_held", "_on_released", "_table")
 
     def __init__(self, table: BlockTable, on_released: Callable[[], None]) -> None:
         self._table = table
         self._on_released = on_released
         self._is_in_step = False
         self._is_released = False
+        self._num_held = table.num_cached_blocks
 
     @property
     def block_ids(self) -> tuple[BlockId, ...]:
@@ -30,7 +31,14 @@ class StepTable:
         return self._table.num_cached_blocks
 
     def hold(self, first: int, count: int) -> None:
+        """As `BlockTable.hold`; blocks are held from the first one on."""
+        assert first == self._num_held, (first, self._num_held)
         self._table.hold(first, count)
+        self._num_held += count
+
+    def hold_rest(self) -> None:
+        """Whatever is not held yet will be computed here."""
+        self.hold(self._num_held, len(self._table.block_ids) - self._num_held)
 
     def pin(self, first: int, count: int) -> None:
         self._table.pin(first, count)

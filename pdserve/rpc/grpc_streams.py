@@ -5,7 +5,6 @@ carries many requests, so only the stream's own pumps touch the call; everyone e
 """
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
@@ -72,21 +71,25 @@ class GrpcStream(Generic[Out, In]):
         except TimeoutError:
             log.warning("stream.flush_abandoned", peer=self.peer)
         finally:
-            self._end()
+            self.abort()
             self._reader.cancel()
             self._writer.cancel()
             await asyncio.wait([self._reader, self._writer])
 
-    def _end(self) -> None:
+    def abort(self) -> None:
         self._outgoing.end()
         self._incoming.end()
 
     async def _pump_out(self) -> None:
-        with contextlib.suppress(grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+        try:
             while (message := await self._outgoing.take()) is not None:
                 await self._write(self._encode(message))
-            return
-        self._end()
+        except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+            return  # the reader says why
+        except Exception as error:  # a message of ours that has no encoding: nobody is left waiting
+            log.error("stream.crashed", peer=self.peer, exc_info=error)
+        finally:
+            self.abort()
 
     async def _pump_in(self) -> None:
         try:
@@ -102,8 +105,10 @@ class GrpcStream(Generic[Out, In]):
             self._why_over = f"ended the stream: {error.details() or error.code().name}"
         except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as error:
             self._why_over = f"broke the stream ({type(error).__name__})"
+        except Exception as error:
+            log.error("stream.crashed", peer=self.peer, exc_info=error)
         finally:
-            self._end()
+            self.abort()
 
 
 class ClientStream(GrpcStream[Out, In]):

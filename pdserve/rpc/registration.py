@@ -10,11 +10,13 @@ from pdserve.config.timers import Timers
 from pdserve.domain.errors import WorkerLost
 from pdserve.domain.messages import WorkerHello, WorkerLoad
 from pdserve.rpc.links import RegisterLink, connect_membership
+from pdserve.rpc.streams import receive_hello
 
 log = structlog.get_logger(__name__)
 
 FIRST_BACKOFF_S = 0.02
 MAX_BACKOFF_S = 0.5
+MIN_HEARTBEAT_S = 0.01  # whatever the router asks for
 
 
 class Registration:
@@ -39,30 +41,36 @@ class Registration:
         backoff_s = FIRST_BACKOFF_S
         while True:
             try:
-                link = await connect_membership(self._router_address, self._timers)
-            except WorkerLost:
-                log.debug("router.unreachable", router=self._router_address)
-            else:
-                try:
-                    if await self._report(link):
-                        backoff_s = FIRST_BACKOFF_S
-                finally:
-                    await link.close()
+                if await self._register():
+                    backoff_s = FIRST_BACKOFF_S
+            except Exception as error:  # a worker that stops reporting is as good as dead
+                log.error("registration.crashed", router=self._router_address, exc_info=error)
             await asyncio.sleep(self._rng.uniform(0, backoff_s))
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+
+    async def _register(self) -> bool:
+        """One registration, from its connection to its end; returns whether there was one."""
+        try:
+            link = await connect_membership(self._router_address, self._timers)
+        except WorkerLost:
+            log.debug("router.unreachable", router=self._router_address)
+            return False
+        try:
+            return await self._report(link)
+        finally:
+            await link.close()
 
     async def _report(self, link: RegisterLink) -> bool:
         """Say hello, then report; returns whether the router had taken the registration."""
         is_registered = False
         try:
             await link.send(self._hello)
-            async with asyncio.timeout(self._timers.connect_s):
-                reply = await link.receive()
+            reply = await receive_hello(link, self._timers.connect_s)
             is_registered = True
             log.info("router.joined", router_id=reply.router_id, router=self._router_address)
             while True:
                 await link.send(self._load())
-                await asyncio.sleep(reply.heartbeat_s)
-        except (WorkerLost, TimeoutError) as error:
+                await asyncio.sleep(max(reply.heartbeat_s, MIN_HEARTBEAT_S))
+        except WorkerLost as error:
             log.warning("router.lost", router=self._router_address, why=str(error))
         return is_registered

@@ -42,6 +42,19 @@ class MessageStream(Protocol[OutContra, InCo]):
         """End the stream in both directions, after what is queued; safe to call twice."""
         ...
 
+    def abort(self) -> None:
+        """End the stream at once, for a peer that cannot be served; whoever receives closes it."""
+        ...
+
+
+async def receive_hello(stream: MessageStream[Any, T], within_s: float) -> T:
+    """The first message of a peer; raises `WorkerLost` if it says nothing for so long."""
+    try:
+        async with asyncio.timeout(within_s):
+            return await stream.receive()
+    except TimeoutError:
+        raise WorkerLost(f"{stream.peer} said nothing for {within_s:g} s") from None
+
 
 async def iterate(stream: MessageStream[Any, T]) -> AsyncIterator[T]:
     """Yield messages until the stream is over."""
@@ -144,6 +157,9 @@ class MemoryStream(Generic[Out, In]):
         return message
 
     async def close(self) -> None:
+        self.abort()
+
+    def abort(self) -> None:
         self._outgoing.end()
         self._incoming.end()
 
