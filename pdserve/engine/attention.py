@@ -92,9 +92,9 @@ def _paged_attention(
         key=key[0],
         value=value[0],
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        window=sliding_window or 0,
+        window=int(sliding_window or 0),
         chunk=_chunk(module, layer),
-        softcap=softcap or 0.0,
+        softcap=float(softcap or 0),
         sinks=s_aux,
     )
     return target.attend(call).unsqueeze(0), None

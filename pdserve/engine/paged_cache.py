@@ -1,11 +1,17 @@
 """Attention over the paged KV cache: K and V of each layer go to their blocks and are read back."""
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pdserve.engine.attention import AttentionCall, attend_dense, first_visible
 from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.numba_attention import DecodeAttention
 from pdserve.engine.packing import PackedBatch
+
+_MAX_COMPILED_PAIRS = 4096  # longer chunks are faster through SDPA, which blocks over queries
+_NO_SINKS: npt.NDArray[np.float32] = np.zeros(0, dtype=np.float32)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -16,9 +22,14 @@ class PagedCache:
     They are views of `kv`, strided over blocks; nothing here owns memory.
     """
 
-    def __init__(self, kv: KvMemory) -> None:
+    def __init__(self, kv: KvMemory, compiled: DecodeAttention | None = None) -> None:
+        """`compiled` attends short chunks and decode rows (float32 only); without it torch does."""
         layout = kv.layout
+        assert compiled is None or layout.dtype == "float32"
         self.block_size = layout.block_size
+        self.compiled = compiled
+        self.layout = layout
+        self.memory = np.frombuffer(kv.bytes, dtype=np.float32) if compiled else np.zeros(0)
         flat = torch.frombuffer(kv.bytes, dtype=DTYPES[layout.dtype]).view(kv.num_blocks, -1)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -43,8 +54,15 @@ class PagedStep:
         self._blocks = torch.from_numpy(batch.row_blocks)
         self._offsets = torch.from_numpy(batch.row_offsets)
         self._tables = torch.from_numpy(batch.tables)
+        is_compiled = np.zeros(len(batch.lengths), dtype=np.bool_)
+        if cache.compiled is not None:
+            num_pairs = batch.lengths * (batch.starts + batch.lengths)
+            is_compiled = (batch.lengths == 1) | (num_pairs <= _MAX_COMPILED_PAIRS)
+        self._rows = np.flatnonzero(np.repeat(is_compiled, batch.lengths))
+        self._row_tables = np.repeat(batch.table_firsts, batch.lengths)[self._rows]
+        self._row_positions = batch.positions[self._rows]
         columns = (batch.firsts, batch.lengths, batch.starts, batch.table_firsts)
-        self._spans = list(zip(*(column.tolist() for column in columns), strict=True))
+        self._spans = list(zip(*(column[~is_compiled].tolist() for column in columns), strict=True))
 
     def attend(self, call: AttentionCall) -> Tensor:
         slots = (self._blocks, self._offsets)
@@ -52,10 +70,41 @@ class PagedStep:
         self._cache.values[call.layer].index_put_(slots, call.value.transpose(0, 1))
         heads, rows, _ = call.query.shape
         out = call.query.new_empty(rows, heads, call.value.shape[-1])
+        if len(self._rows):
+            self._attend_compiled(call, out)
         for first, length, start, table_first in self._spans:
             result = self._attend_one(call, first, length, start, table_first)
             out[first : first + length] = result.transpose(0, 1)
         return out
+
+    def _attend_compiled(self, call: AttentionCall, out: Tensor) -> None:
+        cache = self._cache
+        assert cache.compiled is not None
+        layout, layer = cache.layout, cache.layout.layers[call.layer]
+        k_offset = layout.layer_offset_bytes(call.layer) // layout.item_bytes
+        cache.compiled(
+            call.query.transpose(0, 1).contiguous().numpy(),
+            cache.memory,
+            layout.block_bytes // layout.item_bytes,
+            k_offset,
+            k_offset + layout.block_size * layer.num_kv_heads * layer.k_head_dim,
+            (
+                layout.block_size,
+                layer.num_kv_heads,
+                layer.k_head_dim,
+                layer.v_head_dim,
+                call.window,
+                call.chunk,
+            ),
+            self._rows,
+            self._row_positions,
+            self._batch.tables,
+            self._row_tables,
+            call.scaling,
+            call.softcap,
+            _NO_SINKS if call.sinks is None else call.sinks.detach().numpy(),
+            out.numpy(),
+        )
 
     def _attend_one(
         self, call: AttentionCall, first: int, length: int, start: int, table_first: int

@@ -22,6 +22,8 @@ from pdserve.engine.model_probe import (
     run_packed,
     use_paged,
 )
+from pdserve.engine.numba_attention import DecodeAttention, compile_attention
+from pdserve.engine.packed_linear import pack_linears
 from pdserve.engine.packing import pack
 from pdserve.engine.paged_cache import DTYPES, PagedCache, PagedStep
 
@@ -59,18 +61,30 @@ def load_model(files: ModelFiles, dtype: str) -> Any:
 class PagedModel:
     """`forward` runs any mix of prefill chunks and decode tokens over `kv`."""
 
-    def __init__(self, model: Any, *, block_size: int, num_blocks: int, dtype: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        block_size: int,
+        num_blocks: int,
+        dtype: str,
+        attention: str = "auto",
+    ) -> None:
         """Take over `model` (in evaluation mode, weights of `dtype`); `LocalFault` if unfit."""
+        compiled = _choose_attention(attention, dtype)
         config = model.config.get_text_config()
         tokens = probe_tokens(config.vocab_size)
         plain = plain_logits(model, tokens)
         use_paged(model)
         layout = discover_layout(model, block_size=block_size, dtype=dtype)
+        pack_linears(model)
         self._model = model
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._check_against(plain, tokens, KvMemory(layout, len(tokens)), dtype)
+        scratch = KvMemory(layout, len(tokens))
+        self._check_against(plain, tokens, PagedCache(scratch, compiled), dtype)
+        scratch.close()
         self.kv = KvMemory(layout, num_blocks)
-        self._cache = PagedCache(self.kv)
+        self._cache = PagedCache(self.kv, compiled)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
@@ -97,9 +111,8 @@ class PagedModel:
         return logits[: len(rows)]
 
     @torch.inference_mode()
-    def _check_against(self, plain: Tensor, tokens: Tensor, kv: KvMemory, dtype: str) -> None:
+    def _check_against(self, plain: Tensor, tokens: Tensor, cache: PagedCache, dtype: str) -> None:
         """Run the probe's tokens in two chunks, then one by one, and compare with `plain`."""
-        cache = PagedCache(kv)
         table = probe_table(len(tokens), cache.block_size)
         rows = [
             self._forward(_one_sequence(tokens, start, end, table), cache)[-1]
@@ -107,8 +120,17 @@ class PagedModel:
         ]
         ends = [end - 1 for _, end in _probe_chunks(len(tokens))]
         check_same_logits(self._model, torch.stack(rows), plain[ends], dtype)
-        del cache
-        kv.close()
+
+
+def _choose_attention(attention: str, dtype: str) -> DecodeAttention | None:
+    """`numba` reads float32 only; `auto` leaves other dtypes to torch."""
+    if attention not in ("auto", "numba", "torch"):
+        raise LocalFault(f"attention must be auto, numba or torch; got {attention}")
+    if attention == "torch" or (attention == "auto" and dtype != "float32"):
+        return None
+    if dtype != "float32":
+        raise LocalFault(f"numba attention reads float32 only; got {dtype}")
+    return compile_attention()
 
 
 def _probe_chunks(num_tokens: int) -> list[tuple[int, int]]:

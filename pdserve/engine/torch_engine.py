@@ -48,7 +48,11 @@ class TorchEngine:
         if isinstance(files, Path):
             files = ModelFiles.open(files)
         model = PagedModel(
-            load_model(files, dtype), block_size=block_size, num_blocks=num_blocks, dtype=dtype
+            load_model(files, dtype),
+            block_size=block_size,
+            num_blocks=num_blocks,
+            dtype=dtype,
+            attention=attention,
         )
         return cls(model, _spec(files, model))
 

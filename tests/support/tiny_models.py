@@ -147,7 +147,8 @@ def tiny_model(name: str) -> Any:
     assert overrides is not None, name
     config = transformers.AutoConfig.for_model(name.partition("/")[0], **{**_SIZES, **overrides})
     torch.manual_seed(sum(name.encode()))
-    model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    loader: Any = transformers.AutoModelForCausalLM
+    model = loader.from_config(config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.dim() > 1:
