@@ -1,6 +1,5 @@
 """The public gRPC service: protobuf to the router's values and back, nothing else."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -24,9 +23,6 @@ from router.admission import is_safe_label
 from router.dispatch import Dispatcher
 from router.requests import Chunk, Finished, GenerateCall
 
-SETTLE_S = 5.0
-"""How long a client that was too slow may take to make room for the error."""
-
 SERVICE_NAME = "pdserve.v1.Inference"
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -46,11 +42,7 @@ class InferenceService:
                 _call_from_proto(request, label, context), writer.send
             )
         except PdserveError as error:
-            await writer.settle()
             await abort(context, error, _metadata(label, writer.num_tokens))
-        except asyncio.CancelledError:
-            writer.drop()
-            raise
         else:
             await context.write(writer.last(finished))
 
@@ -146,10 +138,10 @@ def _checked(method: Callable[[Any, Context], Awaitable[Any]]) -> Any:
 
 
 class _ChunkWriter:
-    """Writes chunks in tasks of their own.
+    """Writes the chunks of one answer.
 
-    grpc.aio ends the whole call when a task is cancelled inside `write`; a client that reads too
-    slowly is to be told why.
+    A write that the dispatcher gives up, for a client that does not read, leaves the call able to
+    carry its status: gRPC sends it once the client makes room.
     """
 
     def __init__(self, context: Context, label: str) -> None:
@@ -157,7 +149,6 @@ class _ChunkWriter:
         self._context = context
         self._label = label
         self._is_first = True
-        self._write: asyncio.Task[None] | None = None
 
     async def send(self, chunk: Chunk) -> None:
         message = pb.GenerateChunk(
@@ -167,9 +158,12 @@ class _ChunkWriter:
             request_id=self._take_label(),
         )
         self.num_tokens += len(chunk.tokens)
-        self._write = asyncio.create_task(self._write_message(message))
-        await asyncio.shield(self._write)
-        self._write = None
+        try:
+            await self._context.write(message)
+        except Exception as error:
+            if not self._context.cancelled():
+                raise
+            raise PdserveError("the client is gone", reason=Reason.CANCELLED) from error
 
     def last(self, finished: Finished) -> pb.GenerateChunk:
         """The message that ends a good answer."""
@@ -178,25 +172,6 @@ class _ChunkWriter:
             finished=_finished_to_proto(finished),
             request_id=self._take_label(),
         )
-
-    async def settle(self) -> None:
-        """Wait for a write that is under way: a status can only follow it."""
-        if self._write is not None:
-            await asyncio.wait([self._write], timeout=SETTLE_S)
-            self.drop()
-
-    def drop(self) -> None:
-        """Give up a write that is under way."""
-        if self._write is not None:
-            self._write.cancel()
-
-    async def _write_message(self, message: pb.GenerateChunk) -> None:
-        try:
-            await self._context.write(message)
-        except Exception as error:
-            if not self._context.cancelled():
-                raise
-            raise PdserveError("the client is gone", reason=Reason.CANCELLED) from error
 
     def _take_label(self) -> str:
         label = self._label if self._is_first else ""

@@ -346,6 +346,7 @@ async def test_prefill_workers_are_named_best_first() -> None:
             call.cancel()
         for link in links:
             await link.close()
+        await until(lambda: not cluster.router.membership.view(0.0).prefill)  # gone at once
 
 
 # Cancellation, deadlines, duplicates, slow clients ------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pdserve.domain.messages import Role
-from router.cluster_view import Assigned, Health, RequestShape
+from router.cluster_view import Assigned, ClusterView, Health, RequestShape
 from router.policy import HANDOFF_S, NoWorkers, Overloaded, Pair, choose_pair
 from tests.unit.router.builders import make_hello, make_load, make_view, make_worker
 
@@ -107,6 +107,8 @@ def test_ties_go_to_the_smallest_ids() -> None:
         make_worker("p0", Role.PREFILL),
     )
     assert chosen(choose_pair(view, SHAPE)) == ("d0", ["p0", "p1"])
+    mirrored = ClusterView(prefill=view.prefill[::-1], decode=view.decode[::-1])
+    assert chosen(choose_pair(mirrored, SHAPE)) == ("d0", ["p0", "p1"])
 
 
 def test_without_prefill_workers_the_decode_worker_reads_the_prompt() -> None:
