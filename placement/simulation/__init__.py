@@ -1,0 +1,1 @@
+"""Discrete-event kernels of the planner's simulator; `placement.simulate` is their front."""

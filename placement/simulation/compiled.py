@@ -1,0 +1,64 @@
+"""Compiling a kernel with numba: cached on disk where that is possible, clear where it is not.
+
+Kernels are plain functions over arrays. They are compiled at their first call; the result is kept
+beside the source file, or in numba's own cache folder, or, on a read-only disk, not at all. numba
+alone would keep a stale result when a function in another file changes, so the cache is keyed by
+the content of all kernels.
+"""
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pdserve.domain.errors import LocalFault
+
+numba: Any
+try:
+    numba = importlib.import_module("numba")
+except ImportError:  # the message comes at the first call: importing a module must stay possible
+    numba = None
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MISSING = "the planner needs numba, which is not installed: pip install 'pdserve[planner]'"
+
+
+def _content_of_kernels() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+STAMP = _content_of_kernels() if numba is not None else ""
+
+
+def compiled(function: F) -> F:
+    """Compile `function` for arrays and numbers; raises `LocalFault` when called without numba."""
+    if numba is None:
+        return cast(F, _refuse)
+    dispatcher = numba.njit(error_model="numpy")(function)
+    try:
+        dispatcher.enable_caching()
+        dispatcher._cache._cache_file._source_stamp = STAMP
+    except (RuntimeError, AttributeError):
+        # No folder that numba may write to, or a numba whose cache has other insides: the function
+        # is compiled in every process.
+        dispatcher = numba.njit(error_model="numpy")(function)
+    return cast(F, dispatcher)
+
+
+def inlined(function: F) -> F:
+    """Make `function` part of each compiled function that calls it.
+
+    For helpers with one caller: compiling them on their own costs as much as the caller itself.
+    """
+    if numba is None:
+        return cast(F, _refuse)
+    return cast(F, numba.njit(inline="always", error_model="numpy")(function))
+
+
+def _refuse(*_: object) -> None:
+    raise LocalFault(MISSING)

@@ -1,0 +1,245 @@
+"""Splitwise's schedulers, KV transfers and event loop: rules 3 to 6 of its MODEL.md."""
+
+import numpy as np
+
+from placement.simulation.compiled import compiled, inlined
+from placement.simulation.splitwise_machine import (
+    count_iterations,
+    notice_departure,
+    receive,
+    start_iteration,
+)
+from placement.simulation.splitwise_state import (
+    ARRIVAL,
+    ARRIVAL_S,
+    BATCH,
+    DONE,
+    END_S,
+    FIRST_S,
+    GOAL,
+    HELD,
+    IN_BATCH,
+    IS_MIXED,
+    IS_PAUSING,
+    ITERATION,
+    KV,
+    KV_JSQ,
+    LENGTHS,
+    MADE,
+    MAX_KV,
+    MAX_QUEUED_TOKENS,
+    MEMORY,
+    MIXED_POOL,
+    NUM_EVENTS,
+    NUM_PROMPTS,
+    PENDING,
+    PENDING_TOKENS,
+    POOL,
+    POOL_MIXED,
+    POOL_PROMPT,
+    POOL_TOKEN,
+    PROMISED,
+    PROMPT_AT,
+    RETRY,
+    RETRY_S,
+    SCHEDULER,
+    STATE,
+    TOKEN_AT,
+    TOKEN_JSQ,
+    TOKENS,
+    TRANSFER_S,
+    TRANSFERRED,
+    VERSION,
+    Cluster,
+    append,
+    drop_first_event,
+    remove,
+    schedule,
+)
+
+NONE = -1
+POOL_LENGTH = -1
+"""Asks `_least` for the number of requests on a machine instead of one of its columns."""
+
+
+@inlined
+def _load(c: Cluster, machine: int, column: int) -> int:
+    if column == POOL_LENGTH:
+        return int(c.machines[machine, LENGTHS + POOL])
+    return int(c.machines[machine, column])
+
+
+@compiled
+def _least(c: Cluster, group: int, column: int) -> int:
+    """The first machine of a group with the least load, NONE of an empty group."""
+    if c.machines[-1, LENGTHS + group] == 0:
+        return NONE
+    best = c.lists[-1, group, 0]
+    for index in range(1, c.machines[-1, LENGTHS + group]):
+        machine = c.lists[-1, group, index]
+        if _load(c, machine, column) < _load(c, best, column):
+            best = machine
+    return int(best)
+
+
+@inlined
+def _least_of_all(c: Cluster) -> int:
+    best = NONE
+    for group in (POOL_PROMPT, POOL_MIXED, POOL_TOKEN):
+        machine = _least(c, group, PENDING_TOKENS)
+        if machine == NONE:
+            continue
+        if best == NONE or c.machines[machine, PENDING_TOKENS] < c.machines[best, PENDING_TOKENS]:
+            best = machine
+    return best
+
+
+@inlined
+def _assign_mixed(c: Cluster, request: int) -> None:
+    """The mixed pool: take from the other side when one's own is full; see rule 6."""
+    prompt, token = 2 * request, 2 * request + 1
+    needed = c.tasks[prompt, MEMORY] + c.tasks[token, MEMORY]
+    prompt_at, token_at = NONE, NONE
+    for group in (POOL_PROMPT, POOL_MIXED):
+        machine = _least(c, group, PENDING_TOKENS)
+        if machine == NONE or prompt_at != NONE:
+            continue
+        queued = c.machines[machine, PENDING_TOKENS] + c.tasks[prompt, TOKENS]
+        if c.machines[machine, LENGTHS + PENDING] == 0 or queued <= c.scalars[MAX_QUEUED_TOKENS]:
+            prompt_at = machine
+    for group in (POOL_TOKEN, POOL_MIXED):
+        machine = _least(c, group, PROMISED)
+        if machine == NONE or token_at != NONE:
+            continue
+        if c.machines[machine, PROMISED] + needed < c.machines[machine, MAX_KV]:
+            token_at = machine
+    if prompt_at == NONE and c.machines[-1, LENGTHS + POOL_TOKEN] > 0:
+        prompt_at = _least(c, POOL_TOKEN, PENDING_TOKENS)
+        _mix(c, POOL_TOKEN, prompt_at)
+    if token_at == NONE and c.machines[-1, LENGTHS + POOL_PROMPT] > 0:
+        token_at = _least(c, POOL_PROMPT, PROMISED)
+        _mix(c, POOL_PROMPT, token_at)
+    if prompt_at == NONE or token_at == NONE:
+        prompt_at = _least_of_all(c)
+        token_at = prompt_at
+    if prompt_at != token_at:
+        c.machines[prompt_at, PROMISED] += c.tasks[prompt, MEMORY]
+    c.machines[token_at, PROMISED] += needed
+    c.machines[prompt_at, PENDING_TOKENS] += c.tasks[prompt, TOKENS]
+    c.machines[token_at, PENDING_TOKENS] += 1
+    c.tasks[2 * request, PROMPT_AT], c.tasks[2 * request, TOKEN_AT] = prompt_at, token_at
+
+
+@inlined
+def _mix(c: Cluster, group: int, machine: int) -> None:
+    remove(c, len(c.machines) - 1, group, machine)
+    append(c, len(c.machines) - 1, POOL_MIXED, machine)
+    c.machines[machine, IS_MIXED] = 1
+
+
+@inlined
+def _assign(c: Cluster, request: int) -> None:
+    scheduler = c.scalars[SCHEDULER]
+    if scheduler == MIXED_POOL:
+        _assign_mixed(c, request)
+    elif scheduler == TOKEN_JSQ:
+        machine = _least(c, POOL_PROMPT, PENDING_TOKENS)  # which then holds all machines
+        c.machines[machine, PENDING_TOKENS] += c.tasks[2 * request, TOKENS] + 1
+        c.tasks[2 * request, PROMPT_AT], c.tasks[2 * request, TOKEN_AT] = machine, machine
+    else:
+        column = POOL_LENGTH if scheduler == KV_JSQ else PENDING_TOKENS
+        c.tasks[2 * request, PROMPT_AT] = _least(c, POOL_PROMPT, column)
+        c.tasks[2 * request, TOKEN_AT] = _least(c, POOL_TOKEN, column)
+
+
+@inlined
+def _arrive(c: Cluster, request: int, now: float) -> None:
+    _assign(c, request)
+    prompt_at = c.tasks[2 * request, PROMPT_AT]
+    receive(c, prompt_at, 2 * request, now)
+    if c.tasks[2 * request, TOKEN_AT] == prompt_at:
+        receive(c, prompt_at, 2 * request + 1, now)
+
+
+@compiled
+def _start_transfer(c: Cluster, request: int, now: float) -> None:
+    """Move the KV if the target has room, else try again later."""
+    target = c.machines[c.tasks[2 * request, TOKEN_AT]]
+    if target[KV] + c.tasks[2 * request, HELD] <= target[MAX_KV]:
+        target[KV] += c.tasks[2 * request, HELD]
+        schedule(c, now + c.request_s[request, TRANSFER_S], TRANSFERRED | (request << 2))
+    else:
+        schedule(c, now + c.machine_s[-1, RETRY_S], RETRY | (request << 2))
+
+
+@inlined
+def _end_transfer(c: Cluster, request: int, now: float) -> None:
+    source, target = c.tasks[2 * request, PROMPT_AT], c.tasks[2 * request, TOKEN_AT]
+    c.machines[source, KV] -= c.tasks[2 * request, HELD]
+    c.machines[source, PROMISED] -= c.tasks[2 * request, HELD]
+    receive(c, target, 2 * request + 1, now)
+    notice_departure(c, source, now)
+
+
+@inlined
+def _complete(c: Cluster, machine: int, task: int, now: float) -> None:
+    """A task has made all its tokens and leaves the batch."""
+    request, state = task >> 1, c.machines[machine]
+    c.tasks[task, STATE] = DONE
+    c.tasks[task, IN_BATCH] = 0
+    remove(c, machine, BATCH, task)
+    if task & 1:
+        state[PENDING_TOKENS] -= 1
+        state[KV] -= c.tasks[2 * request, HELD]
+        state[PROMISED] -= c.tasks[2 * request, HELD]
+        c.tasks[2 * request, HELD] = 0
+        remove(c, machine, POOL, request)
+        c.request_s[request, END_S] = now
+        return
+    state[PENDING_TOKENS] -= c.tasks[task, TOKENS]
+    state[NUM_PROMPTS] -= 1
+    c.request_s[request, FIRST_S] = now
+    if c.tasks[2 * request, TOKEN_AT] != machine:
+        remove(c, machine, POOL, request)
+        _start_transfer(c, request, now)
+
+
+@inlined
+def _end_iterations(c: Cluster, machine: int, now: float) -> None:
+    count_iterations(c, machine)
+    length = c.machines[machine, LENGTHS + BATCH]
+    complete = np.empty(length, np.int64)
+    num_complete = 0
+    for index in range(length):
+        task = c.lists[machine, BATCH, index]
+        if c.tasks[task, MADE] == c.tasks[task, GOAL]:
+            complete[num_complete] = task
+            num_complete += 1
+    for task in complete[:num_complete]:
+        _complete(c, machine, task, now)
+    c.machines[machine, IS_PAUSING] = 0
+    start_iteration(c, machine, now)
+
+
+@compiled
+def run_cluster(c: Cluster) -> None:
+    """Serve every request; fills the times in `request_s` and the machines in `tasks`."""
+    for request in range(len(c.request_s)):
+        if c.request_s[request, ARRIVAL_S] == 0.0:  # the reference runs what has no delay at once
+            _arrive(c, request, 0.0)
+        else:
+            schedule(c, c.request_s[request, ARRIVAL_S], ARRIVAL | (request << 2))
+    while c.scalars[NUM_EVENTS] > 0:
+        now, payload = c.event_s[0], c.events[0]
+        drop_first_event(c)
+        kind = payload & 3
+        target = (payload >> 2) & 0x3FFFFFFF
+        if kind == ITERATION:
+            if payload >> 32 == c.machines[target, VERSION]:
+                _end_iterations(c, target, now)
+        elif kind == ARRIVAL:
+            _arrive(c, target, now)
+        elif kind == TRANSFERRED:
+            _end_transfer(c, target, now)
+        else:
+            _start_transfer(c, target, now)

@@ -1,0 +1,140 @@
+"""How long a step of one instance takes, in the three forms that the kernels read."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdserve.domain.latency import StepCoefficients, StepLatency, StepShape
+
+Floats = NDArray[np.float64]
+Triple = tuple[float, float, float]
+
+PREFILL_KNOTS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Tokens in a step at which a general latency model is sampled."""
+PROBE_CONTEXT_TOKENS = 1024
+"""Context of one request at which the growth of a decode step is sampled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTiming:
+    """Seconds of a step, general form, the one that rules pdserve reads.
+
+        prefill   curve over tokens (straight between knots, end segments go on) + pair_s * pairs
+        decode    decode_s[B] + context_s[B] * context tokens, by requests B
+        mixed     prefill + decode - shared_s: what a step costs in any case is paid once
+
+    `pairs` as in `pdserve.domain.latency`. For B beyond the tables their last segment goes on.
+    """
+
+    prefill_tokens: Floats
+    prefill_s: Floats
+    pair_s: float
+    decode_s: Floats  # [B]; entry 0 is not used
+    context_s: Floats
+    shared_s: float = 0.0
+    source: str = ""  # where the numbers come from, for people
+
+    @classmethod
+    def of_coefficients(cls, c: StepCoefficients, *, source: str = "") -> "StepTiming":
+        """The linear model of `pdserve.domain.latency`, exactly."""
+        knots = np.array([0.0, 1.0])
+        return cls(
+            prefill_tokens=knots,
+            prefill_s=c.fixed_s + c.prefill_token_s * knots,
+            pair_s=c.prefill_attention_s,
+            decode_s=c.fixed_s + c.decode_token_s * knots,
+            context_s=np.full(2, c.decode_context_token_s),
+            shared_s=c.fixed_s,
+            source=source,
+        )
+
+    @classmethod
+    def of_model(
+        cls, model: StepLatency, *, max_num_requests: int, source: str = ""
+    ) -> "StepTiming":
+        """Sample any latency model: prefill at knots, decode at every batch size, two contexts."""
+        knots = np.array(PREFILL_KNOTS, float)
+        long = StepShape(num_prefill_tokens=512, num_prefill_pairs=512 * 4096)
+        short = StepShape(num_prefill_tokens=512)
+        pair_s = (model.step_s(long) - model.step_s(short)) / (512 * 4096)
+        prefill_s = [model.step_s(StepShape(num_prefill_tokens=n)) for n in PREFILL_KNOTS]
+        decode_s, context_s = np.zeros(max_num_requests + 1), np.zeros(max_num_requests + 1)
+        for size in range(1, max_num_requests + 1):
+            context = size * PROBE_CONTEXT_TOKENS
+            low = model.step_s(StepShape(num_decodes=size, num_decode_context_tokens=context))
+            high = model.step_s(StepShape(num_decodes=size, num_decode_context_tokens=2 * context))
+            context_s[size] = (high - low) / context
+            decode_s[size] = low - context_s[size] * context
+        return cls(
+            prefill_tokens=knots,
+            prefill_s=np.array(prefill_s),
+            pair_s=pair_s,
+            decode_s=decode_s,
+            context_s=context_s,
+            shared_s=float(min(prefill_s[0], decode_s[1])),
+            source=source,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistserveTiming:
+    """DistServe's fit, in ms; see `placement/data/distserve/SOURCE.md` for the formula."""
+
+    prefill: Triple
+    decode_small: Triple
+    decode_large: Triple
+    threshold: int  # requests from which `decode_large` holds
+    max_num_tokens: int  # KV capacity at this parallelism, and the prefill budget
+
+    def to_steps(self, max_num_requests: int) -> StepTiming:
+        """The same in the general form: tokens and pairs instead of squares."""
+        a, b, c = self.prefill
+        knots = np.array([0.0, 1.0])
+        size = np.arange(max_num_requests + 1)
+        small, large = np.array(self.decode_small), np.array(self.decode_large)
+        fit = np.where(size[:, None] < self.threshold, small, large) / 1e3
+        # L**2 = 2 * pairs - L for a prompt read in one piece.
+        return StepTiming(
+            prefill_tokens=knots,
+            prefill_s=(a + (b - c) * knots) / 1e3,
+            pair_s=2 * c / 1e3,
+            decode_s=fit[:, 0] + (fit[:, 1] + fit[:, 2]) * size,
+            context_s=fit[:, 1].copy(),
+            shared_s=min(a, self.decode_small[0]) / 1e3,
+            source="DistServe's fit",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitwiseTiming:
+    """Medians of Splitwise's measurements over batch tokens, in s, and the machine's memory."""
+
+    tokens: Floats
+    prompt_s: Floats
+    token_s: Floats
+    memory_bytes: float  # of all GPUs of one instance
+    weight_bytes: float
+    kv_bytes_per_token: float
+
+    def to_steps(self, max_num_requests: int) -> StepTiming:
+        """The same in the general form; decode does not depend on the context in this data."""
+        size = np.arange(max_num_requests + 1, dtype=float)
+        decode_s = np.array([interpolate(self.tokens, self.token_s, n) for n in size])
+        return StepTiming(
+            prefill_tokens=self.tokens,
+            prefill_s=self.prompt_s,
+            pair_s=0.0,
+            decode_s=decode_s,
+            context_s=np.zeros(max_num_requests + 1),
+            shared_s=float(min(self.prompt_s[0], decode_s[1])) if max_num_requests else 0.0,
+            source="Splitwise's measurements",
+        )
+
+
+def interpolate(knots: Floats, values: Floats, at: float) -> float:
+    """Straight lines between knots; the end segments go on outside."""
+    last = len(knots) - 2
+    left = min(max(int(np.searchsorted(knots, at)) - 1, 0), last)
+    slope = (values[left + 1] - values[left]) / (knots[left + 1] - knots[left])
+    return float(slope * (at - knots[left]) + values[left])

@@ -1,0 +1,160 @@
+"""What a simulation is given and what it gives back."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placement.simulation.timing import DistserveTiming, SplitwiseTiming, StepTiming
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+NO_INSTANCE = -1
+
+
+class Rules(StrEnum):
+    """Whose queues, batches and dispatch are simulated."""
+
+    PDSERVE = "pdserve"
+    DISTSERVE = "distserve"
+    SPLITWISE = "splitwise"
+
+
+class PoolRole(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    COLOCATED = "colocated"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """What KV travels over; one such link leaves each prefill instance and one enters each decode.
+
+    Transfers on a link follow one another.
+    """
+
+    bytes_per_s: float = 25e9
+    latency_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Instances that are alike. Under rules distserve and splitwise the last three are ignored."""
+
+    role: PoolRole
+    replicas: int
+    timing: DistserveTiming | SplitwiseTiming | StepTiming
+    tp: int = 1
+    pp: int = 1
+    gpu: str = ""
+    kv_tokens: int = 0  # tokens that the KV memory of one instance holds; 0: no limit
+    kv_bytes_per_token: float = 0.0
+    link: Link = Link()
+
+    @property
+    def num_gpus(self) -> int:
+        return self.replicas * self.tp * self.pp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloClass:
+    """A promise, and the share of requests that it is made to."""
+
+    ttft_s: float
+    tpot_s: float
+    attainment: float = 0.9
+    share: float = 1.0
+    name: str = "all"
+
+
+class Scheduler(StrEnum):
+    """Splitwise's schedulers."""
+
+    MIXED_POOL = "mixed_pool"
+    TOKEN_JSQ = "token_jsq"
+    KV_JSQ = "kv_jsq"
+    KV_TOKEN_JSQ = "kv_token_jsq"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitwiseOptions:
+    """Settings of rules splitwise, by the names of the reference."""
+
+    scheduler: Scheduler = Scheduler.MIXED_POOL
+    max_batch_size: int = 512
+    max_batch_tokens: int = 2048
+    max_preemptions: int = 4
+    prompt_max_pending_batch_tokens: int = 8192
+    transfer_bytes_per_s: float = 200 * 2**30
+    retry_s: float = 1.0
+
+
+class PrefillOrder(StrEnum):
+    FCFS = "fcfs"
+    DEADLINE = "deadline"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PdserveOptions:
+    """Limits and policies of our own router and workers (rules pdserve)."""
+
+    max_step_tokens: int = 512  # prompt tokens in one prefill step
+    max_num_requests: int = 64  # decoded at once by one instance
+    block_size: int = 16
+    max_tokens_factor: float = 1.0  # max_tokens that clients ask for / tokens they get
+    handoff_s: float = 0.002  # messages between router and workers, part of TTFT
+    prefill_order: PrefillOrder = PrefillOrder.FCFS
+    prefix_cache_tokens: int = 0  # kept by each instance that reads prompts; 0: off
+    max_num_waiting: int = 0  # requests without a first token in the cluster; 0: no limit
+    max_wait_s: float = 0.0  # predicted wait for prefill at which a request is refused; 0: off
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationConfig:
+    """One cluster under one set of rules.
+
+    `rate` scales the workload's unit gaps; None takes its arrival times as they stand.
+    `concurrency` ignores both: so many requests are always under way.
+    """
+
+    pools: tuple[Pool, ...]
+    rules: Rules = Rules.PDSERVE
+    slo: tuple[SloClass, ...] = ()
+    rate: float | None = None
+    concurrency: int | None = None
+    pdserve: PdserveOptions = PdserveOptions()
+    splitwise: SplitwiseOptions = SplitwiseOptions()
+
+    @property
+    def num_gpus(self) -> int:
+        return sum(pool.num_gpus for pool in self.pools)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationResult:
+    """Per request, in the workload's order; a refused one has infinite times and no instance.
+
+    Instances are numbered through the pools in the order in which these are given; in a colocated
+    pool `prefill` and `decode` are the same number. A request that never decodes has `decode`
+    NO_INSTANCE.
+    """
+
+    arrival_s: Floats
+    ttft_s: Floats
+    tpot_s: Floats
+    e2e_s: Floats
+    prefill: Ints
+    decode: Ints
+    busy_s: Floats  # per instance
+    class_index: Ints  # per request, into the SLO classes
+    num_refused: int = 0
+    prefix_hit_tokens: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def end_s(self) -> float:
+        """When the last request ended, on the clock of `arrival_s`."""
+        finished = (self.arrival_s + self.e2e_s)[np.isfinite(self.e2e_s)]
+        return float(finished.max()) if len(finished) else 0.0
