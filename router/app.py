@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ async def open_router(settings: RouterSettings) -> AsyncIterator[Router]:
     tokenizer = Tokenizer.load(model_dir)
     model_name = settings.model_name or Path(settings.model).name or model_dir.name
     rng = Random(secrets.randbits(128))
-    clock = asyncio.get_running_loop().time
+    clock = time.monotonic  # uvloop's own clock counts whole milliseconds
     ledger = Ledger()
     in_flight = InFlight(max_num_requests=settings.max_num_requests)
     membership = Membership(timers=settings.timers, ledger=ledger, tokenizer_hash=tokenizer.digest)

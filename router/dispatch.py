@@ -15,7 +15,6 @@ import structlog
 
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import (
-    BadRequest,
     PdserveError,
     PeerFault,
     Reason,
@@ -34,6 +33,7 @@ from router.failures import (
     interrupted,
     interrupted_by_drain,
     no_workers,
+    outcome_of,
     shown_to_client,
     slow_consumer,
 )
@@ -67,8 +67,9 @@ class Record:
     request_id: RequestId  # unlike the client's label, never used twice
     label: str
     received_s: float
-    deadline_s: float  # on the router's clock
+    deadline_s: float
     send: ChunkSink
+    take_back: Callable[[], None] | None
     patience: asyncio.Timeout
     token_ids: tuple[int, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -83,6 +84,15 @@ class Record:
         if self.verdict is None and not self.patience.expired():
             self.verdict = verdict
             self.patience.reschedule(0.0)
+
+    def start_again(self) -> None:
+        """Forget what was sent; raises `PdserveError` where that has left the process."""
+        if self.num_delivered and self.take_back is None:
+            raise interrupted(self.num_delivered)
+        if self.take_back is not None:
+            self.take_back()
+        self.num_delivered = 0
+        self.first_token_s = None
 
     @property
     def shape(self) -> RequestShape:
@@ -108,7 +118,6 @@ class Dispatcher:
         clock: Callable[[], float],
         rng: Random,
     ) -> None:
-        """`clock` is the event loop's: deadlines are counted on it."""
         self._model_name = model_name
         self._membership = membership
         self._ledger = ledger
@@ -130,32 +139,34 @@ class Dispatcher:
     def served_model(self) -> ServedModel | None:
         return self._membership.served_model(self._model_name)
 
-    async def run(self, call: GenerateCall, send: ChunkSink) -> Finished:
-        """Answer one request through `send`; nothing of it is held anywhere afterwards."""
+    async def run(
+        self, call: GenerateCall, send: ChunkSink, take_back: Callable[[], None] | None = None
+    ) -> Finished:
+        """Answer one request through `send`; nothing of it is held anywhere afterwards.
+
+        `take_back` forgets what was sent, where that has not left the process: the request can
+        then start again at any time.
+        """
         received_s = self._clock()
         check_label(call.label)
         self._in_flight.enter(call.label, received_s)
         self._is_idle.clear()
-        outcome = Outcome.FAILED
+        outcome, reason = Outcome.FAILED, ""
         try:
-            finished = await self._run_until_deadline(call, send, received_s)
-            outcome = Outcome.COMPLETED
+            finished = await self._run_until_deadline(call, send, take_back, received_s)
+            outcome, reason = Outcome.COMPLETED, finished.reason
         except asyncio.CancelledError:
-            outcome = Outcome.CANCELLED
-            raise
-        except (BadRequest, Refused):
-            outcome = Outcome.REFUSED
+            outcome, reason = Outcome.CANCELLED, Reason.CANCELLED
             raise
         except PdserveError as error:
-            if error.reason is Reason.CANCELLED:
-                outcome = Outcome.CANCELLED
+            outcome, reason = outcome_of(error), error.reason
             raise
         finally:
             self._records.pop(call.label, None)
             self._in_flight.leave(call.label, outcome, self._clock())
             if not len(self._in_flight):
                 self._is_idle.set()
-            log.info("request.ended", request_id=call.label, outcome=outcome)
+            log.info("request.ended", request_id=call.label, outcome=outcome, reason=reason)
         return finished
 
     async def drain(self, drain_s: float) -> None:
@@ -171,19 +182,23 @@ class Dispatcher:
                 await self._is_idle.wait()
 
     async def _run_until_deadline(
-        self, call: GenerateCall, send: ChunkSink, received_s: float
+        self,
+        call: GenerateCall,
+        send: ChunkSink,
+        take_back: Callable[[], None] | None,
+        received_s: float,
     ) -> Finished:
         budget_s = self._timers.request_s if call.deadline_s is None else call.deadline_s
-        deadline_s = received_s + budget_s
         record = None
         try:
-            async with asyncio.timeout_at(deadline_s) as patience:
+            async with asyncio.timeout(budget_s) as patience:
                 record = Record(
                     request_id=RequestId(f"{call.label}.{self._rng.getrandbits(64):016x}"),
                     label=call.label,
                     received_s=received_s,
-                    deadline_s=deadline_s,
+                    deadline_s=received_s + budget_s,
                     send=send,
+                    take_back=take_back,
                     patience=patience,
                 )
                 self._records[call.label] = record
@@ -226,8 +241,7 @@ class Dispatcher:
                     decode_worker=pair.decode.hello.worker_id,
                     reason=error.reason,
                 )
-                if record.num_delivered:
-                    raise interrupted(record.num_delivered) from None
+                record.start_again()
                 record.failed_lives |= blamed_lives(error, pair)
         assert fault is not None
         raise shown_to_client(fault)

@@ -11,6 +11,7 @@ from pdserve.domain.errors import (
 )
 from pdserve.domain.tokens import Failed
 from router.cluster_view import Life
+from router.in_flight import Outcome
 from router.policy import Pair
 
 RETRY_AFTER_S = 1.0
@@ -33,6 +34,13 @@ OF_DECODE = frozenset({Reason.DRAINING, Reason.FENCED, Reason.CANCELLED})
 """Among those, the ones that a decode worker reports of itself; the others are of its peers."""
 SHOWN_BY_NAME = frozenset({Reason.TRANSFER_FAILED, Reason.KV_INTEGRITY, Reason.WORKER_LOST})
 """Failures of workers that clients see by name; the others are internal."""
+
+
+def outcome_of(error: PdserveError) -> Outcome:
+    """How a request that ended with `error` is counted."""
+    if error.reason is Reason.CANCELLED:
+        return Outcome.CANCELLED
+    return Outcome.REFUSED if isinstance(error, BadRequest | Refused) else Outcome.FAILED
 
 
 def blamed_lives(fault: PeerFault, pair: Pair) -> set[Life]:

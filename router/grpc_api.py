@@ -8,7 +8,6 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from pdserve.domain.errors import BadRequest, FieldViolation, PdserveError, Reason
-from pdserve.domain.tokens import SampledToken
 from pdserve.rpc.codec import (
     FINISH_TO_PROTO,
     sampling_from_proto,
@@ -50,24 +49,22 @@ class InferenceService:
         self, request: pb.GenerateRequest, context: Context
     ) -> pb.CompleteResponse:
         label = request.request_id or self._dispatcher.draw_label()
-        tokens: list[SampledToken] = []
-        texts: list[str] = []
+        chunks: list[Chunk] = []
 
         async def collect(chunk: Chunk) -> None:
-            tokens.extend(chunk.tokens)
-            texts.append(chunk.text)
+            chunks.append(chunk)
 
         try:
             finished = await self._dispatcher.run(
-                _call_from_proto(request, label, context), collect
+                _call_from_proto(request, label, context), collect, take_back=chunks.clear
             )
         except PdserveError as error:
             await abort(context, error, _metadata(label, 0))
             raise
         return pb.CompleteResponse(
             request_id=label,
-            tokens=map(token_to_proto, tokens),
-            text="".join(texts),
+            tokens=[token_to_proto(token) for chunk in chunks for token in chunk.tokens],
+            text="".join(chunk.text for chunk in chunks),
             finished=_finished_to_proto(finished),
         )
 

@@ -86,7 +86,8 @@ class Registrations:
         """Take heartbeats until the stream is over or silent for too long; then raise."""
         while True:
             try:
-                async with asyncio.timeout_at(self._membership.dead_at_s(member)):
+                left_s = self._membership.dead_at_s(member) - self._clock()
+                async with asyncio.timeout(left_s):
                     report = await stream.receive()
             except TimeoutError:
                 if self._has_overslept(member):

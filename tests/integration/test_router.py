@@ -476,6 +476,21 @@ async def test_stream_cut_after_tokens_says_how_many_were_delivered() -> None:
         assert d1.submits.empty()
 
 
+async def test_answer_in_one_message_starts_again_elsewhere_at_any_time() -> None:
+    async with run_cluster() as cluster:
+        d0, d1 = await cluster.worker("d0"), await cluster.worker("d1")
+        sampling = types_pb2.SamplingParams(max_tokens=4)
+        call = cluster.client.Complete(request(sampling=sampling))
+        submit = await soon(d0.submits.get())
+        await d0.say(submit, 0, 3)
+        await until(lambda: cluster.router.ledger.assigned(WorkerId("d0")).num_unread_tokens == 0)
+        await d0.cut_stream()
+        await d1.say(await soon(d1.submits.get()), 0, 4, end=DONE)
+        reply = await soon(call)
+        assert reply.text == "0,1,2,3,"
+        assert reply.finished.timeline.attempts == 2
+
+
 async def test_last_worker_lost_is_unavailable_with_a_time_to_come_back() -> None:
     async with run_cluster() as cluster:
         worker = await cluster.worker()

@@ -116,7 +116,12 @@ class Bench:
         )
 
     def start(
-        self, label: str, *, max_tokens: int = 8, deadline_s: float | None = None
+        self,
+        label: str,
+        *,
+        max_tokens: int = 8,
+        deadline_s: float | None = None,
+        can_take_back: bool = False,
     ) -> "asyncio.Task[Any]":
         call = GenerateCall(
             prompt=(1, 2, 3),
@@ -131,7 +136,8 @@ class Bench:
             assert chunk.first_index == len(received)
             received.extend(token.token_id for token in chunk.tokens)
 
-        return asyncio.create_task(self.dispatcher.run(call, send))
+        take_back = received.clear if can_take_back else None
+        return asyncio.create_task(self.dispatcher.run(call, send, take_back))
 
     @property
     def is_idle(self) -> bool:

@@ -179,3 +179,20 @@ async def test_drain_ends_what_is_left_after_its_time() -> None:
         assert await reason_of(bench.start("b")) is Reason.DRAINING
         await settle()
         assert bench.is_idle
+
+
+async def test_what_has_not_left_the_process_is_taken_back_for_a_new_attempt() -> None:
+    async with open_bench("d0", "d1") as bench:
+        d0, d1 = bench.workers.values()
+        task = bench.start("a", can_take_back=True)
+        await settle()
+        d0.say(d0.submits[0], 0, 3)
+        await settle()
+        assert bench.received["a"] == [0, 1, 2]
+        await d0.cut()
+        await settle()
+        assert bench.received["a"] == []
+        d1.say(d1.submits[0], 0, 8, DONE)
+        finished = await task
+        assert bench.received["a"] == list(range(8))
+        assert finished.usage.completion_tokens == 8
