@@ -8,13 +8,11 @@ import os
 import sys
 import time
 
-from rich.console import Console
-
 from deploy.local import LocalCluster
 from pdserve.cli.benching import Plan, measure, render_report
 from pdserve.cli.generating import Question, answer
 from pdserve.cli.problems import ClusterFailed, exit_code, explain
-from pdserve.cli.status_view import render_state
+from pdserve.cli.status_view import WIDE_COLUMNS, plain_console, render_state
 from pdserve.client.admin import AdminClient
 from pdserve.client.statistics import Slo
 from pdserve.client.values import Sampling
@@ -51,7 +49,7 @@ def main() -> None:
 
 async def run_demo() -> None:
     """Start, ask, load, check, stop; raises `PdserveError` for whatever did not go well."""
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = plain_console()
     started = time.monotonic()
     _say("starting 1 router, 2 prefill workers, 2 decode workers")
     async with LocalCluster.start(SETTINGS) as cluster:
@@ -71,7 +69,7 @@ async def run_demo() -> None:
             raise ClusterFailed(f"requests failed: {report.failures}")
 
         state = await idle_state(cluster.internal_address)
-        console.print(render_state(state))
+        console.print(render_state(state, is_wide=console.width >= WIDE_COLUMNS))
         _say("every KV block is free again; stopping")
     left = [pid for pid in pids if _is_alive(pid)]
     if left:

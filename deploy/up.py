@@ -52,9 +52,11 @@ class _Up:
     def __init__(self, settings: ClusterSettings, *, as_json: bool) -> None:
         self._settings = settings
         self._as_json = as_json
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, highlight=False)
         self._stop = asyncio.Event()
         self._is_forced = False
+        self._num_processes = 1 + settings.prefill.replicas + settings.decode.replicas
+        self._status = self._console.status("starting")
         self._cluster = LocalCluster.start(settings, report=self._report)
 
     async def run(self) -> None:
@@ -63,7 +65,6 @@ class _Up:
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, main.cancel)  # while starting: take all down
         started = loop.time()
-        self._status = self._console.status("starting")
         with self._status:
             await self._cluster.__aenter__()
         self._say_ready(loop.time() - started)
@@ -174,8 +175,8 @@ class _Up:
         )
 
     def _report(self, text: str) -> None:
-        if self._console.is_terminal:
-            self._status.update(text)
+        num_ready = sum(process.ready is not None for process in self._cluster.processes)
+        self._status.update(f"{num_ready} of {self._num_processes} processes serve; {text}")
 
     def _print(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

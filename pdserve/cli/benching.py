@@ -14,6 +14,7 @@ from rich.table import Table
 
 from pdserve.cli.generating import PHASE_LABELS
 from pdserve.cli.problems import EXIT_FAILED
+from pdserve.cli.status_view import plain_console
 from pdserve.client.inference import InferenceClient
 from pdserve.client.load import only_model, run_load
 from pdserve.client.statistics import LoadReport, RequestRecord, Slo, summarise
@@ -53,8 +54,7 @@ async def run_bench(address: str, plan: Plan, json_file: Path | None) -> int:
         _write_json(json_file, {})  # a path that cannot be written is told before the run
     requests = planned_requests(plan)  # a bad trace is told before the cluster is asked anything
     report, model = await measure(address, plan, requests)
-    console = Console()
-    console = console if console.is_terminal else Console(width=100)
+    console = plain_console()
     for table in render_report(report):
         console.print(table)
     if json_file is not None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import unicodedata
 from dataclasses import dataclass
 
 from pdserve.client.inference import InferenceClient
@@ -120,8 +121,17 @@ def render_logprobs(tokens: list[SampledToken]) -> str:
 
 def _show(chunk: Chunk, *, as_ids: bool) -> None:
     ids = "".join(f"{token.token_id} " for token in chunk.tokens)
-    sys.stdout.write(ids if as_ids else chunk.text)
+    text = ids if as_ids else chunk.text
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey: a model can write escape sequences too."""
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) != "Cc" else f"\\x{ord(char):02x}"
+        for char in text
+    )
 
 
 def _decode(data: bytes, source: str) -> str:

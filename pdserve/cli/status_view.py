@@ -15,26 +15,38 @@ from pdserve.client.inference import InferenceClient
 from pdserve.domain.messages import ClusterState, WorkerState
 
 WATCH_S = 1.0
+WIDE_COLUMNS = 112
 
 
 async def show_status(address: str, *, watch: bool, as_json: bool) -> None:
     """Print the state once, or every second until interrupted. Raises `PdserveError`."""
     async with AdminClient(address) as admin:
-        state = await admin.cluster_state()
         if as_json:
-            print(json.dumps(state_as_json(state)), flush=True)
-        elif not watch:
-            _console().print(render_state(state))
+            await _print_json(admin, watch=watch)
+        else:
+            await _print_tables(admin, watch=watch)
+
+
+async def _print_json(admin: AdminClient, *, watch: bool) -> None:
+    while True:
+        print(json.dumps(state_as_json(await admin.cluster_state())), flush=True)
         if not watch:
             return
-        with Live(render_state(state), console=_console(), auto_refresh=False) as live:
-            while True:
-                await asyncio.sleep(WATCH_S)
-                state = await admin.cluster_state()
-                if as_json:
-                    print(json.dumps(state_as_json(state)), flush=True)
-                else:
-                    live.update(render_state(state), refresh=True)
+        await asyncio.sleep(WATCH_S)
+
+
+async def _print_tables(admin: AdminClient, *, watch: bool) -> None:
+    console = plain_console()
+    is_wide = console.width >= WIDE_COLUMNS
+    shown = render_state(await admin.cluster_state(), is_wide=is_wide)
+    if not watch:
+        console.print(shown)
+        return
+    with Live(shown, console=console, auto_refresh=False) as live:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            shown = render_state(await admin.cluster_state(), is_wide=is_wide)
+            live.update(shown, refresh=True)
 
 
 async def show_models(address: str, *, as_json: bool) -> None:
@@ -50,11 +62,11 @@ async def show_models(address: str, *, as_json: bool) -> None:
     table.add_column("vocabulary", justify="right")
     for model in models:
         table.add_row(model.name, f"{model.max_context_tokens:,}", f"{model.vocab_size:,}")
-    _console().print(table)
+    plain_console().print(table)
 
 
-def render_state(state: ClusterState) -> Group:
-    """A line about the router and a table of the workers."""
+def render_state(state: ClusterState, *, is_wide: bool = True) -> Group:
+    """Two lines about the router and a table of the workers; `is_wide` adds addresses."""
     lines = [
         f"{state.router_id} at {state.public_address}, model {state.model_name}, "
         f"up {_duration(state.uptime_s)}",
@@ -63,7 +75,8 @@ def render_state(state: ClusterState) -> Group:
     ]
     if not state.workers:
         return Group(*lines, "no worker is registered")
-    return Group(*lines, _worker_table(state.workers))
+    legend = "KV blocks: free + reserved + held + pinned = total"
+    return Group(*lines, _worker_table(state.workers, is_wide=is_wide), legend)
 
 
 def state_as_json(state: ClusterState) -> dict[str, object]:
@@ -73,26 +86,26 @@ def state_as_json(state: ClusterState) -> dict[str, object]:
     return plain
 
 
-def _worker_table(workers: tuple[WorkerState, ...]) -> Table:
-    table = Table(box=box.SIMPLE, caption="KV blocks: free + reserved + held + pinned = total")
+def _worker_table(workers: tuple[WorkerState, ...], *, is_wide: bool) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for name in ("worker", "health"):
         table.add_column(name, no_wrap=True)
     for name in ("running", "waiting", "free", "reserved", "held", "pinned", "total"):
-        table.add_column(name, justify="right")
-    table.add_column("heard", justify="right")
-    table.add_column("address", no_wrap=True)
-    table.add_column("pid", justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
+    if is_wide:
+        table.add_column("heard", justify="right", no_wrap=True)
+        table.add_column("address", no_wrap=True)
+        table.add_column("pid", justify="right", no_wrap=True)
     for worker in sorted(workers, key=lambda worker: (worker.hello.role, worker.hello.worker_id)):
         load, kv = worker.load, worker.load.kv
         counts = (load.num_running, load.num_waiting)
         blocks = (kv.free, kv.reserved, kv.held, kv.pinned, kv.total)
+        about = (f"{worker.silence_s:.1f} s ago", worker.hello.address, str(worker.hello.pid))
         table.add_row(
             worker.hello.worker_id,
             worker.health,
             *map(str, (*counts, *blocks)),
-            f"{worker.silence_s:.1f} s ago",
-            worker.hello.address,
-            str(worker.hello.pid),
+            *(about if is_wide else ()),
         )
     return table
 
@@ -115,7 +128,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _console() -> Console:
-    """Where there is no terminal, wide enough that no cell is cut."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
+def plain_console() -> Console:
+    """Standard output; where that is no terminal, wide enough that no cell is cut."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=120)

@@ -3,7 +3,13 @@ import sys
 
 import pytest
 
-from pdserve.cli.generating import Question, read_prompt, render_logprobs, render_timeline
+from pdserve.cli.generating import (
+    Question,
+    printable,
+    read_prompt,
+    render_logprobs,
+    render_timeline,
+)
 from pdserve.client.values import Finished, Sampling, Usage
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.tokens import FinishReason, PhaseTimeline, SampledToken
@@ -78,3 +84,7 @@ def test_logprobs_have_a_line_for_each_token() -> None:
     _, first, second = render_logprobs(tokens).splitlines()
     assert first.split() == ["0", "5", "-0.250", "5", "-0.250", "6", "-1.500"]
     assert second.split() == ["1", "6"]
+
+
+def test_terminals_get_no_escape_sequences_from_a_model() -> None:
+    assert printable("a\tb\n\x1b[2J\x07 \u009bz") == "a\tb\n\\x1b[2J\\x07 \\x9bz"

@@ -1,0 +1,96 @@
+import io
+import json
+
+from rich.console import Console
+
+from pdserve.cli.status_view import render_state, state_as_json
+from pdserve.domain.ids import Epoch, WorkerId
+from pdserve.domain.kv_usage import KvUsage
+from pdserve.domain.latency import StepCoefficients
+from pdserve.domain.messages import ClusterState, Role, WorkerHello, WorkerLoad, WorkerState
+
+NO_TIME = StepCoefficients(
+    fixed_s=0.0,
+    prefill_token_s=0.0,
+    prefill_attention_s=0.0,
+    decode_token_s=0.0,
+    decode_context_token_s=0.0,
+)
+
+
+def worker(worker_id: str, role: Role) -> WorkerState:
+    hello = WorkerHello(
+        worker_id=WorkerId(worker_id),
+        role=role,
+        epoch=Epoch(1),
+        protocol_version=1,
+        address="127.0.0.1:4444",
+        pid=77,
+        model_name="demo",
+        model_hash=b"\x01\xff",
+        layout_hash=b"",
+        tokenizer_hash=b"",
+        max_context_tokens=64,
+        vocab_size=100,
+        block_size=16,
+        num_blocks=10,
+        block_bytes=64,
+        max_num_requests=4,
+        engine="timed",
+        coefficients=NO_TIME,
+    )
+    load = WorkerLoad(
+        sequence=1,
+        num_waiting=3,
+        num_running=2,
+        waiting_prompt_tokens=0,
+        running_context_tokens=0,
+        kv=KvUsage(free=1, reserved=2, held=3, pinned=4, total=10),
+    )
+    return WorkerState(hello=hello, load=load, health="alive", silence_s=0.25, num_assigned=2)
+
+
+def state(*workers: WorkerState) -> ClusterState:
+    return ClusterState(
+        router_id="router-0",
+        model_name="demo",
+        public_address="127.0.0.1:7450",
+        uptime_s=7300.0,
+        num_completed=5,
+        workers=workers,
+    )
+
+
+def rendered(shown: ClusterState, *, width: int, is_wide: bool) -> str:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(render_state(shown, is_wide=is_wide))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_workers_are_shown_with_load_and_every_state_of_a_block() -> None:
+    shown = state(worker("prefill-0", Role.PREFILL), worker("decode-0", Role.DECODE))
+    text = rendered(shown, width=120, is_wide=True)
+    rows = [line.split() for line in text.splitlines() if "127.0.0.1:4444" in line]
+    assert [row[0] for row in rows] == ["decode-0", "prefill-0"]
+    assert rows[0][1:9] == ["alive", "2", "3", "1", "2", "3", "4", "10"]
+    assert rows[0][-1] == "77"
+    assert "up 2.0 h" in text
+    assert "5 completed" in text
+
+
+def test_narrow_terminal_cuts_nothing() -> None:
+    text = rendered(state(worker("prefill-10", Role.PREFILL)), width=80, is_wide=False)
+    assert "…" not in text
+    assert "reserved" in text
+
+
+def test_cluster_without_workers_says_so() -> None:
+    assert "no worker is registered" in rendered(state(), width=80, is_wide=False)
+
+
+def test_state_as_json_is_plain_with_hashes_in_hexadecimal() -> None:
+    content = json.loads(json.dumps(state_as_json(state(worker("decode-0", Role.DECODE)))))
+    assert content["workers"][0]["hello"]["model_hash"] == "01ff"
+    assert content["workers"][0]["load"]["kv"]["pinned"] == 4
+    assert content["workers"][0]["hello"]["role"] == "decode"
