@@ -71,13 +71,14 @@ async def open_router(settings: RouterSettings) -> AsyncIterator[Router]:
     ledger = Ledger()
     in_flight = InFlight(max_num_requests=settings.max_num_requests)
     membership = Membership(timers=settings.timers, ledger=ledger, tokenizer_hash=tokenizer.digest)
+    me = PeerHello(
+        peer_id=settings.router_id,
+        epoch=Epoch(rng.getrandbits(63)),
+        protocol_version=PROTOCOL_VERSION,
+    )
     registrations = Registrations(
         membership,
-        me=PeerHello(
-            peer_id=settings.router_id,
-            epoch=Epoch(rng.getrandbits(63)),
-            protocol_version=PROTOCOL_VERSION,
-        ),
+        me=me,
         connect=connect_decode,
         timers=settings.timers,
         clock=clock,
@@ -99,36 +100,41 @@ async def open_router(settings: RouterSettings) -> AsyncIterator[Router]:
             clock=clock,
             rng=rng,
         )
-        async with contextlib.AsyncExitStack() as stack:
-            public = await stack.enter_async_context(
-                await RpcServer.start(
-                    settings.host,
-                    settings.port,
-                    [inference_service(dispatcher)],
-                    settings.timers,
-                    max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES,
-                )
-            )
+        async with await _start_public(settings, dispatcher) as public:
             state = _cluster_state(
                 settings.router_id, model_name, public.address, membership, in_flight, clock
             )
-            internal = await stack.enter_async_context(
-                await RpcServer.start(
-                    settings.host,
-                    settings.internal_port,
-                    [membership_service(registrations.serve, state)],
-                    settings.timers,
-                    max_message_bytes=MAX_INTERNAL_MESSAGE_BYTES,
+            async with await _start_internal(settings, registrations, state) as internal:
+                yield Router(
+                    public=public,
+                    internal=internal,
+                    dispatcher=dispatcher,
+                    membership=membership,
+                    ledger=ledger,
+                    in_flight=in_flight,
                 )
-            )
-            yield Router(
-                public=public,
-                internal=internal,
-                dispatcher=dispatcher,
-                membership=membership,
-                ledger=ledger,
-                in_flight=in_flight,
-            )
+
+
+async def _start_public(settings: RouterSettings, dispatcher: Dispatcher) -> RpcServer:
+    return await RpcServer.start(
+        settings.host,
+        settings.port,
+        [inference_service(dispatcher)],
+        settings.timers,
+        max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES,
+    )
+
+
+async def _start_internal(
+    settings: RouterSettings, registrations: Registrations, state: Callable[[], ClusterState]
+) -> RpcServer:
+    return await RpcServer.start(
+        settings.host,
+        settings.internal_port,
+        [membership_service(registrations.serve, state)],
+        settings.timers,
+        max_message_bytes=MAX_INTERNAL_MESSAGE_BYTES,
+    )
 
 
 def _in_thread(executor: ThreadPoolExecutor, tokenizer: Tokenizer) -> Encode:
