@@ -157,8 +157,8 @@ class LocalCluster:
             if ended.done():
                 process, code = ended.result()
                 raise ClusterFailed(
-                    f"{process.name} {describe_exit(code)} while the cluster started\n"
-                    f"{process.last_words()}".rstrip()
+                    f"{process.name} {describe_exit(code)} while the cluster started; the end of "
+                    f"{process.log_path}:\n{process.last_words()}"
                 )
             await seen
         finally:
@@ -220,7 +220,7 @@ class LocalCluster:
         limit = f"{self.settings.start_s:g} s (start_s)"
         if not late:
             return f"the router did not see all workers within {limit}; logs in {self.log_dir}"
-        words = "\n".join(f"  {each.name}:\n{each.last_words()}".rstrip() for each in late)
+        words = "\n".join(f"  {each.name}:\n{each.last_words()}" for each in late)
         names = ", ".join(each.name for each in late)
         return f"{names} did not serve within {limit}; logs in {self.log_dir}\n{words}"
 

@@ -101,7 +101,7 @@ class LocalProcess:
 
     def last_words(self) -> str:
         """The end of its log, a line each, indented."""
-        lines = _tail(self.log_path)
+        lines = _tail(self.log_path) or ["(empty)"]
         return "\n".join(f"    {line[:MAX_LOG_LINE_CHARS]}" for line in lines)
 
     async def _send_settings(self, child: asyncio.subprocess.Process) -> None:
@@ -128,7 +128,8 @@ class LocalProcess:
                 raise ClusterFailed(f"{self.name} did not start: {said.get('error')}")
         code = await child.wait()
         raise ClusterFailed(
-            f"{self.name} did not start: it {describe_exit(code)}\n{self.last_words()}".rstrip()
+            f"{self.name} did not start: it {describe_exit(code)}; the end of {self.log_path}:\n"
+            f"{self.last_words()}"
         )
 
 

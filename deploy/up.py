@@ -102,14 +102,12 @@ class _Up:
     def _on_exit(self, name: str, code: int) -> None:
         process = self._cluster.process(name)
         happened = f"{name} {describe_exit(code)}"
-        words = process.last_words()
+        log = f"the end of {process.log_path}:\n{process.last_words()}"
         if process.role == "router":
-            raise ClusterFailed(f"{happened}; the cluster is down\n{words}".rstrip())
+            raise ClusterFailed(f"{happened}; the cluster is down; {log}")
         if not any(each.role == "decode" and each.is_running for each in self._cluster.workers):
-            raise ClusterFailed(f"{happened}; no decode worker is left\n{words}".rstrip())
-        self._print(f"{happened}; the cluster goes on without it (log: {process.log_path})")
-        if words:
-            self._print(words)
+            raise ClusterFailed(f"{happened}; no decode worker is left; {log}")
+        self._print(f"{happened}; the cluster goes on without it; {log}")
 
     def _on_signal(self) -> None:
         if self._stop.is_set():

@@ -13,7 +13,7 @@ def test_exit_codes_are_told_in_words() -> None:
 def test_last_words_are_the_end_of_the_log(tmp_path: Path) -> None:
     path = tmp_path / "router.log"
     process = LocalProcess("router", "router", RouterSettings(), path)
-    assert process.last_words() == ""
+    assert process.last_words() == "    (empty)"
     path.write_text("".join(f"line {index}\n" for index in range(5000)) + "long" * 1000)
     lines = process.last_words().splitlines()
     assert len(lines) == NUM_LOG_LINES
