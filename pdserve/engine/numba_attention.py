@@ -39,7 +39,8 @@ def _exp(x: np.float32) -> np.float32:
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1.0)
     power: np.float32 = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return p * power
+    result: np.float32 = p * power
+    return result
 
 
 @numba.njit(fastmath=_FAST, error_model="numpy")
