@@ -187,6 +187,16 @@ class SenderTable(Generic[PeerT]):
         assert not self.is_known(peer, sender.handoff), sender.handoff
         self._live[peer, sender.handoff] = sender
 
+    def refuse(self, peer: PeerT, handoff: HandoffId) -> None:
+        """A start was turned down: should it come again, nobody waits for it any more."""
+        assert (peer, handoff) not in self._live, handoff
+        self._remember(peer, handoff)
+
+    def _remember(self, peer: PeerT, handoff: HandoffId) -> None:
+        self._past[peer, handoff] = None
+        if len(self._past) > self._max_num_past:
+            self._past.popitem(last=False)
+
     def get(self, peer: PeerT, handoff: HandoffId) -> HandoffSender | None:
         """The live handoff that a message is for; None (counted) if the message is late."""
         sender = self._live.get((peer, handoff))
@@ -198,9 +208,7 @@ class SenderTable(Generic[PeerT]):
         sender = self._live.pop((peer, handoff), None)
         if sender is None:
             return
-        self._past[peer, handoff] = None
-        if len(self._past) > self._max_num_past:
-            self._past.popitem(last=False)
+        self._remember(peer, handoff)
         sender.end(cause)
 
     def may_read(self, block_ids: Sequence[BlockId]) -> bool:

@@ -240,6 +240,13 @@ def test_table_remembers_past_handoffs_so_that_a_second_start_is_a_duplicate(
     assert len(table) == 0
 
 
+def test_table_remembers_refused_starts_so_that_a_repeated_one_is_not_taken_on() -> None:
+    table: SenderTable[str] = SenderTable()
+    table.refuse("d1", handoff_id())
+    assert table.is_known("d1", handoff_id())
+    assert len(table) == 0
+
+
 def test_table_counts_messages_for_handoffs_that_are_over(
     pool: BlockPool, memory: KvMemory
 ) -> None:
