@@ -1,6 +1,9 @@
+import contextlib
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvtransfer.digest import block_digest
 from kvtransfer.sender import HandoffSender, SenderTable, check_start
@@ -186,6 +189,25 @@ def test_a_pull_of_what_was_not_offered_in_turn_is_a_violation(
         sender.pulled(pulled(first, count))
     assert pool.usage().pinned == 2
     sender.end(Event.FAIL)
+
+
+NUMBERS = st.integers(-3, 8) | st.sampled_from([2**31, 2**32 - 1, -(2**63), 2**64])
+
+
+@given(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=12), st.integers(0, 4))
+def test_no_sequence_of_pulls_makes_a_sender_fail_or_leak(
+    pulls: list[tuple[int, int]], num_offered: int
+) -> None:
+    pool = BlockPool(16)
+    with kv_memory(num_blocks=16) as memory:
+        sender = sender_of(pool, memory)
+        sender.offer(min(14, num_offered * BLOCK_SIZE), is_last=num_offered == 4)
+        for first, count in pulls:
+            with contextlib.suppress(ProtocolViolation):
+                sender.pulled(pulled(first, count))
+            assert pool.usage().pinned == sender.num_pinned_blocks
+        sender.end(Event.LOSE)
+    assert pool.usage().is_idle
 
 
 @pytest.mark.parametrize(("num_tokens", "first_block"), [(0, 0), (8, 2), (8, 99), (8, -1)])
