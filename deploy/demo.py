@@ -30,7 +30,7 @@ SETTINGS = ClusterSettings(
     log_level="warning",
 )
 PLAN = Plan(
-    trace="azure-code", time_scale=0.5, num_requests=60, slo=Slo(ttft_s=1.0, tpot_s=0.1), seed=1
+    trace="azure-code", time_scale=0.35, num_requests=60, slo=Slo(ttft_s=1.0, tpot_s=0.1), seed=1
 )
 
 
