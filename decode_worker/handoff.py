@@ -1,6 +1,7 @@
 """Getting a prompt read elsewhere: ask, land its blocks, pass on the first token, or try again."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import structlog
 
@@ -115,16 +116,31 @@ class Handoffs:
         receiver: HandoffReceiver,
         inbox: HandoffInbox,
     ) -> None:
-        """Land blocks and take the first token side by side; whichever fails ends both."""
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                landing = tasks.create_task(self._land_all(request, link, receiver, inbox))
-                tasks.create_task(self._take_first_token(request, receiver, inbox, landing, link))
-        except ExceptionGroup as group:
-            faults = [error for error in group.exceptions if isinstance(error, PeerFault | Refused)]
-            if len(faults) < len(group.exceptions):
-                raise
-            raise max(faults, key=_severity) from None
+        """Land blocks and take the first token side by side; whichever fails ends both.
+
+        Their faults are values to the task group. Where a member raises while the group is being
+        left, CPython 3.11 leaves the parent counted as cancelled, and then `asyncio.timeout` takes
+        the request's deadline for a cancel, which nobody is told of.
+        """
+        faults: list[PeerFault | Refused] = []
+        parts: list[asyncio.Task[None]] = []
+
+        async def run(part: Callable[[], Awaitable[None]]) -> None:
+            try:
+                await part()
+            except (PeerFault, Refused) as fault:
+                faults.append(fault)
+                for task in parts:
+                    task.cancel()
+
+        async with asyncio.TaskGroup() as tasks:
+            landing = tasks.create_task(run(lambda: self._land_all(request, link, receiver, inbox)))
+            taking = tasks.create_task(
+                run(lambda: self._take_first_token(request, receiver, inbox, landing, link))
+            )
+            parts += (landing, taking)
+        if faults:
+            raise max(faults, key=_severity)
 
     async def _land_all(
         self,

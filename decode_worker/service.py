@@ -118,7 +118,7 @@ class DecodeService:
         try:
             self._check(submit)
             await self._run(self._new_request(submit, outbox))
-        except Exception as error:  # noqa: BLE001: it becomes this request's end, logged if unknown
+        except Exception as error:  # noqa: BLE001
             outbox.add(
                 RequestOutput(
                     request_id=submit.request_id,
@@ -138,13 +138,12 @@ class DecodeService:
         try:
             async with asyncio.timeout(deadline_s) as patience:
                 await self._serve(request, self._clock() + deadline_s)
-        except Exception as error:  # noqa: BLE001: as in `run`
-            failure = _failure(request.submit.request_id, error)
-            if patience.expired():
-                failure = Failed(
-                    reason=Reason.DEADLINE,
-                    message=f"the deadline passed after {request.num_output_tokens} tokens",
-                )
+        except Exception as error:  # noqa: BLE001
+            late = PdserveError(
+                f"the deadline passed after {request.num_output_tokens} tokens",
+                reason=Reason.DEADLINE,
+            )
+            failure = _failure(request.submit.request_id, late if patience.expired() else error)
         if request.is_answered:  # whatever else went wrong came too late
             request.complete(self._hello.peer_id)
         else:
