@@ -712,6 +712,7 @@ async def test_idle_strangers_cannot_keep_a_reader_out(target: KvMemory) -> None
         await transport.read(server.region, blocks(4), target, blocks(1))
         assert target.block(BlockId(0)) == source.block(BlockId(3))
         assert target.block(BlockId(1)) == source.block(BlockId(4))
+        assert len(connection_tasks()) <= 4
         async with asyncio.timeout(NOTICE_S):
             await asyncio.gather(*map(await_drop, strangers + more))
 
