@@ -147,6 +147,18 @@ class SplitwiseProfile:
 
 Profile = DistserveProfile | SplitwiseProfile
 
+OPT_SHAPES = {  # layers, hidden size
+    "facebook/opt-13b": (40, 5120),
+    "facebook/opt-66b": (64, 9216),
+    "facebook/opt-175b": (96, 12288),
+}
+
+
+def distserve_kv_bytes_per_token(model: str) -> float:
+    """KV of one token in 16 bits; 0 for a model whose shape is not known here."""
+    layers, hidden_size = OPT_SHAPES.get(model, (0, 0))
+    return 4.0 * layers * hidden_size
+
 
 def load_profile(name: str, *, folder: Path | None = None) -> Profile:
     """Read a profile from a path (relative to `folder`) or from those that come with pdserve.

@@ -12,24 +12,23 @@ Triple = tuple[float, float, float]
 
 PREFILL_KNOTS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """Tokens in a step at which a general latency model is sampled."""
-PROBE_CONTEXT_TOKENS = 1024
-"""Context of one request at which the growth of a decode step is sampled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTiming:
-    """Seconds of a step, general form, the one that rules pdserve reads.
+    """Seconds of a step, general form, the one that rules pdserve read.
 
-        prefill   curve over tokens (straight between knots, end segments go on) + pair_s * pairs
+        prefill   prefill_s(tokens) + pairs * pair_s(tokens)
         decode    decode_s[B] + context_s[B] * context tokens, by requests B
         mixed     prefill + decode - shared_s: what a step costs in any case is paid once
 
-    `pairs` as in `pdserve.domain.latency`. For B beyond the tables their last segment goes on.
+    `pairs` as in `pdserve.domain.latency`. Curves are straight between knots; the end segments go
+    on, as do the last segments of the tables over B.
     """
 
-    prefill_tokens: Floats
+    prefill_tokens: Floats  # knots
     prefill_s: Floats
-    pair_s: float
+    pair_s: Floats
     decode_s: Floats  # [B]; entry 0 is not used
     context_s: Floats
     shared_s: float = 0.0
@@ -42,7 +41,7 @@ class StepTiming:
         return cls(
             prefill_tokens=knots,
             prefill_s=c.fixed_s + c.prefill_token_s * knots,
-            pair_s=c.prefill_attention_s,
+            pair_s=np.full(2, c.prefill_attention_s),
             decode_s=c.fixed_s + c.decode_token_s * knots,
             context_s=np.full(2, c.decode_context_token_s),
             shared_s=c.fixed_s,
@@ -51,24 +50,37 @@ class StepTiming:
 
     @classmethod
     def of_model(
-        cls, model: StepLatency, *, max_num_requests: int, source: str = ""
+        cls,
+        model: StepLatency,
+        *,
+        max_num_requests: int,
+        prompt_tokens: int = 2048,
+        context_tokens: int = 1024,
+        source: str = "",
     ) -> "StepTiming":
-        """Sample any latency model: prefill at knots, decode at every batch size, two contexts."""
+        """Sample any latency model around the workload's mean prompt and decode context.
+
+        Attention is sampled at prompts of `prompt_tokens` or a step's own length if that is more,
+        decode at half and twice `context_tokens` for each request.
+        """
         knots = np.array(PREFILL_KNOTS, float)
-        long = StepShape(num_prefill_tokens=512, num_prefill_pairs=512 * 4096)
-        short = StepShape(num_prefill_tokens=512)
-        pair_s = (model.step_s(long) - model.step_s(short)) / (512 * 4096)
-        prefill_s = [model.step_s(StepShape(num_prefill_tokens=n)) for n in PREFILL_KNOTS]
+        prefill_s, pair_s = np.zeros(len(knots)), np.zeros(len(knots))
+        for index, tokens in enumerate(PREFILL_KNOTS):
+            pairs = tokens * (max(tokens, prompt_tokens) + 1) // 2
+            least = StepShape(num_prefill_tokens=tokens, num_prefill_pairs=tokens)
+            whole = StepShape(num_prefill_tokens=tokens, num_prefill_pairs=pairs)
+            pair_s[index] = (model.step_s(whole) - model.step_s(least)) / (pairs - tokens)
+            prefill_s[index] = model.step_s(whole) - pair_s[index] * pairs
         decode_s, context_s = np.zeros(max_num_requests + 1), np.zeros(max_num_requests + 1)
         for size in range(1, max_num_requests + 1):
-            context = size * PROBE_CONTEXT_TOKENS
-            low = model.step_s(StepShape(num_decodes=size, num_decode_context_tokens=context))
-            high = model.step_s(StepShape(num_decodes=size, num_decode_context_tokens=2 * context))
-            context_s[size] = (high - low) / context
-            decode_s[size] = low - context_s[size] * context
+            low, high = size * max(context_tokens // 2, 1), size * 2 * context_tokens
+            low_s = model.step_s(StepShape(num_decodes=size, num_decode_context_tokens=low))
+            high_s = model.step_s(StepShape(num_decodes=size, num_decode_context_tokens=high))
+            context_s[size] = (high_s - low_s) / (high - low)
+            decode_s[size] = low_s - context_s[size] * low
         return cls(
             prefill_tokens=knots,
-            prefill_s=np.array(prefill_s),
+            prefill_s=prefill_s,
             pair_s=pair_s,
             decode_s=decode_s,
             context_s=context_s,
@@ -98,7 +110,7 @@ class DistserveTiming:
         return StepTiming(
             prefill_tokens=knots,
             prefill_s=(a + (b - c) * knots) / 1e3,
-            pair_s=2 * c / 1e3,
+            pair_s=np.full(2, 2 * c / 1e3),
             decode_s=fit[:, 0] + (fit[:, 1] + fit[:, 2]) * size,
             context_s=fit[:, 1].copy(),
             shared_s=min(a, self.decode_small[0]) / 1e3,
@@ -124,7 +136,7 @@ class SplitwiseTiming:
         return StepTiming(
             prefill_tokens=self.tokens,
             prefill_s=self.prompt_s,
-            pair_s=0.0,
+            pair_s=np.zeros(len(self.tokens)),
             decode_s=decode_s,
             context_s=np.zeros(max_num_requests + 1),
             shared_s=float(min(self.prompt_s[0], decode_s[1])) if max_num_requests else 0.0,

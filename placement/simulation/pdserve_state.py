@@ -1,0 +1,164 @@
+"""What our own router and workers hold in a simulation (rules pdserve), and how long steps take.
+
+One kind of instance for all roles: it may read prompts, decode, or do both in the same steps.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placement.simulation.compiled import compiled
+from placement.simulation.event_heap import push
+
+NONE = -1
+NEVER = np.inf
+SHIFT = 32
+MASK = (1 << SHIFT) - 1
+MAX_PROMPTS_IN_STEP = 256
+
+# Columns of `requests`.
+PROMPT, OUTPUT, NEXT = 0, 1, 2
+READ = 3  # tokens that are in a step, or cached
+READER, WRITER = 4, 5
+READER_BLOCKS, WRITER_BLOCKS = 6, 7
+SENT = 8  # tokens whose KV has been handed to the link
+NUM_REQUEST_COLUMNS = 9
+
+# Columns of `request_s`.
+ARRIVAL_S, FIRST_S, END_S, DEADLINE_S = 0, 1, 2, 3
+NUM_REQUEST_TIMES = 4
+
+# Columns of `instances`.
+READS, WRITES, DEPTH, BUDGET, MAX_ACTIVE = 0, 1, 2, 3, 4
+QUEUE = 5  # prompts to read: head, tail, length
+UNREAD = 8  # tokens of prompts that were sent here
+IN_FLIGHT, OLDEST = 9, 10  # steps in the pipeline, and the ring place of the first
+FREE_BLOCKS, NUM_BLOCKS = 11, 12
+WAITING = 13  # for blocks: head, tail, length
+JOINING = 16  # KV is here, next step's batch: head, tail, length
+ACTIVE, CONTEXT, STEP = 19, 20, 21
+RUN_STEPS, IS_CUT, VERSION = 22, 23, 24
+ASSIGNED = 25  # requests that the router sent here to decode
+ASSIGNED_PROMPTS = 26  # tokens of those that are not in the batch yet
+NUM_KNOTS = 27
+NUM_CACHED = 28  # prefix blocks
+IS_STAGE_BUSY = 29
+NUM_INSTANCE_COLUMNS = 30
+
+# Columns of `instance_s`.
+RUN_START, RUN_FIRST, RUN_GROWTH, BUSY = 0, 1, 2, 3
+UNREAD_PAIRS = 4
+LINK_OUT_FREE, LINK_IN_FREE, SECONDS_PER_TOKEN, LINK_LATENCY = 5, 6, 7, 8
+SHARED_S = 9
+STAGES = 10  # when each stage of the pipeline is free
+
+# Kinds of events.
+ARRIVE, STEP_DONE, STAGE_FREE, RUN_DONE, KV_HERE = 0, 1, 2, 3, 4
+
+# Entries of `scalars`.
+NUM_EVENTS, NUM_MADE, NUM_UNREAD_REQUESTS, NEXT_REQUEST, NUM_REFUSED = 0, 1, 2, 3, 4
+BLOCK_SIZE, IS_CLOSED_LOOP, BY_DEADLINE, MAX_UNREAD_REQUESTS = 5, 6, 7, 8
+PREFIX_BLOCK, CACHE_BLOCKS, HIT_TOKENS = 9, 10, 11
+DECODE_TABLE = 12  # where the decode tables begin in a row of `curves`; as long as each other
+TABLE_SIZE = 13
+NUM_SCALARS = 14
+
+# Entries of `rates`.
+HANDOFF_S, MAX_TOKENS_FACTOR, MAX_WAIT_S = 0, 1, 2
+
+
+class Cluster(NamedTuple):
+    requests: NDArray[np.int64]
+    request_s: NDArray[np.float64]
+    instances: NDArray[np.int64]
+    instance_s: NDArray[np.float64]
+    curves: NDArray[np.float64]  # per instance: tokens, prefill s, pair s, decode s [B], context s
+    heap: NDArray[np.int64]  # per instance: (last step, request) of the batch
+    chunks: NDArray[np.int64]  # [instance, ring, entry, (request, end)]; entry 0: their number
+    event_s: NDArray[np.float64]
+    event_number: NDArray[np.int64]
+    events: NDArray[np.int64]
+    scalars: NDArray[np.int64]
+    rates: NDArray[np.float64]
+    cache: NDArray[np.int32]  # [instance, 2, block]: a ring by age; the last block is its start
+    prefix: NDArray[np.int64]  # ids of all requests' blocks
+    prefix_starts: NDArray[np.int64]
+
+
+@compiled
+def schedule(c: Cluster, time: float, kind: int, target: int, version: int) -> None:
+    """Events of one time come in the order in which they were scheduled."""
+    c.scalars[NUM_EVENTS] = push(
+        c.event_s,
+        c.event_number,
+        c.events,
+        c.scalars[NUM_EVENTS],
+        time,
+        c.scalars[NUM_MADE],
+        kind | (target << 3) | (version << 35),
+    )
+    c.scalars[NUM_MADE] += 1
+
+
+@compiled
+def enqueue(c: Cluster, instance: int, queue: int, request: int) -> None:
+    row = c.instances[instance]
+    c.requests[request, NEXT] = NONE
+    if row[queue] == NONE:
+        row[queue] = request
+    else:
+        c.requests[row[queue + 1], NEXT] = request
+    row[queue + 1] = request
+    row[queue + 2] += 1
+
+
+@compiled
+def dequeue(c: Cluster, instance: int, queue: int) -> int:
+    row = c.instances[instance]
+    request = row[queue]
+    row[queue] = c.requests[request, NEXT]
+    row[queue + 2] -= 1
+    return int(request)
+
+
+@compiled
+def prefill_s(c: Cluster, instance: int, tokens: float, pairs: float) -> float:
+    """One step that reads `tokens`, the attention of which covers `pairs`."""
+    row, size = c.curves[instance], c.instances[instance, NUM_KNOTS]
+    left = 0
+    while left < size - 2 and row[left + 1] < tokens:
+        left += 1
+    along = (tokens - row[left]) / (row[left + 1] - row[left])
+    at = size + left
+    base = row[at] + (row[at + 1] - row[at]) * along
+    at += size
+    rate = row[at] + (row[at + 1] - row[at]) * min(max(along, 0.0), 1.0)
+    return float(base + rate * pairs)
+
+
+@compiled
+def decode_s(c: Cluster, instance: int, num_requests: int, context: float) -> float:
+    """One decode step of a batch."""
+    size = c.scalars[TABLE_SIZE]
+    row, at = c.curves[instance], c.scalars[DECODE_TABLE] + min(num_requests, size - 1)
+    return float(row[at] + row[at + size] * context)
+
+
+@compiled
+def context_s(c: Cluster, instance: int, num_requests: int) -> float:
+    """What each context token adds to a step."""
+    size = c.scalars[TABLE_SIZE]
+    at = c.scalars[DECODE_TABLE] + min(num_requests, size - 1)
+    return float(c.curves[instance, at + size])
+
+
+@compiled
+def num_blocks(c: Cluster, tokens: int) -> int:
+    return int((tokens + c.scalars[BLOCK_SIZE] - 1) // c.scalars[BLOCK_SIZE])
+
+
+@compiled
+def num_pairs(start: int, length: int) -> float:
+    """`pdserve.domain.latency.num_attention_pairs`."""
+    return float(length * start + length * (length + 1) // 2)

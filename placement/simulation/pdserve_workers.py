@@ -1,0 +1,339 @@
+"""Our workers: prompts in chunks under a token budget, continuous batching, blocks held to the end.
+
+A decode batch that does not change runs as one event, its steps an arithmetic series; a request
+that joins cuts the run at the next step's end. An instance of both roles computes chunks and decode
+tokens in one step while there is a prompt to read.
+"""
+
+import numpy as np
+
+from placement.simulation.compiled import compiled, inlined
+from placement.simulation.event_heap import pop_int, push_int
+from placement.simulation.pdserve_state import (
+    ACTIVE,
+    ARRIVE,
+    ASSIGNED,
+    ASSIGNED_PROMPTS,
+    BUDGET,
+    BUSY,
+    BY_DEADLINE,
+    CONTEXT,
+    DEADLINE_S,
+    DEPTH,
+    END_S,
+    FIRST_S,
+    FREE_BLOCKS,
+    HANDOFF_S,
+    HIT_TOKENS,
+    IN_FLIGHT,
+    IS_CLOSED_LOOP,
+    IS_CUT,
+    IS_STAGE_BUSY,
+    JOINING,
+    KV_HERE,
+    LINK_IN_FREE,
+    LINK_LATENCY,
+    LINK_OUT_FREE,
+    MASK,
+    MAX_ACTIVE,
+    MAX_PROMPTS_IN_STEP,
+    NEXT,
+    NEXT_REQUEST,
+    NONE,
+    NUM_UNREAD_REQUESTS,
+    OLDEST,
+    OUTPUT,
+    PROMPT,
+    QUEUE,
+    READ,
+    READER,
+    READER_BLOCKS,
+    READS,
+    RUN_DONE,
+    RUN_FIRST,
+    RUN_GROWTH,
+    RUN_START,
+    RUN_STEPS,
+    SECONDS_PER_TOKEN,
+    SENT,
+    SHARED_S,
+    SHIFT,
+    STAGE_FREE,
+    STAGES,
+    STEP,
+    STEP_DONE,
+    UNREAD,
+    UNREAD_PAIRS,
+    VERSION,
+    WAITING,
+    WRITER,
+    WRITER_BLOCKS,
+    WRITES,
+    Cluster,
+    context_s,
+    decode_s,
+    dequeue,
+    enqueue,
+    num_pairs,
+    prefill_s,
+    schedule,
+)
+from placement.simulation.prefix_cache import cached_tokens, keep_prefix
+
+
+@compiled
+def queue_prompt(c: Cluster, request: int, now: float) -> None:
+    """Blocks are promised: ask the reader for the prompt."""
+    reader = c.requests[request, READER]
+    row = c.instances[reader]
+    enqueue(c, reader, QUEUE, request)
+    if c.scalars[BY_DEADLINE] and row[QUEUE + 2] > 1:
+        _sort_in(c, reader, request)
+    if row[WRITES]:
+        if row[RUN_STEPS] == 0:
+            start_run(c, reader, now)
+        else:
+            cut_run(c, reader, now)
+    elif not row[IS_STAGE_BUSY]:
+        start_step(c, reader, now)
+
+
+@inlined
+def _sort_in(c: Cluster, reader: int, request: int) -> None:
+    """Move the last of the queue before the first with a later deadline."""
+    row, deadline = c.instances[reader], c.request_s[request, DEADLINE_S]
+    before, after = NONE, row[QUEUE]
+    while after != request and c.request_s[after, DEADLINE_S] <= deadline:
+        before = after
+        after = c.requests[after, NEXT]
+    if after == request:
+        return
+    last = after
+    while c.requests[last, NEXT] != request:
+        last = c.requests[last, NEXT]
+    c.requests[last, NEXT] = NONE
+    row[QUEUE + 1] = last
+    c.requests[request, NEXT] = after
+    if before == NONE:
+        row[QUEUE] = request
+    else:
+        c.requests[before, NEXT] = request
+
+
+@compiled
+def _form_chunks(c: Cluster, instance: int, budget: int) -> tuple[int, float]:
+    """Take what the next step reads from the queue; returns its tokens and pairs."""
+    row = c.instances[instance]
+    ring = (row[OLDEST] + row[IN_FLIGHT]) % c.chunks.shape[1]
+    chunks, count = c.chunks[instance, ring], 0
+    tokens, pairs = 0, 0.0
+    while row[QUEUE] != NONE and tokens < budget and count < MAX_PROMPTS_IN_STEP:
+        request = row[QUEUE]
+        if c.requests[request, READ] == 0:
+            if not row[WRITES]:
+                if c.requests[request, READER_BLOCKS] > row[FREE_BLOCKS]:
+                    break
+                row[FREE_BLOCKS] -= c.requests[request, READER_BLOCKS]
+            cached = cached_tokens(c, instance, request)
+            c.requests[request, READ] = cached
+            c.scalars[HIT_TOKENS] += cached
+            row[UNREAD] -= cached
+            c.instance_s[instance, UNREAD_PAIRS] -= num_pairs(0, cached)
+        start = c.requests[request, READ]
+        length = min(budget - tokens, c.requests[request, PROMPT] - start)
+        c.requests[request, READ] = start + length
+        tokens += length
+        pairs += num_pairs(start, length)
+        count += 1
+        chunks[count, 0] = request
+        chunks[count, 1] = start + length
+        if start + length == c.requests[request, PROMPT]:
+            dequeue(c, instance, QUEUE)
+    chunks[0, 0] = count
+    if count > 0:
+        row[IN_FLIGHT] += 1
+        row[UNREAD] -= tokens
+        c.instance_s[instance, UNREAD_PAIRS] -= pairs
+    return tokens, pairs
+
+
+@compiled
+def start_step(c: Cluster, instance: int, now: float) -> None:
+    """A reader's first stage is free: form the next step and send it down the pipeline."""
+    row, clock = c.instances[instance], c.instance_s[instance]
+    tokens, pairs = _form_chunks(c, instance, row[BUDGET])
+    row[IS_STAGE_BUSY] = tokens > 0
+    if tokens == 0:
+        return
+    depth = row[DEPTH]
+    stage_s = prefill_s(c, instance, tokens, pairs) / depth
+    end = now + stage_s
+    clock[BUSY] += stage_s
+    if depth > 1:
+        schedule(c, end, STAGE_FREE, instance, 0)
+        for stage in range(1, depth):
+            end = max(end, clock[STAGES + stage]) + stage_s
+            clock[STAGES + stage] = end
+    schedule(c, end, STEP_DONE, instance, 0)
+
+
+@compiled
+def finish_chunks(c: Cluster, instance: int, now: float) -> None:
+    """The oldest step in flight has ended: send its KV on; who is read has its first token."""
+    row = c.instances[instance]
+    chunks = c.chunks[instance, row[OLDEST]]
+    row[OLDEST] = (row[OLDEST] + 1) % c.chunks.shape[1]
+    row[IN_FLIGHT] -= 1
+    for entry in range(1, chunks[0, 0] + 1):
+        request, end = chunks[entry, 0], chunks[entry, 1]
+        writer = c.requests[request, WRITER]
+        ready = now
+        if writer != instance:
+            ready = _send(c, instance, writer, end - c.requests[request, SENT], now)
+            c.requests[request, SENT] = end
+        if end < c.requests[request, PROMPT]:
+            continue
+        keep_prefix(c, instance, request)
+        c.scalars[NUM_UNREAD_REQUESTS] -= 1
+        c.request_s[request, FIRST_S] = now + c.rates[HANDOFF_S]
+        if c.requests[request, OUTPUT] <= 1:
+            if writer != instance:
+                row[FREE_BLOCKS] += c.requests[request, READER_BLOCKS]
+            c.instances[writer, ASSIGNED_PROMPTS] -= c.requests[request, PROMPT]
+            _finish(c, request, now, now + c.rates[HANDOFF_S])
+        elif writer == instance:
+            enqueue(c, writer, JOINING, request)
+        else:
+            schedule(c, ready, KV_HERE, request, 0)
+
+
+@inlined
+def _send(c: Cluster, reader: int, writer: int, tokens: int, now: float) -> float:
+    """Put KV on the reader's outgoing and the writer's incoming link; returns when it is there."""
+    source, target = c.instance_s[reader], c.instance_s[writer]
+    start = max(now, source[LINK_OUT_FREE], target[LINK_IN_FREE])
+    end = start + tokens * max(source[SECONDS_PER_TOKEN], target[SECONDS_PER_TOKEN])
+    source[LINK_OUT_FREE] = end
+    target[LINK_IN_FREE] = end
+    return float(end + max(source[LINK_LATENCY], target[LINK_LATENCY]))
+
+
+@compiled
+def _finish(c: Cluster, request: int, now: float, end: float) -> None:
+    """Give the decode side's blocks to who waits for them; a closed loop sends the next request."""
+    c.request_s[request, END_S] = end
+    writer = c.requests[request, WRITER]
+    row = c.instances[writer]
+    row[ASSIGNED] -= 1
+    row[FREE_BLOCKS] += c.requests[request, WRITER_BLOCKS]
+    if c.scalars[IS_CLOSED_LOOP] and c.scalars[NEXT_REQUEST] < len(c.requests):
+        schedule(c, end, ARRIVE, c.scalars[NEXT_REQUEST], 0)
+        c.scalars[NEXT_REQUEST] += 1
+    while row[WAITING] != NONE:
+        waiting = row[WAITING]
+        if c.requests[waiting, WRITER_BLOCKS] > row[FREE_BLOCKS]:
+            break
+        dequeue(c, writer, WAITING)
+        row[FREE_BLOCKS] -= c.requests[waiting, WRITER_BLOCKS]
+        # Later in this moment: the caller is in the middle of a step's end.
+        schedule(c, now, ARRIVE, waiting, 1)
+
+
+@compiled
+def receive_kv(c: Cluster, request: int, now: float) -> None:
+    """All KV is on the decode side: the reader lets go, the request joins the next step."""
+    reader, writer = c.requests[request, READER], c.requests[request, WRITER]
+    c.instances[reader, FREE_BLOCKS] += c.requests[request, READER_BLOCKS]
+    if not c.instances[reader, IS_STAGE_BUSY]:
+        start_step(c, reader, now)
+    enqueue(c, writer, JOINING, request)
+    row = c.instances[writer]
+    if row[RUN_STEPS] == 0:
+        start_run(c, writer, now)
+    elif row[ACTIVE] < row[MAX_ACTIVE]:
+        cut_run(c, writer, now)
+
+
+@compiled
+def start_run(c: Cluster, instance: int, now: float) -> None:
+    """Form the batch and run it until it changes."""
+    row, clock, heap = c.instances[instance], c.instance_s[instance], c.heap[instance]
+    while row[JOINING] != NONE and row[ACTIVE] < row[MAX_ACTIVE]:
+        request = dequeue(c, instance, JOINING)
+        last_step = row[STEP] + c.requests[request, OUTPUT] - 1
+        push_int(heap, row[ACTIVE], (last_step << SHIFT) | request)
+        row[ACTIVE] += 1
+        row[CONTEXT] += c.requests[request, PROMPT] + 1
+        row[ASSIGNED_PROMPTS] -= c.requests[request, PROMPT]
+    size, tokens, pairs = row[ACTIVE], 0, 0.0
+    depth = row[DEPTH]
+    if row[READS] and row[QUEUE] != NONE:
+        tokens, pairs = _form_chunks(c, instance, max(row[BUDGET] - size, 1))
+    row[IS_CUT] = 0
+    row[RUN_STEPS] = 0
+    if size == 0 and tokens == 0:
+        return
+    # With a pipeline, as many micro-batches as stages are under way; a round takes one's time.
+    first, growth = 0.0, 0.0
+    if size > 0:
+        part = (size + depth - 1) // depth
+        first = decode_s(c, instance, part, row[CONTEXT] / depth)
+        growth = context_s(c, instance, part) * size / depth
+    if tokens > 0:
+        first += prefill_s(c, instance, tokens / depth, pairs / depth)
+        if size > 0:
+            first -= clock[SHARED_S]
+        growth, steps = 0.0, 1
+    else:
+        steps = (heap[0] >> SHIFT) - row[STEP]
+    clock[RUN_START], clock[RUN_FIRST], clock[RUN_GROWTH] = now, first, growth
+    _schedule_end(c, instance, steps)
+
+
+@compiled
+def _schedule_end(c: Cluster, instance: int, steps: int) -> None:
+    row, clock = c.instances[instance], c.instance_s[instance]
+    row[RUN_STEPS] = steps
+    row[VERSION] += 1
+    span = clock[RUN_FIRST] * steps + clock[RUN_GROWTH] * (0.5 * steps * (steps - 1))
+    schedule(c, clock[RUN_START] + span, RUN_DONE, instance, row[VERSION] & 0xFFFFFF)
+
+
+@compiled
+def cut_run(c: Cluster, instance: int, now: float) -> None:
+    """End the run at the end of the step under way."""
+    row, clock = c.instances[instance], c.instance_s[instance]
+    if row[IS_CUT] or row[RUN_STEPS] == 1:
+        return
+    row[IS_CUT] = 1
+    first, growth, span = clock[RUN_FIRST], clock[RUN_GROWTH], now - clock[RUN_START]
+    steps = 1
+    if span > first:
+        linear = first - 0.5 * growth
+        root = np.sqrt(linear * linear + 2.0 * growth * span)
+        steps = int(np.ceil(2.0 * span / (linear + root)))
+    steps = max(steps, 1)
+    while steps > 1 and first * (steps - 1) + growth * (0.5 * (steps - 1) * (steps - 2)) >= span:
+        steps -= 1
+    while first * steps + growth * (0.5 * steps * (steps - 1)) < span:
+        steps += 1
+    if steps < row[RUN_STEPS]:
+        _schedule_end(c, instance, steps)
+
+
+@compiled
+def finish_run(c: Cluster, instance: int, now: float) -> None:
+    """The steps of a run have ended: let go of what is complete and go on."""
+    row, clock, heap = c.instances[instance], c.instance_s[instance], c.heap[instance]
+    clock[BUSY] += now - clock[RUN_START]
+    row[STEP] += row[RUN_STEPS]
+    row[CONTEXT] += row[ACTIVE] * row[RUN_STEPS]
+    while row[ACTIVE] > 0 and heap[0] >> SHIFT <= row[STEP]:
+        request = heap[0] & MASK
+        pop_int(heap, row[ACTIVE])
+        row[ACTIVE] -= 1
+        row[CONTEXT] -= c.requests[request, PROMPT] + c.requests[request, OUTPUT]
+        _finish(c, request, now, now)
+    if row[IN_FLIGHT] > 0:
+        finish_chunks(c, instance, now)
+    start_run(c, instance, now)

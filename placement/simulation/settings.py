@@ -1,0 +1,277 @@
+"""`sim.yaml`: the text form of a `SimulationConfig`, with latencies looked up."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pdserve.config.base import Settings, parse_settings, read_yaml
+from pdserve.domain.errors import LocalFault
+from placement.profiles import (
+    DistserveProfile,
+    Profile,
+    SplitwiseProfile,
+    distserve_kv_bytes_per_token,
+    load_profile,
+)
+from placement.simulation.timing import SplitwiseTiming, StepTiming
+from placement.simulation.values import (
+    Link,
+    PdserveOptions,
+    Pool,
+    PoolRole,
+    PrefillOrder,
+    Rules,
+    Scheduler,
+    SimulationConfig,
+    SloClass,
+    SplitwiseOptions,
+)
+
+EXAMPLE = """\
+# One cluster on one workload: pdserve simulate --config sim.yaml --workload w.csv
+rules: pdserve        # pdserve: our router and workers; distserve, splitwise: the published ones
+latency:              # a published profile, or a GPU of `pdserve gpus` and a Hugging Face config
+  profile: profiler-a100-80g.distserve.json
+  model: facebook/opt-13b
+pools:
+  - {role: prefill, replicas: 2, tp: 2}    # pp, gpu and max_num_tokens may be given for each pool
+  - {role: decode, replicas: 3, tp: 1}     # role: colocated does both
+slo: {ttft_s: 0.2, tpot_s: 0.1, attainment: 0.9}   # or a list of classes with name and share
+arrivals: {rate: 4.0} # requests/s; left out: recorded times; {concurrency: 32}: closed loop
+pdserve: {max_step_tokens: 512, max_num_requests: 64}
+"""
+
+
+class LatencySettings(Settings):
+    """Where step times come from: a profile file, or a GPU type."""
+
+    model: str = Field(description="name in the profile, or config.json, its folder, or a name")
+    profile: str | None = Field(None, description="file, or one that comes with pdserve")
+    gpu: str | None = Field(None, description="GPU type; pools may name their own")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "LatencySettings":
+        if self.profile is not None and self.gpu is not None:
+            raise ValueError("give profile or gpu, not both")
+        return self
+
+
+class PoolSettings(Settings):
+    role: PoolRole
+    replicas: int = Field(1, ge=1, le=100_000)
+    tp: int | None = Field(None, ge=1, description="1; under rules splitwise 8")
+    pp: int = Field(1, ge=1, le=64)
+    gpu: str | None = None
+    max_num_tokens: int | None = Field(None, ge=1, description="KV tokens that an instance holds")
+    link_gb_per_s: float | None = Field(None, gt=0, description="KV link, 1e9 bytes per second")
+
+
+class SloSettings(Settings):
+    ttft_s: float = Field(gt=0)
+    tpot_s: float = Field(gt=0)
+    attainment: float = Field(0.9, gt=0, le=1)
+    share: float = Field(1.0, gt=0)
+    name: str = "all"
+
+
+class ArrivalSettings(Settings):
+    rate: float | None = Field(None, gt=0, description="requests/s")
+    concurrency: int | None = Field(None, ge=1, description="closed loop")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "ArrivalSettings":
+        if self.rate is not None and self.concurrency is not None:
+            raise ValueError("give rate or concurrency, not both")
+        return self
+
+
+class PdserveSettings(Settings):
+    """Limits of our own workers and router; see `PdserveOptions`."""
+
+    max_step_tokens: int = Field(512, ge=1, le=1_000_000)
+    max_num_requests: int = Field(64, ge=1, le=100_000)
+    block_size: int = Field(16, ge=1, le=1024)
+    max_tokens_factor: float = Field(1.0, ge=1, description="max_tokens asked / tokens made")
+    handoff_s: float = Field(0.002, ge=0)
+    prefill_order: PrefillOrder = PrefillOrder.FCFS
+    prefix_cache_tokens: int = Field(0, ge=0)
+    max_num_waiting: int = Field(0, ge=0)
+    max_wait_s: float = Field(0.0, ge=0)
+
+
+class SplitwiseSettings(Settings):
+    """Settings of Splitwise's simulator; see `SplitwiseOptions`."""
+
+    scheduler: Scheduler | None = Field(
+        None, description="mixed_pool; token_jsq where all pools are colocated"
+    )
+    max_batch_size: int = Field(512, ge=1)
+    max_batch_tokens: int = Field(2048, ge=1)
+    max_preemptions: int = Field(4, ge=0)
+    prompt_max_pending_batch_tokens: int = Field(8192, ge=0)
+    transfer_gib_per_s: float = Field(200.0, gt=0)
+
+
+class SimulationSettings(Settings):
+    rules: Rules = Rules.PDSERVE
+    latency: LatencySettings
+    pools: tuple[PoolSettings, ...] = Field(min_length=1)
+    slo: SloSettings | tuple[SloSettings, ...] | None = None
+    arrivals: ArrivalSettings | Literal["recorded"] | None = None
+    pdserve: PdserveSettings = PdserveSettings()
+    splitwise: SplitwiseSettings = SplitwiseSettings()
+
+    @model_validator(mode="after")
+    def _closed_loop_is_ours(self) -> "SimulationSettings":
+        arrivals = self.arrivals
+        is_closed = isinstance(arrivals, ArrivalSettings) and arrivals.concurrency is not None
+        if is_closed and self.rules is not Rules.PDSERVE:
+            raise ValueError(f"arrivals.concurrency needs rules: pdserve; got {self.rules}")
+        return self
+
+
+def read_config(path: Path) -> SimulationConfig:
+    """Read `sim.yaml`; raises `LocalFault` naming field, rule and value."""
+    return parse_config(read_yaml(path), source=str(path), folder=path.parent)
+
+
+def parse_config(data: object, *, source: str, folder: Path | None = None) -> SimulationConfig:
+    """Check and resolve settings; file names in them are relative to `folder`."""
+    if isinstance(data, Mapping):
+        # Item by item first: an unknown field of a list's item is then named with its neighbours.
+        for name, kind in (("pools", PoolSettings), ("slo", SloSettings)):
+            items = data.get(name)
+            for index, item in enumerate(items if isinstance(items, list) else ()):
+                parse_settings(kind, item, source=f"{source}: {name}[{index}]")
+        if isinstance(data.get("slo"), Mapping):
+            parse_settings(SloSettings, data["slo"], source=f"{source}: slo")
+        if isinstance(data.get("arrivals"), Mapping):
+            parse_settings(ArrivalSettings, data["arrivals"], source=f"{source}: arrivals")
+    settings = parse_settings(SimulationSettings, data, source=source)
+    arrivals = settings.arrivals
+    if not isinstance(arrivals, ArrivalSettings):
+        arrivals = ArrivalSettings()
+    slo = settings.slo
+    classes = slo if isinstance(slo, tuple) else (slo,) if slo is not None else ()
+    pdserve = PdserveOptions(**settings.pdserve.model_dump())
+    return SimulationConfig(
+        rules=settings.rules,
+        pools=_resolve_pools(settings, pdserve, source, folder),
+        slo=tuple(SloClass(**item.model_dump()) for item in classes),
+        rate=arrivals.rate,
+        concurrency=arrivals.concurrency,
+        pdserve=pdserve,
+        splitwise=_splitwise_options(settings),
+    )
+
+
+def _splitwise_options(settings: SimulationSettings) -> SplitwiseOptions:
+    given = settings.splitwise
+    is_alike = all(pool.role is PoolRole.COLOCATED for pool in settings.pools)
+    default = Scheduler.TOKEN_JSQ if is_alike else Scheduler.MIXED_POOL
+    return SplitwiseOptions(
+        scheduler=given.scheduler or default,
+        max_batch_size=given.max_batch_size,
+        max_batch_tokens=given.max_batch_tokens,
+        max_preemptions=given.max_preemptions,
+        prompt_max_pending_batch_tokens=given.prompt_max_pending_batch_tokens,
+        transfer_bytes_per_s=given.transfer_gib_per_s * 2**30,
+    )
+
+
+def _resolve_pools(
+    settings: SimulationSettings, options: PdserveOptions, source: str, folder: Path | None
+) -> tuple[Pool, ...]:
+    latency = settings.latency
+    if latency.profile is not None:
+        profile = load_profile(latency.profile, folder=folder)
+        return tuple(_profiled_pool(pool, profile, settings, source) for pool in settings.pools)
+    if settings.rules is not Rules.PDSERVE:
+        raise LocalFault(f"{source}: latency.profile: rules {settings.rules} need a profile")
+    return tuple(_modelled_pool(pool, latency, options, source, folder) for pool in settings.pools)
+
+
+def _profiled_pool(
+    pool: PoolSettings, profile: Profile, settings: SimulationSettings, source: str
+) -> Pool:
+    model = settings.latency.model
+    link = Link(bytes_per_s=pool.link_gb_per_s * 1e9) if pool.link_gb_per_s else Link()
+    if isinstance(profile, DistserveProfile):
+        if settings.rules is Rules.SPLITWISE:
+            raise LocalFault(f"{source}: latency.profile: rules splitwise need Splitwise's CSV")
+        tp = pool.tp or 1
+        fit = profile.timing(model, tp=tp, pp=pool.pp, max_num_tokens=pool.max_num_tokens)
+        return Pool(
+            role=pool.role,
+            replicas=pool.replicas,
+            timing=fit,
+            tp=tp,
+            pp=pool.pp,
+            gpu=pool.gpu or "A100-80G",
+            kv_tokens=fit.max_num_tokens,
+            kv_bytes_per_token=distserve_kv_bytes_per_token(model),
+            link=link,
+        )
+    assert isinstance(profile, SplitwiseProfile)
+    if settings.rules is Rules.DISTSERVE:
+        raise LocalFault(f"{source}: latency.profile: rules distserve need DistServe's JSON")
+    if pool.gpu is None:
+        raise LocalFault(f"{source}: pools: {pool.role}: gpu is needed with Splitwise's profile")
+    timing: SplitwiseTiming = profile.timing(model, hardware=pool.gpu, tp=pool.tp or 8)
+    room = int((timing.memory_bytes - timing.weight_bytes) // timing.kv_bytes_per_token)
+    return Pool(
+        role=pool.role,
+        replicas=pool.replicas,
+        timing=timing,
+        tp=pool.tp or 8,
+        pp=pool.pp,
+        gpu=pool.gpu,
+        kv_tokens=pool.max_num_tokens or room,
+        kv_bytes_per_token=timing.kv_bytes_per_token,
+        link=link,
+    )
+
+
+def _modelled_pool(
+    pool: PoolSettings,
+    latency: LatencySettings,
+    options: PdserveOptions,
+    source: str,
+    folder: Path | None,
+) -> Pool:
+    """From the planner's own latency model: measured tables or the datasheet."""
+    from placement.hardware import find_gpu, network_link
+    from placement.latency import composed_latency, kv_capacity_tokens
+    from placement.model_config import load_model
+    from placement.model_spec import Parallelism
+
+    name = pool.gpu or latency.gpu
+    if name is None:
+        raise LocalFault(f"{source}: latency: give profile, or gpu here or in each pool")
+    path = (folder or Path()) / latency.model
+    spec = load_model(path if path.exists() else latency.model)
+    gpu, tp = find_gpu(name), pool.tp or 1
+    parallelism = Parallelism(tp=tp, pp=pool.pp)
+    model = composed_latency(spec, gpu, parallelism)
+    kv_tokens = pool.max_num_tokens or kv_capacity_tokens(spec, gpu, parallelism)
+    if kv_tokens == 0:
+        raise LocalFault(
+            f"{source}: pools: {spec.name} does not fit {gpu.name} at tp {tp} pp {pool.pp}"
+        )
+    network = network_link(gpu)
+    bytes_per_s = pool.link_gb_per_s * 1e9 if pool.link_gb_per_s else network.bytes_per_s * tp
+    return Pool(
+        role=pool.role,
+        replicas=pool.replicas,
+        timing=StepTiming.of_model(
+            model, max_num_requests=options.max_num_requests, source=str(model.source)
+        ),
+        tp=tp,
+        pp=pool.pp,
+        gpu=gpu.name,
+        kv_tokens=kv_tokens,
+        kv_bytes_per_token=spec.kv_bytes_per_token(),
+        link=Link(bytes_per_s=bytes_per_s, latency_s=network.latency_s),
+    )
