@@ -5,12 +5,14 @@ takes as long as its computation, and the same seed gives the same run.
 """
 
 import asyncio
+import functools
 import selectors
 from collections.abc import Callable, Coroutine, Mapping
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 START_S = 1000.0
 MAX_TURNS_WITHOUT_TIME = 100_000
@@ -91,3 +93,13 @@ def run_virtual(main: Coroutine[Any, Any, T], *, seed: int | None = None) -> T:
     rng = None if seed is None else Random(seed)
     with asyncio.Runner(loop_factory=lambda: VirtualTimeLoop(rng)) as runner:
         return runner.run(main)
+
+
+def virtual(test: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
+    """Run an async test in virtual time."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        return run_virtual(test(*args, **kwargs))
+
+    return run

@@ -14,34 +14,39 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from decode_worker.decode_loop import DecodeLoop
 from decode_worker.handoff import Handoffs
 from decode_worker.intake import Intake
 from decode_worker.prefill_links import PrefillLinks
 from decode_worker.service import DecodeService
+from kvtransfer.digest import block_digest
 from kvtransfer.transports.base import MayRead
 from kvtransfer.transports.block_runs import check_read
 from pdserve.config.timers import Timers
+from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.errors import PeerFault, TransferFailed, WorkerLost
 from pdserve.domain.ids import PROTOCOL_VERSION, BlockId, Epoch, RequestId, WorkerId
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.layout import KvLayout, LayerKv
 from pdserve.domain.messages import (
+    BlocksOffered,
     Cancel,
     HandoffHello,
     PeerHello,
+    PrefillDone,
     PrefillTarget,
     RemoteRegion,
     RequestOutput,
+    StartHandoff,
     StepOutputs,
     Submit,
 )
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, SampledToken
 from pdserve.engine.block_pool import BlockPool
-from pdserve.engine.contract import EngineSpec
+from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
 from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.model_files import ModelFiles, resolve_model_dir
 from pdserve.engine.timed_engine import TimedEngine, timed_tokens
@@ -50,6 +55,8 @@ from pdserve.rpc.links import PrefillLink
 from pdserve.rpc.streams import MemoryStream, iterate, memory_stream_pair
 from prefill_worker.prefill_loop import PrefillLoop
 from prefill_worker.service import PrefillService
+
+T = TypeVar("T")
 
 BLOCK_SIZE = 4
 LAYOUT = KvLayout(
@@ -303,6 +310,60 @@ class PrefillNode:
         return not self.is_alive or (self.loop.is_idle and self.pool.usage().is_idle)
 
 
+class ScriptedPrefill:
+    """A prefill worker that says what the test tells it to; what it computes is right."""
+
+    def __init__(self, name: str, engine: TimedEngine, region: RemoteRegion) -> None:
+        self.name = name
+        self.engine = engine
+        self.region = region
+        self.target = PrefillTarget(worker_id=WorkerId(name), address=name, epoch=Epoch(1))
+        self.stream: MemoryStream[Any, Any]
+
+    def connect(self) -> PrefillLink:
+        theirs, self.stream = memory_stream_pair("decode-0", self.name)
+        self.stream.try_send(_hello(self.name, Epoch(1), (self.region,)))
+        return theirs
+
+    async def hear(self, kind: type[T]) -> T:
+        """The next message of this kind; drops others."""
+        while True:
+            message = await self.stream.receive()
+            if isinstance(message, kind):
+                return message
+
+    async def read(self, start: StartHandoff) -> tuple[BlocksOffered, PrefillDone]:
+        """Compute the whole prompt; what a correct worker would say of it."""
+        num_blocks = LAYOUT.num_blocks_for(len(start.prompt_token_ids))
+        block_ids = tuple(BlockId(block) for block in range(num_blocks))
+        step = SequenceStep(
+            token_ids=start.prompt_token_ids,
+            start=0,
+            block_table=block_ids,
+            sample=SampleStep(params=start.sampling, token_index=0),
+        )
+        result = await self.engine.step(StepBatch((step,)))
+        assert result.sampled[0] is not None
+        offered = range(start.first_block, num_blocks)
+        offer = BlocksOffered(
+            handoff=start.handoff,
+            first_block=start.first_block,
+            block_ids=tuple(block_ids[place] for place in offered),
+            digests=tuple(
+                block_digest(start.handoff, place, self.engine.kv.block(BlockId(place)))
+                for place in offered
+            ),
+        )
+        done = PrefillDone(
+            handoff=start.handoff,
+            first_token=result.sampled[0],
+            queue_s=0.0,
+            prefill_s=result.elapsed_s,
+            cached_tokens=0,
+        )
+        return offer, done
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """How large the workers are; small enough to get into trouble."""
@@ -377,6 +438,7 @@ class WorkerPair:
         self.delay_s = delay_s
         self.transport = PairTransport()
         self.prefill: list[PrefillNode] = []
+        self.scripted: dict[str, ScriptedPrefill] = {}
         self.calls: dict[tuple[RequestId, int], Call] = {}
         self._epoch = 0
         self._stack = contextlib.AsyncExitStack()
@@ -438,6 +500,8 @@ class WorkerPair:
         await self._stack.aclose()
         for node in self.prefill:
             await node.kill()
+        for peer in self.scripted.values():
+            give_back(peer.engine)
         if error is None:
             self._collecting.result()
 
@@ -489,6 +553,13 @@ class WorkerPair:
         await self.prefill[index].kill()
         self.prefill[index] = await self._start_prefill(self.prefill[index].name)
 
+    async def script_prefill(self, name: str = "scripted") -> "ScriptedPrefill":
+        """Add a prefill worker that the test plays."""
+        engine = borrow_engine(self.sizes.prefill_blocks)
+        server = await self.transport.serve(engine.kv, lambda block_ids: True)
+        self.scripted[name] = ScriptedPrefill(name, engine, server.region)
+        return self.scripted[name]
+
     async def assert_quiet(self, within_s: float = 30.0) -> None:
         """Nothing is held anywhere, at once or within the longest lease."""
         for _ in range(int(within_s / 0.1)):
@@ -525,6 +596,8 @@ class WorkerPair:
 
     async def _connect(self, address: str) -> PrefillLink:
         await asyncio.sleep(self.delay_s())
+        if address in self.scripted:
+            return self.scripted[address].connect()
         for node in self.prefill:
             if node.name == address:
                 return await node.connect()

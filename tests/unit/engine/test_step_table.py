@@ -1,0 +1,61 @@
+"""Blocks stay with a request for as long as a step writes them."""
+
+import pytest
+
+from pdserve.engine.block_pool import BlockPool
+from pdserve.engine.step_table import StepTable
+
+
+def table_of(pool: BlockPool, num_blocks: int, calls: list[str] | None = None) -> StepTable:
+    inner = pool.reserve(num_blocks)
+    assert inner is not None
+    return StepTable(inner, lambda: calls.append("released") if calls is not None else None)
+
+
+def test_blocks_released_during_a_step_come_back_after_it() -> None:
+    pool, calls = BlockPool(4), list[str]()
+    table = table_of(pool, 3, calls)
+    table.hold_rest()
+    table.enter_step()
+    table.release()
+    assert pool.usage().held == 3
+    assert pool.reserve(2) is None
+    assert calls == []
+    table.leave_step()
+    assert pool.usage().is_idle
+    assert calls == ["released"]
+
+
+def test_release_is_idempotent_in_and_out_of_a_step() -> None:
+    pool, calls = BlockPool(4), list[str]()
+    table = table_of(pool, 2, calls)
+    table.enter_step()
+    table.release()
+    table.release()
+    table.leave_step()
+    table.release()
+    assert calls == ["released"]
+
+
+def test_no_step_starts_on_blocks_that_are_given_back() -> None:
+    table = table_of(BlockPool(4), 2)
+    table.release()
+    with pytest.raises(AssertionError):
+        table.enter_step()
+
+
+def test_rest_is_what_is_neither_cached_nor_landed() -> None:
+    pool = BlockPool(4)
+    first = table_of(pool, 1)
+    first.hold_rest()
+    first.publish([b"a"])
+    inner = pool.reserve(4, [b"a"])
+    assert inner is not None
+    table = StepTable(inner, lambda: None)
+    assert table.num_cached_blocks == 1
+    table.hold(1, 1)
+    with pytest.raises(AssertionError):
+        table.hold(3, 1)
+    table.hold_rest()
+    table.hold_rest()
+    assert pool.usage().held == 4
