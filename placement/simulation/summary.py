@@ -79,7 +79,7 @@ class Summary:
         """Plain values; what is infinite or undefined becomes None."""
         plain = asdict(self)
         plain["load"]["verdict"] = str(self.load.verdict)
-        cleaned = _clean(plain)
+        cleaned = clean(plain)
         assert isinstance(cleaned, dict)
         return cleaned
 
@@ -226,11 +226,12 @@ def _ratio(value: float, by: float) -> float:
     return value / by if by > 0 else 0.0
 
 
-def _clean(value: object) -> object:
+def clean(value: object) -> object:
+    """What JSON cannot hold, infinite and undefined numbers, becomes None."""
     if isinstance(value, dict):
-        return {name: _clean(item) for name, item in value.items()}
+        return {name: clean(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_clean(item) for item in value]
+        return [clean(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
