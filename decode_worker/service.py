@@ -10,6 +10,7 @@ from decode_worker.handoff import Handoffs
 from decode_worker.intake import Intake
 from decode_worker.requests import Clock, DecodeRequest
 from decode_worker.stream import Answer, RouterOutbox
+from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.errors import BadRequest, LocalFault, PdserveError, PeerFault, Reason, Refused
 from pdserve.domain.ids import PROTOCOL_VERSION, RequestId
 from pdserve.domain.messages import Cancel, PeerHello, RequestOutput, Submit, WorkerLoad
@@ -17,7 +18,6 @@ from pdserve.domain.prefix import hash_full_blocks
 from pdserve.domain.sampling import check_sampling
 from pdserve.domain.tokens import Failed
 from pdserve.engine.block_pool import BlockPool
-from pdserve.engine.contract import EngineSpec
 from pdserve.engine.tokenizer import Tokenizer
 from pdserve.rpc.links import DecodeServerLink
 from pdserve.rpc.streams import iterate, receive_hello

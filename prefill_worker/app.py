@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 
 import structlog
 
@@ -36,7 +37,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
     configure_logging(level=settings.log_level)
     structlog.contextvars.bind_contextvars(worker_id=settings.worker_id)
     pin_to_cpus(settings.cpus)
-    clock = asyncio.get_running_loop().time
+    clock = time.monotonic  # the event loop's own counts whole milliseconds
     timers = settings.timers
     epoch = draw_epoch()
     async with contextlib.AsyncExitStack() as stack:

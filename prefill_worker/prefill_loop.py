@@ -239,8 +239,9 @@ class PrefillLoop:
         if self.is_idle:
             self._idle.set()
         self._work.clear()
+        wait_s = max(0.0, min(ends_s) - self._clock()) if ends_s else None
         try:
-            async with asyncio.timeout_at(min(ends_s, default=None)):
+            async with asyncio.timeout(wait_s):
                 await self._work.wait()
         except TimeoutError:
             return

@@ -6,6 +6,7 @@ import structlog
 
 from kvtransfer.sender import check_start
 from kvtransfer.session import ProtocolViolation
+from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.errors import BadRequest, PeerFault, Reason
 from pdserve.domain.ids import PROTOCOL_VERSION
 from pdserve.domain.messages import (
@@ -20,7 +21,6 @@ from pdserve.domain.messages import (
 from pdserve.domain.prefix import hash_full_blocks
 from pdserve.domain.sampling import check_sampling
 from pdserve.domain.tokens import Failed
-from pdserve.engine.contract import EngineSpec
 from pdserve.rpc.links import PrefillServerLink
 from pdserve.rpc.streams import iterate, receive_hello
 from prefill_worker.prefill_loop import Clock, PrefillLoop

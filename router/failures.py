@@ -21,7 +21,6 @@ MOVED = frozenset(
     {
         Reason.WORKER_LOST,
         Reason.TRANSFER_FAILED,
-        Reason.KV_INTEGRITY,
         Reason.NO_WORKERS,
         Reason.DRAINING,
         Reason.INCOMPATIBLE_PEER,
@@ -29,10 +28,14 @@ MOVED = frozenset(
         Reason.CANCELLED,  # by the worker: the router takes no output of what it has cancelled
     }
 )
-"""Failures of workers: another pair may do better."""
+"""Failures of workers: another pair may do better.
+
+KV_INTEGRITY is not among them: the decode worker has read the blocks twice from every prefill
+worker it was given, so a person must look.
+"""
 OF_DECODE = frozenset({Reason.DRAINING, Reason.FENCED, Reason.CANCELLED})
 """Among those, the ones that a decode worker reports of itself; the others are of its peers."""
-SHOWN_BY_NAME = frozenset({Reason.TRANSFER_FAILED, Reason.KV_INTEGRITY, Reason.WORKER_LOST})
+SHOWN_BY_NAME = frozenset({Reason.TRANSFER_FAILED, Reason.WORKER_LOST})
 """Failures of workers that clients see by name; the others are internal."""
 
 
@@ -60,7 +63,7 @@ def error_of(failed: Failed) -> PdserveError:
             return BadRequest(failed.message, reason=failed.reason)
         case Reason.OVERLOADED | Reason.QUEUE_TIMEOUT:
             return Refused(failed.message, reason=failed.reason, retry_after_s=failed.retry_after_s)
-        case Reason.DEADLINE | Reason.SLOW_CONSUMER:
+        case Reason.DEADLINE | Reason.SLOW_CONSUMER | Reason.KV_INTEGRITY:
             return PdserveError(failed.message, reason=failed.reason)
         case _:
             return LocalFault("internal error at a worker")

@@ -55,7 +55,9 @@ def _explain(kind: type[BaseModel], issue: dict[str, object]) -> str:
     assert isinstance(location, tuple)
     field = ".".join(str(part) for part in location) or "settings"
     if issue["type"] != "extra_forbidden":
-        return f"{field}: {issue['msg']}; got {issue['input']!r}"
+        rule = str(issue["msg"]).removeprefix("Value error, ")
+        is_scalar = isinstance(issue["input"], str | int | float | bool | None)
+        return f"{field}: {rule}; got {issue['input']!r}" if is_scalar else f"{field}: {rule}"
     known = _field_names(kind, location[:-1])
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.ids import BlockId
 from pdserve.domain.latency import StepShape
-from pdserve.domain.layout import KvLayout
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import SampledToken
 from pdserve.engine.kv_memory import KvMemory
@@ -58,20 +58,6 @@ class StepResult:
 
     sampled: tuple[SampledToken | None, ...]
     elapsed_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSpec:
-    """What others must know of an engine. Hashes are 16 bytes."""
-
-    kind: str  # torch | timed
-    model_name: str
-    model_hash: bytes
-    tokenizer_hash: bytes
-    vocab_size: int
-    max_context_tokens: int
-    eos_token_ids: tuple[int, ...]
-    layout: KvLayout
 
 
 class Engine(Protocol):

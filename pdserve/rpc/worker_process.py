@@ -8,10 +8,10 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 
 from pdserve.config.processes import WorkerSettings
+from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, WorkerId
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import Role, WorkerHello, WorkerLoad
-from pdserve.engine.contract import EngineSpec
 from pdserve.rpc.registration import Registration
 
 

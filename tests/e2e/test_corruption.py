@@ -48,6 +48,9 @@ async def test_every_retry_corrupt_is_a_clear_error_and_no_token_is_made_from_it
         received: list[Chunk] = []
         with pytest.raises(PdserveError) as caught:
             await answer(cluster.public_address, received)
+        async with InferenceClient(cluster.public_address) as client:
+            with pytest.raises(PdserveError, match="do not match their digests"):
+                await client.complete(PROMPT, SAMPLING, timeout_s=30)
         assert caught.value.reason is Reason.KV_INTEGRITY
         assert caught.value.reply.grpc == "DATA_LOSS"
         # The first token is the prefill worker's own, made before anything travelled.
@@ -57,4 +60,4 @@ async def test_every_retry_corrupt_is_a_clear_error_and_no_token_is_made_from_it
         sum(worker.load.num_tokens for worker in state.workers if worker.hello.role == "decode")
         == 0
     )
-    assert sum(worker.load.num_corrupt_blocks for worker in state.workers) >= 2 * prefill
+    assert sum(worker.load.num_corrupt_blocks for worker in state.workers) >= 2 * 2 * prefill

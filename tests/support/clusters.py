@@ -14,7 +14,11 @@ from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import ClusterState
 
 START_S = 60.0
-QUICK_TIMERS = Timers(heartbeat_s=0.1, drain_s=5.0)
+QUICK_TIMERS = Timers(
+    heartbeat_s=0.1, suspect_s=10.0, dead_s=20.0, keepalive_s=10.0, connect_s=10.0, drain_s=5.0
+)
+"""All processes of these clusters share one thread: none may be called dead for being slow."""
+
 ANY_COEFFICIENTS = {"fixed_s": 2e-4, "prefill_token_s": 1e-6, "decode_token_s": 1e-5}
 """Given, so that no cluster of a test spends time on measuring them."""
 
@@ -131,5 +135,6 @@ async def _running(serve: Serve[S], settings: S) -> AsyncIterator[dict[str, str]
 
 async def _wait_for_workers(cluster: TaskCluster, count: int) -> None:
     async with asyncio.timeout(START_S):
-        while [worker.health for worker in (await cluster.state()).workers] != ["alive"] * count:
+        alive = ["alive"] * count
+        while [each.health for each in (await cluster.state()).workers] != alive:  # noqa: ASYNC110
             await asyncio.sleep(0.02)

@@ -319,14 +319,17 @@ class ScriptedPrefill:
         self.region = region
         self.target = PrefillTarget(worker_id=WorkerId(name), address=name, epoch=Epoch(1))
         self.stream: MemoryStream[Any, Any]
+        self._is_linked = asyncio.Event()
 
     def connect(self) -> PrefillLink:
         theirs, self.stream = memory_stream_pair("decode-0", self.name)
         self.stream.try_send(_hello(self.name, Epoch(1), (self.region,)))
+        self._is_linked.set()
         return theirs
 
     async def hear(self, kind: type[T]) -> T:
         """The next message of this kind; drops others."""
+        await self._is_linked.wait()
         while True:
             message = await self.stream.receive()
             if isinstance(message, kind):

@@ -129,7 +129,6 @@ async def test_deadline_that_has_passed_starts_nothing_that_stays() -> None:
         (Reason.FENCED, Reason.WORKER_LOST),
         (Reason.INCOMPATIBLE_PEER, Reason.WORKER_LOST),
         (Reason.CANCELLED, Reason.WORKER_LOST),
-        (Reason.KV_INTEGRITY, Reason.KV_INTEGRITY),
         (Reason.TRANSFER_FAILED, Reason.TRANSFER_FAILED),
     ],
 )
@@ -153,6 +152,7 @@ async def test_failures_of_workers_are_tried_elsewhere_then_shown(
         Reason.QUEUE_TIMEOUT,
         Reason.DEADLINE,
         Reason.SLOW_CONSUMER,
+        Reason.KV_INTEGRITY,
         Reason.INVALID_FIELD,
         Reason.CONTEXT_TOO_LONG,
         Reason.INTERNAL,
