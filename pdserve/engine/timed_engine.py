@@ -19,12 +19,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.latency import StepLatency
 from pdserve.domain.layout import KvLayout
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import SampledToken
-from pdserve.engine.contract import EngineSpec, SampleStep, SequenceStep, StepBatch, StepResult
+from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch, StepResult
 from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.mixing import GOLDEN, Words, mix, mix_ints
 from pdserve.engine.model_files import ModelFiles

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.tokens import SampledToken
-from pdserve.engine.contract import EngineSpec, StepBatch, StepResult
+from pdserve.engine.contract import StepBatch, StepResult
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_shape import item_bytes
 from pdserve.engine.paged_model import PagedModel, load_model
