@@ -44,60 +44,65 @@ def _exp(x: np.float32) -> np.float32:
 
 
 @numba.njit(fastmath=_FAST, error_model="numpy")
-def _score(query: Floats, tile: Floats, stride: int, scaling: np.float32, scores: Floats) -> None:
-    """scores[i] = scaling * query · tile[i * stride :]."""
-    size = np.uint64(len(query))
-    for place in range(len(scores)):
-        base = np.uint64(place * stride)
+def _score(
+    query: Floats, q: np.uint64, memory: Floats, k: np.uint64, stride: np.uint64,
+    dim: np.uint64, scaling: np.float32, scores: Floats, first: np.uint64, count: np.uint64,
+) -> None:  # fmt: skip
+    """scores[first + i] = scaling * query[q :] · memory[k + i * stride :], `dim` values each."""
+    for place in range(count):
+        base = k + place * stride
         total = np.float32(0.0)
-        for d in range(size):
-            total += query[d] * tile[base + d]
-        scores[place] = total * scaling
+        for d in range(dim):
+            total += query[q + d] * memory[base + d]
+        scores[first + place] = total * scaling
 
 
 @numba.njit(fastmath=_FAST, error_model="numpy")
-def _accumulate(weights: Floats, tile: Floats, stride: int, out: Floats) -> None:
-    """out += sum of weights[i] * tile[i * stride :], four at a time to spare loads of `out`."""
-    size, step = np.uint64(len(out)), np.uint64(stride)
-    whole = len(weights) // 4 * 4
-    for place in range(0, whole, 4):
-        w0, w1, w2, w3 = (
-            weights[place],
-            weights[place + 1],
-            weights[place + 2],
-            weights[place + 3],
-        )
-        b0 = np.uint64(place * stride)
-        b1, b2, b3 = b0 + step, b0 + step + step, b0 + step + step + step
-        for d in range(size):
-            out[d] += w0 * tile[b0 + d] + w1 * tile[b1 + d] + w2 * tile[b2 + d] + w3 * tile[b3 + d]
-    for place in range(whole, len(weights)):
-        weight, base = weights[place], np.uint64(place * stride)
-        for d in range(size):
-            out[d] += weight * tile[base + d]
+def _accumulate(
+    scores: Floats, first: np.uint64, count: np.uint64, memory: Floats, v: np.uint64,
+    stride: np.uint64, dim: np.uint64, out: Floats, o: np.uint64,
+) -> None:  # fmt: skip
+    """out[o :] += sum of scores[first + i] * memory[v + i * stride :]; four i for each load."""
+    whole = count // np.uint64(4)
+    for quad in range(whole):
+        s = first + quad * np.uint64(4)
+        w0, w1 = scores[s], scores[s + np.uint64(1)]
+        w2, w3 = scores[s + np.uint64(2)], scores[s + np.uint64(3)]
+        b0 = v + quad * np.uint64(4) * stride
+        b1, b2, b3 = b0 + stride, b0 + stride + stride, b0 + stride + stride + stride
+        for d in range(dim):
+            out[o + d] += (
+                w0 * memory[b0 + d]
+                + w1 * memory[b1 + d]
+                + w2 * memory[b2 + d]
+                + w3 * memory[b3 + d]
+            )
+    for place in range(whole * np.uint64(4), count):
+        weight, base = scores[first + place], v + place * stride
+        for d in range(dim):
+            out[o + d] += weight * memory[base + d]
 
 
 @numba.njit(fastmath=_FAST, error_model="numpy")
-def _normalise(scores: Floats, softcap: np.float32, sinks: Floats, head: int) -> None:
-    """Turn scores into weights: softmax, after the soft cap and beside the sink if there are."""
+def _normalise(
+    scores: Floats, first: np.uint64, count: np.uint64, softcap: np.float32, sink: np.float32
+) -> None:
+    """Turn scores into weights: softmax, after the soft cap, beside the sink (-inf is none)."""
     if softcap > 0:
-        for place in range(len(scores)):
-            scores[place] = softcap * np.float32(math.tanh(scores[place] / softcap))
-    top = scores[0]
-    for place in range(len(scores)):
-        top = max(top, scores[place])
-    if len(sinks):
-        top = max(top, sinks[head])
-    total = np.float32(0.0)
-    for place in range(len(scores)):
-        weight = _exp(scores[place] - top)
-        scores[place] = weight
+        for place in range(count):
+            value = math.tanh(scores[first + place] / softcap)
+            scores[first + place] = softcap * np.float32(value)
+    top = sink
+    for place in range(count):
+        top = max(top, scores[first + place])
+    total = _exp(sink - top) if sink > -np.inf else np.float32(0.0)
+    for place in range(count):
+        weight = _exp(scores[first + place] - top)
+        scores[first + place] = weight
         total += weight
-    if len(sinks):
-        total += _exp(sinks[head] - top)
     inverse = np.float32(1.0) / total
-    for place in range(len(scores)):
-        scores[place] *= inverse
+    for place in range(count):
+        scores[first + place] *= inverse
 
 
 def _decode_attention(
@@ -106,7 +111,7 @@ def _decode_attention(
     block_values: int,
     k_offset: int,
     v_offset: int,
-    sizes: tuple[int, int, int, int, int, int],
+    sizes: tuple[int, int, int, int, int, int, int],
     rows: Ints,
     positions: Ints,
     tables: Ints,
@@ -118,15 +123,17 @@ def _decode_attention(
 ) -> None:
     """Attend each of `rows` to its sequence up to its own position; writes their rows of `out`.
 
-    query: [all rows, heads, k_head_dim], out: [all rows, heads, v_head_dim], contiguous
+    query: [all rows, heads, k_head_dim] and out: [all rows, heads, v_head_dim], both flat
     memory: all KV memory; a block has `block_values` values, this layer's K and V begin at
-    `k_offset` and `v_offset` in it; sizes: block_size, kv_heads, k_head_dim, v_head_dim, window,
-    chunk (as in `AttentionCall`); positions, table_firsts: [rows]; sinks: [heads], or empty
+    `k_offset` and `v_offset` in it; sizes: block_size, heads, kv_heads, k_head_dim, v_head_dim,
+    window, chunk (as in `AttentionCall`); positions, table_firsts: [rows]; sinks: [heads], or empty
     """
-    block_size, kv_heads, k_dim, v_dim, window, chunk = sizes
-    groups = query.shape[1] // kv_heads
+    block_size, heads, kv_heads, k_dim, v_dim, window, chunk = sizes
+    groups = heads // kv_heads
     k_stride, v_stride = kv_heads * k_dim, kv_heads * v_dim
-    scores = np.empty((groups, np.max(positions) + 1), dtype=np.float32)
+    most = np.max(positions) + 1
+    scores = np.empty(groups * most, dtype=np.float32)
+    factor, cap = np.float32(scaling), np.float32(softcap)
     for index in range(len(rows)):
         row, end, table = rows[index], positions[index] + 1, table_firsts[index]
         first = max(0, end - window) if window else 0
@@ -134,30 +141,32 @@ def _decode_attention(
             first = max(first, (end - 1) // chunk * chunk)
         first_block, end_block = first // block_size, (end + block_size - 1) // block_size
         for kv_head in range(kv_heads):
+            head = row * heads + kv_head * groups
             for block in range(first_block, end_block):
                 low, high = max(first, block * block_size), min(end, (block + 1) * block_size)
                 base = tables[table + block] * block_values + k_offset + kv_head * k_dim
-                tile = memory[base + (low - block * block_size) * k_stride :]
+                base += (low - block * block_size) * k_stride
                 for group in range(groups):
-                    line = scores[group, low - first : high - first]
                     _score(
-                        query[row, kv_head * groups + group],
-                        tile,
-                        k_stride,
-                        np.float32(scaling),
-                        line,
-                    )
+                        query, np.uint64((head + group) * k_dim), memory, np.uint64(base),
+                        np.uint64(k_stride), np.uint64(k_dim), factor, scores,
+                        np.uint64(group * most + low - first), np.uint64(high - low),
+                    )  # fmt: skip
             for group in range(groups):
-                head = kv_head * groups + group
-                _normalise(scores[group, : end - first], np.float32(softcap), sinks, head)
-                out[row, head] = np.float32(0.0)
+                sink = sinks[kv_head * groups + group] if len(sinks) else np.float32(-np.inf)
+                _normalise(scores, np.uint64(group * most), np.uint64(end - first), cap, sink)
+            for value in range(head * v_dim, (head + groups) * v_dim):
+                out[value] = np.float32(0.0)
             for block in range(first_block, end_block):
                 low, high = max(first, block * block_size), min(end, (block + 1) * block_size)
                 base = tables[table + block] * block_values + v_offset + kv_head * v_dim
-                tile = memory[base + (low - block * block_size) * v_stride :]
+                base += (low - block * block_size) * v_stride
                 for group in range(groups):
-                    line = scores[group, low - first : high - first]
-                    _accumulate(line, tile, v_stride, out[row, kv_head * groups + group])
+                    _accumulate(
+                        scores, np.uint64(group * most + low - first), np.uint64(high - low),
+                        memory, np.uint64(base), np.uint64(v_stride), np.uint64(v_dim),
+                        out, np.uint64((head + group) * v_dim),
+                    )  # fmt: skip
 
 
 @functools.cache
@@ -173,11 +182,9 @@ def compile_attention() -> DecodeAttention:
     except RuntimeError:  # "cannot cache function: no locator available"
         compiled = numba.njit(**options)(_decode_attention)
     floats, ints = np.zeros(8, dtype=np.float32), np.zeros(1, dtype=np.int64)
-    heads = floats.reshape(1, 1, 8)
-    sizes = (1, 1, 4, 4, 0, 0)
+    sizes = (1, 1, 1, 4, 4, 0, 0)
     compiled(
-        heads[:, :, :4].copy(), floats, 8, 0, 4, sizes, ints, ints, ints, ints, 1.0, 0.0,
-        floats[:0], heads[:, :, 4:].copy(),
-    )  # fmt: skip
+        floats[:4], floats, 8, 0, 4, sizes, ints, ints, ints, ints, 1.0, 0.0, floats[:0], floats[:4]
+    )
     result: DecodeAttention = compiled
     return result

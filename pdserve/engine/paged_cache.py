@@ -83,13 +83,14 @@ class PagedStep:
         layout, layer = cache.layout, cache.layout.layers[call.layer]
         k_offset = layout.layer_offset_bytes(call.layer) // layout.item_bytes
         cache.compiled(
-            call.query.transpose(0, 1).contiguous().numpy(),
+            call.query.transpose(0, 1).reshape(-1).numpy(),
             cache.memory,
             layout.block_bytes // layout.item_bytes,
             k_offset,
             k_offset + layout.block_size * layer.num_kv_heads * layer.k_head_dim,
             (
                 layout.block_size,
+                call.query.shape[0],
                 layer.num_kv_heads,
                 layer.k_head_dim,
                 layer.v_head_dim,
@@ -103,7 +104,7 @@ class PagedStep:
             call.scaling,
             call.softcap,
             _NO_SINKS if call.sinks is None else call.sinks.detach().numpy(),
-            out.numpy(),
+            out.view(-1).numpy(),
         )
 
     def _attend_one(
