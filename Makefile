@@ -28,7 +28,7 @@ check: setup
 	$(BIN)/python scripts/generate_stubs.py --check
 
 test: setup
-	$(BIN)/pytest -q -m "not slow and not peer"
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not peer"
 
 test-all: setup
 	$(BIN)/pytest -q -m "not peer"

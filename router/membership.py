@@ -159,6 +159,7 @@ def _has_sane_sizes(hello: WorkerHello) -> bool:
         hello.block_size,
         hello.num_blocks,
         hello.max_num_requests,
+        hello.max_step_tokens,
     )
     times = [getattr(hello.coefficients, entry.name) for entry in fields(StepCoefficients)]
     return min(sizes) >= 1 and all(math.isfinite(time) and time >= 0 for time in times)

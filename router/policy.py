@@ -13,8 +13,6 @@ from pdserve.domain.latency import StepShape
 from router.cluster_view import ClusterView, Life, RequestShape, WorkerView
 
 MAX_NUM_PREFILL_TARGETS = 3
-PREFILL_CHUNK_TOKENS = 512
-"""Prompt tokens in one step: the workers' default; it only weighs the fixed cost of a step."""
 HANDOFF_S = 0.002
 """What passing KV on adds to TTFT: messages only, since the transfer overlaps the reading."""
 MIN_RETRY_AFTER_S = 0.1
@@ -105,14 +103,15 @@ def _queue_s(reader: WorkerView) -> float:
     tokens = reader.num_unread_tokens
     coefficients = reader.hello.coefficients
     return (
-        coefficients.fixed_s * -(-tokens // PREFILL_CHUNK_TOKENS)
+        coefficients.fixed_s * -(-tokens // reader.hello.max_step_tokens)
         + coefficients.prefill_token_s * tokens
         + coefficients.prefill_attention_s * reader.assigned.num_unread_pairs
     )
 
 
 def _read_s(reader: WorkerView, shape: RequestShape) -> float:
-    own_s = reader.hello.coefficients.prefill_s(0, shape.num_prompt_tokens, PREFILL_CHUNK_TOKENS)
+    hello = reader.hello
+    own_s = hello.coefficients.prefill_s(0, shape.num_prompt_tokens, hello.max_step_tokens)
     return _queue_s(reader) + own_s
 
 

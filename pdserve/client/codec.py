@@ -172,6 +172,7 @@ def _hello_from_proto(message: membership_pb2.WorkerHello) -> WorkerHello:
         num_blocks=message.num_blocks,
         block_bytes=message.block_bytes,
         max_num_requests=message.max_num_requests,
+        max_step_tokens=message.max_step_tokens,
         engine=message.engine,
         coefficients=StepCoefficients(
             **{

@@ -175,6 +175,7 @@ class WorkerHello:
     num_blocks: int
     block_bytes: int
     max_num_requests: int
+    max_step_tokens: int
     engine: str
     coefficients: StepCoefficients
 

@@ -23,6 +23,7 @@ _HELLO_FIELDS = (
     "num_blocks",
     "block_bytes",
     "max_num_requests",
+    "max_step_tokens",
     "engine",
 )
 _LOAD_FIELDS = (

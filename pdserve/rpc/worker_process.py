@@ -50,6 +50,7 @@ def worker_hello(
         num_blocks=settings.engine.num_blocks,
         block_bytes=spec.layout.block_bytes,
         max_num_requests=settings.max_num_requests,
+        max_step_tokens=settings.max_step_tokens,
         engine=spec.kind,
         coefficients=coefficients,
     )

@@ -61,6 +61,7 @@ def workers(draw: st.DrawFn, name: str, role: Role) -> WorkerView:
         num_blocks=num_blocks,
         block_size=draw(st.sampled_from([1, 16, 64])),
         max_num_requests=draw(st.integers(1, 9)),
+        max_step_tokens=512,
         model_hash=draw(st.sampled_from([b"m", b"n"])),
         layout_hash=draw(st.sampled_from([b"l", b"k"])),
         coefficients=StepCoefficients(

@@ -36,6 +36,7 @@ def worker(worker_id: str, role: Role) -> WorkerState:
         num_blocks=10,
         block_bytes=64,
         max_num_requests=4,
+        max_step_tokens=512,
         engine="timed",
         coefficients=NO_TIME,
     )

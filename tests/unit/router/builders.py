@@ -36,6 +36,7 @@ def make_hello(name: str = "d0", role: Role = Role.DECODE, /, **changes: Any) ->
         num_blocks=100,
         block_bytes=1,
         max_num_requests=8,
+        max_step_tokens=512,
         engine="timed",
         coefficients=COEFFICIENTS,
     )

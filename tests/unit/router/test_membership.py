@@ -95,6 +95,7 @@ def test_decode_worker_is_usable_once_its_stream_is_open() -> None:
         {"vocab_size": 0},
         {"max_context_tokens": 0},
         {"max_num_requests": 0},
+        {"max_step_tokens": 0},
         {"coefficients": replace(COEFFICIENTS, fixed_s=float("nan"))},
         {"coefficients": replace(COEFFICIENTS, decode_token_s=-1.0)},
     ],

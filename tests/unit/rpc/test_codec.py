@@ -105,6 +105,7 @@ worker_hello = st.builds(
     num_blocks=uint32,
     block_bytes=uint64,
     max_num_requests=uint32,
+    max_step_tokens=uint32,
     engine=label,
     coefficients=st.builds(
         StepCoefficients,

@@ -1,0 +1,260 @@
+"""Prefill workers that die, refuse, lie and leave; the answer stays right."""
+
+import asyncio
+import dataclasses
+
+import pytest
+import structlog
+
+from pdserve.domain.errors import Reason
+from pdserve.domain.ids import BlockId
+from pdserve.domain.messages import (
+    BlocksOffered,
+    BlocksPulled,
+    EndHandoff,
+    HandoffFailed,
+    HandoffRefused,
+    StartHandoff,
+)
+from pdserve.domain.tokens import Completed, Failed, SampledToken
+from tests.support.virtual_time import virtual
+from tests.support.worker_pair import Call, Sizes, WorkerPair, oracle
+
+PROMPT = tuple(range(10, 40))
+ALONE = Sizes(num_prefill=0)
+
+
+def assert_right(call: Call) -> Completed:
+    assert isinstance(call.end, Completed), call.end
+    assert call.token_ids == oracle(call.submit.prompt_token_ids, call.submit.sampling)
+    return call.end
+
+
+def test_stream_lost_at_any_moment_is_made_good_by_another_worker() -> None:
+    helpers = set()
+
+    @virtual
+    async def run(after_s: float) -> None:
+        async with WorkerPair(Sizes(num_prefill=2), delay_s=lambda: 0.003) as pair:
+            pair.transport.pause_s = lambda: 0.004
+            call = pair.submit(PROMPT, max_tokens=6)
+            await asyncio.sleep(after_s)
+            pair.prefill[0].cut()
+            helpers.add((await call.completed()).timeline.prefill_worker)
+            assert_right(call)
+
+    for step in range(50):
+        run(step * 0.0047)
+    assert helpers == {"prefill-0", "prefill-1"}
+
+
+def test_death_of_the_only_worker_at_any_moment_is_made_good_here() -> None:
+    @virtual
+    async def run(after_s: float) -> None:
+        async with WorkerPair(delay_s=lambda: 0.003) as pair:
+            pair.transport.pause_s = lambda: 0.004
+            call = pair.submit(PROMPT, max_tokens=6)
+            await asyncio.sleep(after_s)
+            await pair.prefill[0].kill()
+            await call.completed()
+            assert_right(call)
+
+    for step in range(50):
+        run(step * 0.0047)
+
+
+@virtual
+async def test_first_token_is_not_sent_twice_when_the_blocks_are_read_again() -> None:
+    async with WorkerPair() as pair:
+        peer = await pair.script_prefill()
+        targets = (peer.target, pair.prefill[0].target)
+        call = pair.submit(PROMPT, max_tokens=6, targets=targets)
+        start = await peer.hear(StartHandoff)
+        _, done = await peer.read(start)
+        peer.stream.try_send(done)
+        await call.has_begun.wait()
+        peer.stream.abort()
+        await call.completed()
+        assert_right(call)
+
+
+@virtual
+async def test_landed_blocks_are_kept_and_only_the_rest_is_asked_of_the_next() -> None:
+    async with WorkerPair() as pair:
+        peer = await pair.script_prefill()
+        call = pair.submit(PROMPT, max_tokens=6, targets=(peer.target, pair.prefill[0].target))
+        offer, _ = await peer.read(await peer.hear(StartHandoff))
+        part = dataclasses.replace(offer, block_ids=offer.block_ids[:5], digests=offer.digests[:5])
+        peer.stream.try_send(part)
+        await peer.hear(BlocksPulled)
+        peer.stream.abort()
+        end = await call.completed()
+        assert_right(call)
+        block_bytes = pair.engine.kv.layout.block_bytes
+        assert end.timeline.transferred_bytes == 8 * block_bytes, "no block travelled twice"
+
+
+@pytest.mark.parametrize("num_tokens", [28, 29, 30])
+def test_worker_lost_after_all_blocks_but_before_the_first_token(num_tokens: int) -> None:
+    @virtual
+    async def run() -> None:
+        async with WorkerPair() as pair:
+            peer = await pair.script_prefill()
+            call = pair.submit(
+                PROMPT[:num_tokens], max_tokens=6, targets=(peer.target, pair.prefill[0].target)
+            )
+            offer, _ = await peer.read(await peer.hear(StartHandoff))
+            peer.stream.try_send(offer)
+            await peer.hear(BlocksPulled)
+            peer.stream.abort()
+            await call.completed()
+            assert_right(call)
+
+    with structlog.testing.capture_logs() as logs:
+        run()
+    assert not [entry for entry in logs if entry["log_level"] == "error"]
+
+
+@virtual
+async def test_blocks_of_a_failed_handoff_are_not_read() -> None:
+    """They may be another's by then: that would be counted, and told, as corruption."""
+    async with WorkerPair(ALONE) as pair:
+        peer = await pair.script_prefill()
+        call = pair.submit(PROMPT, max_tokens=6, targets=(peer.target,))
+        offer, _ = await peer.read(await peer.hear(StartHandoff))
+        peer.stream.try_send(offer)
+        failure = Failed(reason=Reason.INTERNAL, message="the engine failed on this batch")
+        peer.stream.try_send(HandoffFailed(handoff=offer.handoff, failure=failure))
+        peer.engine.kv.bytes[:] = bytes(peer.engine.kv.num_bytes)
+        await call.completed()
+        assert_right(call)
+        assert pair.transport.num_reads == 0
+        assert pair.handoffs.num_corrupt_blocks == 0
+
+
+@virtual
+async def test_corrupt_block_is_read_again_and_counted() -> None:
+    async with WorkerPair() as pair:
+        damage = iter([False, True])
+        pair.transport.is_corrupt = lambda: next(damage, False)
+        call = pair.submit(PROMPT, max_tokens=6)
+        await call.completed()
+        assert_right(call)
+        assert pair.handoffs.num_corrupt_blocks == 1
+
+
+@virtual
+async def test_corruption_without_end_is_an_error_and_no_token_is_computed_from_it() -> None:
+    async with WorkerPair(Sizes(num_prefill=2)) as pair:
+        pair.transport.is_corrupt = lambda: True
+        call = pair.submit(PROMPT, max_tokens=6)
+        assert (await call.failed()).reason is Reason.KV_INTEGRITY
+        assert len(call.tokens) <= 1
+        assert pair.decode_loop.num_tokens == 0
+        assert pair.transport.num_reads == 4, "twice from each"
+
+
+@pytest.mark.parametrize("num_prefill", [1, 2])
+def test_draining_prefill_worker_is_as_good_as_lost(num_prefill: int) -> None:
+    @virtual
+    async def run() -> None:
+        async with WorkerPair(Sizes(num_prefill=num_prefill)) as pair:
+            pair.prefill[0].service.is_draining = True
+            call = pair.submit(PROMPT, max_tokens=6)
+            end = await call.completed()
+            assert_right(call)
+            assert end.timeline.prefill_worker == ("" if num_prefill == 1 else "prefill-1")
+
+    run()
+
+
+@virtual
+async def test_refusal_for_load_is_passed_on_with_its_advice() -> None:
+    async with WorkerPair(ALONE) as pair:
+        peer = await pair.script_prefill()
+        call = pair.submit(PROMPT, max_tokens=6, targets=(peer.target,))
+        start = await peer.hear(StartHandoff)
+        failure = Failed(reason=Reason.OVERLOADED, message="full", retry_after_s=2.5)
+        peer.stream.try_send(HandoffRefused(handoff=start.handoff, failure=failure))
+        assert await call.failed() == failure
+
+
+@virtual
+async def test_worker_of_another_life_is_not_used() -> None:
+    async with WorkerPair() as pair:
+        old = pair.prefill[0].target
+        await pair.replace_prefill(0)
+        call = pair.submit(PROMPT, max_tokens=6, targets=(old,))
+        end = await call.completed()
+        assert_right(call)
+        assert end.timeline.prefill_worker == ""
+
+
+LIES = {
+    "a token beyond the vocabulary": lambda offer, done: [
+        dataclasses.replace(done, first_token=SampledToken(2**31))
+    ],
+    "a block beyond the region": lambda offer, done: [
+        done,
+        dataclasses.replace(offer, block_ids=tuple(BlockId(2**30) for _ in offer.block_ids)),
+    ],
+    "a place that was not asked for": lambda offer, done: [
+        done,
+        dataclasses.replace(offer, first_block=5),
+    ],
+    "no digests": lambda offer, done: [done, dataclasses.replace(offer, digests=())],
+    "no blocks": lambda offer, done: [
+        done,
+        BlocksOffered(handoff=offer.handoff, first_block=0, block_ids=(), digests=()),
+    ],
+    "blocks of another handoff's digest": lambda offer, done: [
+        done,
+        dataclasses.replace(offer, digests=tuple(reversed(offer.digests))),
+    ],
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_lying_worker_ends_only_its_handoff(lie: str) -> None:
+    @virtual
+    async def run() -> None:
+        async with WorkerPair() as pair:
+            peer = await pair.script_prefill()
+            other = pair.submit((*PROMPT[::-1], 3), max_tokens=9)
+            call = pair.submit(PROMPT, max_tokens=6, targets=(peer.target, pair.prefill[0].target))
+            offer, done = await peer.read(await peer.hear(StartHandoff))
+            for message in LIES[lie](offer, done):
+                peer.stream.try_send(message)
+            await peer.hear(EndHandoff)
+            await call.completed()
+            await other.completed()
+            assert_right(call)
+            assert_right(other)
+
+    with structlog.testing.capture_logs() as logs:
+        run()
+    assert not [entry for entry in logs if entry["log_level"] == "error"]
+
+
+@virtual
+async def test_leases_of_open_handoffs_are_renewed() -> None:
+    async with WorkerPair() as pair:
+        pair.transport.pause_s = lambda: 5.0
+        call = pair.submit(PROMPT, max_tokens=6)
+        await call.completed()
+        assert_right(call)
+        assert asyncio.get_running_loop().time() > 1000 + pair.timers.lease_s
+
+
+@virtual
+async def test_handoff_whose_lease_ran_out_is_told_and_read_elsewhere() -> None:
+    async with WorkerPair(Sizes(num_prefill=2)) as pair:
+        call = pair.submit(PROMPT, max_tokens=6)
+        pair.transport.pause_s = lambda: 0.2
+        await call.has_begun.wait()
+        for sender in pair.prefill[0].loop.senders._live.values():
+            sender.expires_at_s = 0.0
+        pair.prefill[0].loop._work.set()
+        end = await call.completed()
+        assert_right(call)
+        assert end.timeline.total_s < 10

@@ -1,0 +1,301 @@
+"""A prefill worker and the streams of its decode workers, which the test plays."""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import structlog
+
+from pdserve.domain.errors import PeerFault, Reason, WorkerLost
+from pdserve.domain.ids import HandoffId, RequestId
+from pdserve.domain.messages import (
+    BlocksOffered,
+    BlocksPulled,
+    EndHandoff,
+    HandoffFailed,
+    HandoffHello,
+    HandoffRefused,
+    PrefillDone,
+    PrefillToDecode,
+    RenewLeases,
+    StartHandoff,
+)
+from pdserve.domain.sampling import SamplingParams
+from pdserve.engine.contract import StepBatch, StepResult
+from pdserve.rpc.streams import MAX_NUM_BUFFERED_MESSAGES, MemoryStream, memory_stream_pair
+from tests.support.virtual_time import virtual
+from tests.support.worker_pair import PrefillNode, Sizes, WorkerPair, _hello, _serve, oracle
+
+PROMPT = tuple(range(10, 40))
+SAMPLING = SamplingParams(max_tokens=4)
+
+
+class Decode:
+    """A decode worker that the test plays."""
+
+    def __init__(self, node: PrefillNode) -> None:
+        self.node = node
+        self.stream: MemoryStream[Any, PrefillToDecode]
+        self.stream, served = memory_stream_pair("decode", node.name)
+        self.serving = asyncio.create_task(_serve(node.service.handle, served))
+        self.stream.try_send(_hello("decode", node.epoch))
+
+    def start(self, name: str = "r", retry: int = 0, **changes: Any) -> HandoffId:
+        fields = {
+            "handoff": HandoffId(RequestId(name), 1, retry),
+            "prompt_token_ids": PROMPT,
+            "first_block": 0,
+            "sampling": SAMPLING,
+            "deadline_s": 60.0,
+            **changes,
+        }
+        assert self.stream.try_send(StartHandoff(**fields))
+        handoff: HandoffId = fields["handoff"]
+        return handoff
+
+    async def hear(self, kind: type[Any]) -> Any:
+        while True:
+            message = await self.stream.receive()
+            if isinstance(message, kind):
+                return message
+
+
+@contextlib.asynccontextmanager
+async def prefill(**sizes: Any) -> AsyncIterator[tuple[WorkerPair, PrefillNode, Decode]]:
+    async with WorkerPair(Sizes(**sizes)) as pair:
+        node = pair.prefill[0]
+        decode = Decode(node)
+        await decode.hear(HandoffHello)
+        yield pair, node, decode
+        decode.stream.abort()
+        await asyncio.wait([decode.serving])
+
+
+@virtual
+async def test_first_token_comes_before_the_last_blocks_and_pulling_gives_back() -> None:
+    async with prefill(max_step_tokens=64) as (_, node, decode):
+        handoff = decode.start()
+        done = await decode.hear(PrefillDone)
+        assert (done.first_token.token_id,) == oracle(PROMPT, SAMPLING)[:1]
+        offer = await decode.hear(BlocksOffered)
+        assert node.pool.usage().pinned == len(offer.block_ids) == 8
+        decode.stream.try_send(BlocksPulled(handoff=handoff, first_block=0, num_blocks=8))
+        await asyncio.sleep(0.01)
+        assert node.pool.usage().pinned == 0
+        decode.stream.try_send(EndHandoff(handoff))
+        await asyncio.sleep(0.01)
+        assert node.is_idle()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"prompt_token_ids": ()}, Reason.INTERNAL),
+        ({"first_block": 8}, Reason.INTERNAL),
+        ({"prompt_token_ids": (2048,)}, Reason.INVALID_FIELD),
+        ({"sampling": SamplingParams(temperature=math.nan)}, Reason.INVALID_FIELD),
+        ({"sampling": SamplingParams(stop_token_ids=(2048,))}, Reason.INVALID_FIELD),
+        ({"deadline_s": math.nan}, Reason.INVALID_FIELD),
+        ({"prompt_token_ids": (7,) * 1025}, Reason.CONTEXT_TOO_LONG),
+        ({"prompt_token_ids": (7,) * 300}, Reason.OVERLOADED),
+    ],
+)
+def test_handoff_that_makes_no_sense_is_refused_and_reaches_no_batch(
+    changes: dict[str, Any], reason: Reason
+) -> None:
+    @virtual
+    async def run() -> None:
+        async with prefill() as (_, _, decode):
+            decode.start("bad", **changes)
+            decode.start("good")
+            refused = await decode.hear(HandoffRefused)
+            assert refused.handoff.request_id == "bad"
+            assert refused.failure.reason is reason
+            done = await decode.hear(PrefillDone)
+            assert done.handoff.request_id == "good"
+
+    run()
+
+
+@virtual
+async def test_full_queue_refuses_with_the_time_it_takes_to_drain() -> None:
+    async with prefill(max_num_requests=1, max_num_waiting=1) as (_, _, decode):
+        for name in range(2):
+            decode.start(str(name))
+            await asyncio.sleep(0.005)
+        decode.start("2")
+        refused = await decode.hear(HandoffRefused)
+        assert refused.failure.reason is Reason.OVERLOADED
+        assert refused.failure.retry_after_s > 0
+
+
+@virtual
+async def test_deadline_in_the_queue_is_told() -> None:
+    async with prefill(max_num_requests=1) as (_, node, decode):
+        decode.start("0")
+        await asyncio.sleep(0.005)
+        decode.start("1", deadline_s=0.5)
+        await decode.hear(PrefillDone)  # the first keeps its place until its blocks are pulled
+        decode.start("2", first_block=0)
+        failed = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                failed = await decode.hear(HandoffFailed)
+        assert failed is None or failed.failure.reason is Reason.DEADLINE
+        assert node.loop.queue.num_tokens == 0
+
+
+@virtual
+async def test_waiting_handoff_that_never_fits_ends_at_its_deadline() -> None:
+    async with prefill(prefill_blocks=8) as (_, node, decode):
+        decode.start("0")
+        await decode.hear(PrefillDone)  # and keeps its 8 blocks
+        decode.start("1", deadline_s=0.5)
+        failed = await decode.hear(HandoffFailed)
+        assert failed.handoff.request_id == "1"
+        assert failed.failure.reason is Reason.DEADLINE
+        assert len(node.loop.queue) == 0
+
+
+@virtual
+async def test_lease_that_runs_out_is_told_and_a_renewed_one_does_not() -> None:
+    async with prefill() as (pair, node, decode):
+        kept = decode.start("kept")
+        decode.start("left")
+        for _ in range(2):
+            await decode.hear(PrefillDone)
+
+        async def renew() -> None:
+            while True:
+                await asyncio.sleep(pair.timers.renew_s)
+                decode.stream.try_send(RenewLeases((kept,)))
+
+        renewing = asyncio.create_task(renew())
+        failed = await decode.hear(HandoffFailed)
+        assert failed.handoff.request_id == "left"
+        assert failed.failure.reason is Reason.TRANSFER_FAILED
+        await asyncio.sleep(30)
+        assert [handoff for _, handoff in node.loop.senders._live] == [kept]
+        assert node.pool.usage().pinned == 8
+        renewing.cancel()
+
+
+@virtual
+async def test_pull_of_what_was_not_offered_ends_that_handoff_and_says_so() -> None:
+    async with prefill() as (_, node, decode):
+        bad, good = decode.start("bad"), decode.start("good")
+        for _ in range(2):
+            await decode.hear(PrefillDone)
+        await asyncio.sleep(0.1)
+        decode.stream.try_send(BlocksPulled(handoff=bad, first_block=3, num_blocks=99))
+        failed = await decode.hear(HandoffFailed)
+        assert failed.handoff == bad
+        assert [handoff for _, handoff in node.loop.senders._live] == [good]
+
+
+@virtual
+async def test_decode_worker_that_does_not_read_loses_its_stream_and_its_blocks() -> None:
+    async with prefill() as (_, node, decode):
+        decode.start()
+        with structlog.testing.capture_logs():
+            for index in range(MAX_NUM_BUFFERED_MESSAGES + 1):
+                decode.stream.try_send(
+                    StartHandoff(
+                        handoff=HandoffId(RequestId(f"bad{index}"), 1, 0),
+                        prompt_token_ids=(2048,),
+                        first_block=0,
+                        sampling=SAMPLING,
+                        deadline_s=60.0,
+                    )
+                )
+                await asyncio.sleep(0)
+            await asyncio.sleep(1)
+        assert decode.serving.done()
+        assert node.is_idle()
+
+
+@virtual
+async def test_loss_of_the_stream_during_a_step_frees_its_blocks_after_the_step() -> None:
+    async with prefill(max_step_tokens=64) as (_, node, decode):
+        decode.start()
+        await asyncio.sleep(0.01)
+        assert node.pool.usage().held == 8
+        decode.stream.abort()
+        await asyncio.sleep(0.001)
+        assert node.pool.usage().held == 8, "the step still writes them"
+        await asyncio.sleep(0.1)
+        assert node.is_idle()
+
+
+class BrokenEngine:
+    def __init__(self, inner: Any) -> None:
+        self.spec, self.kv = inner.spec, inner.kv
+
+    async def step(self, batch: StepBatch) -> StepResult:
+        await asyncio.sleep(0.01)
+        raise RuntimeError("a prompt that must not leak")
+
+
+@virtual
+async def test_failed_step_is_told_and_the_worker_goes_on() -> None:
+    async with prefill() as (_, node, decode):
+        engine = node.loop._engine
+        node.loop._engine = BrokenEngine(engine)  # type: ignore[assignment]
+        decode.start("0")
+        with structlog.testing.capture_logs():
+            failed = await decode.hear(HandoffFailed)
+        assert failed.failure.reason is Reason.INTERNAL
+        assert "prompt" not in failed.failure.message
+        node.loop._engine = engine
+        decode.start("1")
+        await decode.hear(PrefillDone)
+
+
+@virtual
+async def test_draining_refuses_new_handoffs_and_ends_with_the_last() -> None:
+    async with prefill() as (_, node, decode):
+        handoff = decode.start()
+        await decode.hear(PrefillDone)
+        node.service.is_draining = True
+        decode.start("late")
+        assert (await decode.hear(HandoffRefused)).failure.reason is Reason.DRAINING
+        idle = asyncio.create_task(node.loop.wait_idle())
+        await asyncio.sleep(1)
+        assert not idle.done()
+        decode.stream.try_send(EndHandoff(handoff))
+        async with asyncio.timeout(1):
+            await idle
+
+
+@virtual
+async def test_handoff_started_twice_is_read_once() -> None:
+    async with prefill() as (_, node, decode):
+        for _ in range(2):
+            decode.start()
+        await decode.hear(PrefillDone)
+        await asyncio.sleep(1)
+        assert node.loop.load(0, is_draining=False).num_tokens == len(PROMPT)
+
+
+@virtual
+async def test_peer_that_says_nothing_or_another_model_is_not_served() -> None:
+    async with prefill() as (_, node, _):
+        _, served = memory_stream_pair("mute", "prefill")
+        with pytest.raises(WorkerLost, match="said nothing for 2 s"):
+            await node.service.handle(served)
+        other, served = memory_stream_pair("other", "prefill")
+        hello = _hello("other", node.epoch)
+        other.try_send(
+            HandoffHello(
+                worker_id=hello.worker_id,
+                epoch=hello.epoch,
+                protocol_version=hello.protocol_version,
+                model_hash=b"another",
+                layout_hash=hello.layout_hash,
+            )
+        )
+        with pytest.raises(PeerFault, match="model"):
+            await node.service.handle(served)
