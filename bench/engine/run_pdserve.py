@@ -14,7 +14,7 @@ from pdserve.engine.torch_engine import TorchEngine
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 1024
-MAX_NUM_STEP_TOKENS = 512
+MAX_NUM_STEP_TOKENS = 256
 
 
 @dataclass

@@ -1,6 +1,8 @@
 """The engine that runs real models: `transformers` code over a paged KV cache, on CPU."""
 
 import asyncio
+import contextlib
+import ctypes
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,9 @@ from pdserve.engine.model_shape import item_bytes
 from pdserve.engine.paged_model import PagedModel, load_model
 from pdserve.engine.sampling import draw_tokens
 from pdserve.engine.tokenizer import Tokenizer
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+_KEPT_BYTES = 256 << 20
 
 
 class TorchEngine:
@@ -46,6 +51,7 @@ class TorchEngine:
             raise LocalFault(f"device must be cpu; got {device}")
         item_bytes(dtype)
         _use_one_thread()
+        _keep_freed_memory()
         if isinstance(files, Path):
             files = ModelFiles.open(files)
         model = PagedModel(
@@ -98,6 +104,18 @@ async def _finished(work: asyncio.Future[StepResult]) -> None:
 def _use_one_thread() -> None:
     """More threads wait for each other on a busy machine, up to 300 times longer (facts 3.4)."""
     torch.set_num_threads(1)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large blocks instead of giving them back to the system.
+
+    Otherwise each large intermediate result is mapped and cleared anew: SiLU of 512 x 1408 values
+    takes 1.9 ms instead of 0.2. Elsewhere than on glibc this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def _spec(files: ModelFiles, model: PagedModel) -> EngineSpec:
