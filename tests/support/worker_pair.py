@@ -257,7 +257,7 @@ class PrefillNode:
 
     async def start(self) -> None:
         self._server = await self._pair.transport.serve(self.engine.kv, self.loop.senders.may_read)
-        hello = _hello(self.name, self.epoch, (self._server.region,))
+        hello = hello_of(self.name, self.epoch, (self._server.region,))
         self.service = PrefillService(
             self.loop,
             hello,
@@ -275,7 +275,7 @@ class PrefillNode:
         wire = Wire("decode", self.name, self._pair.delay_s)
         self.wires.append(wire)
         self._spawn(wire.run())
-        self._spawn(_serve(self.service.handle, wire.right))
+        self._spawn(serve_like_grpc(self.service.handle, wire.right))
         return wire.left
 
     def cut(self) -> None:
@@ -323,7 +323,7 @@ class ScriptedPrefill:
 
     def connect(self) -> PrefillLink:
         theirs, self.stream = memory_stream_pair("decode-0", self.name)
-        self.stream.try_send(_hello(self.name, Epoch(1), (self.region,)))
+        self.stream.try_send(hello_of(self.name, Epoch(1), (self.region,)))
         self._is_linked.set()
         return theirs
 
@@ -455,7 +455,7 @@ class WorkerPair:
         self._stack.callback(give_back, self.engine)
         self.pool = BlockPool(sizes.decode_blocks, reuse_prefixes=sizes.reuses_prefixes)
         self.links = PrefillLinks(
-            self._connect, _hello("decode-0", Epoch(1)), (self.transport,), timers
+            self._connect, hello_of("decode-0", Epoch(1)), (self.transport,), timers
         )
         await self._stack.enter_async_context(self.links)
         self.decode_loop = DecodeLoop(
@@ -511,7 +511,7 @@ class WorkerPair:
     async def link_router(self) -> None:
         """A router links, as after the loss of its stream; it knows nothing of what was before."""
         self.router, served = memory_stream_pair("router", "decode-0")
-        self._serving = asyncio.create_task(_serve(self.service.handle, served))
+        self._serving = asyncio.create_task(serve_like_grpc(self.service.handle, served))
         await self.router.send(
             PeerHello(peer_id="router", epoch=Epoch(1), protocol_version=PROTOCOL_VERSION)
         )
@@ -615,7 +615,7 @@ class WorkerPair:
                     call.take(output)
 
 
-def _hello(name: str, epoch: Epoch, regions: tuple[RemoteRegion, ...] = ()) -> HandoffHello:
+def hello_of(name: str, epoch: Epoch, regions: tuple[RemoteRegion, ...] = ()) -> HandoffHello:
     return HandoffHello(
         worker_id=WorkerId(name),
         epoch=epoch,
@@ -626,7 +626,7 @@ def _hello(name: str, epoch: Epoch, regions: tuple[RemoteRegion, ...] = ()) -> H
     )
 
 
-async def _serve(
+async def serve_like_grpc(
     handle: Callable[[MemoryStream[Any, Any]], Coroutine[Any, Any, None]],
     stream: MemoryStream[Any, Any],
 ) -> None:

@@ -27,7 +27,14 @@ from pdserve.domain.sampling import SamplingParams
 from pdserve.engine.contract import StepBatch, StepResult
 from pdserve.rpc.streams import MAX_NUM_BUFFERED_MESSAGES, MemoryStream, memory_stream_pair
 from tests.support.virtual_time import virtual
-from tests.support.worker_pair import PrefillNode, Sizes, WorkerPair, _hello, _serve, oracle
+from tests.support.worker_pair import (
+    PrefillNode,
+    Sizes,
+    WorkerPair,
+    hello_of,
+    oracle,
+    serve_like_grpc,
+)
 
 PROMPT = tuple(range(10, 40))
 SAMPLING = SamplingParams(max_tokens=4)
@@ -40,8 +47,8 @@ class Decode:
         self.node = node
         self.stream: MemoryStream[Any, PrefillToDecode]
         self.stream, served = memory_stream_pair("decode", node.name)
-        self.serving = asyncio.create_task(_serve(node.service.handle, served))
-        self.stream.try_send(_hello("decode", node.epoch))
+        self.serving = asyncio.create_task(serve_like_grpc(node.service.handle, served))
+        self.stream.try_send(hello_of("decode", node.epoch))
 
     def start(self, name: str = "r", retry: int = 0, **changes: Any) -> HandoffId:
         fields = {
@@ -130,22 +137,6 @@ async def test_full_queue_refuses_with_the_time_it_takes_to_drain() -> None:
         refused = await decode.hear(HandoffRefused)
         assert refused.failure.reason is Reason.OVERLOADED
         assert refused.failure.retry_after_s > 0
-
-
-@virtual
-async def test_deadline_in_the_queue_is_told() -> None:
-    async with prefill(max_num_requests=1) as (_, node, decode):
-        decode.start("0")
-        await asyncio.sleep(0.005)
-        decode.start("1", deadline_s=0.5)
-        await decode.hear(PrefillDone)  # the first keeps its place until its blocks are pulled
-        decode.start("2", first_block=0)
-        failed = None
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                failed = await decode.hear(HandoffFailed)
-        assert failed is None or failed.failure.reason is Reason.DEADLINE
-        assert node.loop.queue.num_tokens == 0
 
 
 @virtual
@@ -287,7 +278,7 @@ async def test_peer_that_says_nothing_or_another_model_is_not_served() -> None:
         with pytest.raises(WorkerLost, match="said nothing for 2 s"):
             await node.service.handle(served)
         other, served = memory_stream_pair("other", "prefill")
-        hello = _hello("other", node.epoch)
+        hello = hello_of("other", node.epoch)
         other.try_send(
             HandoffHello(
                 worker_id=hello.worker_id,

@@ -20,7 +20,7 @@ from tests.support.virtual_time import Deadlock, run_virtual, virtual
     num_items=st.integers(0, 12),
 )
 @settings(max_examples=150, deadline=None)
-def test_what_is_put_is_taken_once_and_in_order_whoever_is_cancelled(
+def test_what_is_put_is_taken_once_whoever_is_cancelled(
     seed: int, size: int, num_putters: int, num_takers: int, num_items: int
 ) -> None:
     async def run() -> None:
@@ -50,10 +50,6 @@ def test_what_is_put_is_taken_once_and_in_order_whoever_is_cancelled(
         box.end()
         await asyncio.wait(takers)
         assert sorted(taken) == sorted(put)
-        if num_takers == 1:
-            for putter in range(num_putters):
-                mine = [index for who, index in taken if who == putter]
-                assert mine == sorted(mine) or len(takers) > 1
         assert not await box.put((0, 0))
 
     run_virtual(run(), seed=seed)
@@ -157,5 +153,5 @@ def test_virtual_time_names_a_deadlock() -> None:
     async def wait_for_ever() -> None:
         await Mailbox[int]().take()
 
-    with pytest.raises(Deadlock, match="wait_for_ever|take|_wait_in"):
+    with pytest.raises(Deadlock, match=r"wait_for_ever"):
         run_virtual(wait_for_ever())
