@@ -5,10 +5,10 @@ from typing import Self
 
 import grpc
 
-from pdserve.client import codec
 from pdserve.client.channel import open_channel
 from pdserve.client.errors import error_from_call
 from pdserve.domain.messages import ClusterState
+from pdserve.rpc.membership_codec import cluster_from_proto
 from pdserve.v1 import membership_pb2, membership_pb2_grpc
 
 
@@ -35,8 +35,6 @@ class AdminClient:
         """Workers as the router sees them now, and what became of its requests."""
         request = membership_pb2.GetClusterRequest()
         try:
-            return codec.cluster_state_from_proto(
-                await self._stub.GetCluster(request, timeout=timeout_s)
-            )
+            return cluster_from_proto(await self._stub.GetCluster(request, timeout=timeout_s))
         except grpc.aio.AioRpcError as error:
             raise error_from_call(error, self.address) from None

@@ -5,14 +5,12 @@ import pytest
 
 from pdserve.client.codec import (
     chunk_from_proto,
-    cluster_state_from_proto,
     request_to_proto,
 )
 from pdserve.client.values import Prompt, Sampling
 from pdserve.domain.errors import BadRequest
-from pdserve.domain.messages import Role
 from pdserve.domain.tokens import FinishReason, PhaseTimeline, SampledToken
-from pdserve.v1 import inference_pb2, membership_pb2, types_pb2
+from pdserve.v1 import inference_pb2, types_pb2
 
 
 def test_unset_sampling_fields_stay_unset_on_the_wire() -> None:
@@ -90,33 +88,3 @@ def test_last_chunk_carries_usage_and_every_field_of_the_timeline() -> None:
 
 def test_chunk_in_the_middle_is_not_finished() -> None:
     assert chunk_from_proto(inference_pb2.GenerateChunk(text="x")).finished is None
-
-
-def test_cluster_state_keeps_workers_load_and_blocks() -> None:
-    message = membership_pb2.ClusterState(
-        router_id="r",
-        num_completed=5,
-        workers=[
-            membership_pb2.WorkerState(
-                hello=membership_pb2.WorkerHello(
-                    worker_id="prefill-0", role=membership_pb2.ROLE_PREFILL, epoch=9, pid=12
-                ),
-                load=membership_pb2.WorkerLoad(
-                    num_running=2,
-                    kv=membership_pb2.KvUsage(
-                        free=1, reserved=2, held=3, pinned=4, total=10, cached=1
-                    ),
-                ),
-                health="alive",
-                silence_s=0.25,
-            )
-        ],
-    )
-    state = cluster_state_from_proto(message)
-    worker = state.workers[0]
-    assert (state.router_id, state.num_completed) == ("r", 5)
-    assert worker.hello.role is Role.PREFILL
-    assert (worker.hello.worker_id, worker.hello.epoch, worker.hello.pid) == ("prefill-0", 9, 12)
-    assert worker.load.kv.total == 10
-    assert not worker.load.kv.is_idle
-    assert (worker.health, worker.silence_s) == ("alive", 0.25)
