@@ -24,10 +24,10 @@ class Framework(Settings):
     request_s: float = Field(0.0, ge=0, description="Host time per request in a decode step.")
     prefill_step_s: float = Field(0.0, ge=0, description="Extra host time of a step with prefill.")
     layer_s: float = Field(0.0, ge=0, description="Gaps between kernels, per layer.")
-    prompt_token_s: float = Field(
-        0.0, ge=0, description="Tokenizing and admission before a prompt's first step, per token."
-    )
-    prompt_s: float = Field(0.0, ge=0, description="The same per request.")
+    prompt_s: float = Field(0.0, ge=0, description="Frontend time of a new request, one by one.")
+    prompt_token_s: float = Field(0.0, ge=0, description="The same per prompt token.")
+    token_s: float = Field(0.0, ge=0, description="Frontend time of one token sent, one by one.")
+    reply_s: float = Field(0.0, ge=0, description="Delay of every reply; occupies nothing.")
     gemm_scale: float = Field(1.0, gt=0, description="Served over isolated GEMM time, decode.")
     prefill_scale: float = Field(1.0, gt=0, description="Served over isolated time, large steps.")
     attention_scale: float = Field(1.0, gt=0, description="The same for decode attention.")
@@ -47,9 +47,15 @@ def frameworks() -> Mapping[str, Framework]:
     return {framework.name: framework for framework in parsed}
 
 
-def find_framework(name: str = DEFAULT_FRAMEWORK) -> Framework:
-    """Look one up; raises `LocalFault` with the known names."""
+def find_framework(name: str = DEFAULT_FRAMEWORK, *details: str) -> Framework:
+    """The most specific entry: `vllm-fp8-h200_sxm`, else `vllm-fp8`, else `vllm`.
+
+    `details` are precision, GPU and so on in that order; raises `LocalFault` for an unknown name.
+    """
     known = frameworks()
-    if name not in known:
-        raise LocalFault(f"unknown framework {name!r}; known: {', '.join(known)}")
-    return known[name]
+    for length in range(len(details), -1, -1):
+        key = "-".join((name, *details[:length]))
+        if key in known:
+            return known[key]
+    heads = sorted({key.split("-")[0] for key in known})
+    raise LocalFault(f"unknown framework {name!r}; known: {', '.join(heads)}")

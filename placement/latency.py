@@ -68,8 +68,10 @@ class LatencyGrid:
 
     fixed_s: float
     prefill_fixed_s: float
-    prompt_s: float  # host time of a request before its first step: not the device's
-    prompt_token_s: float
+    prompt_s: float = 0.0  # host times, not the device's: see `placement.framework.Framework`
+    prompt_token_s: float = 0.0
+    token_s: float = 0.0
+    reply_s: float = 0.0
     num_stages: int
     tokens: Array
     linear_s: Array  # [tokens]
@@ -114,7 +116,7 @@ def _read_plane(axes: tuple[Array, Array], values: Array, x: float, y: float) ->
     j, v = _cell(axes[1], y)
     low = values[i, j] + (values[i, j + 1] - values[i, j]) * v
     high = values[i + 1, j] + (values[i + 1, j + 1] - values[i + 1, j]) * v
-    return max(float(low + (high - low) * u), 0.0)
+    return float(low + (high - low) * u)
 
 
 class LatencyModel(Protocol):
@@ -175,8 +177,6 @@ def fitted_latency(coefficients: StepCoefficients, *, num_stages: int = 1) -> Gr
     grid = LatencyGrid(
         fixed_s=coefficients.fixed_s,
         prefill_fixed_s=0.0,
-        prompt_s=0.0,
-        prompt_token_s=0.0,
         num_stages=num_stages,
         tokens=tokens,
         linear_s=tokens * coefficients.prefill_token_s,
@@ -221,6 +221,8 @@ def _grid(times: LayerTimes) -> LatencyGrid:
         prefill_fixed_s=framework.prefill_step_s,
         prompt_s=framework.prompt_s,
         prompt_token_s=framework.prompt_token_s,
+        token_s=framework.token_s,
+        reply_s=framework.reply_s,
         num_stages=times.parallelism.pp,
         tokens=TOKENS,
         linear_s=np.maximum.accumulate(times.linear_s(TOKENS)),

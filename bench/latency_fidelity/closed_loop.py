@@ -23,7 +23,16 @@ Floats = NDArray[np.float64]
 def grid_arrays(grid: LatencyGrid) -> tuple[Any, ...]:
     """The grid as a plain tuple that compiled code takes."""
     return (
-        np.array([grid.fixed_s, grid.prefill_fixed_s, grid.prompt_s, grid.prompt_token_s]),
+        np.array(
+            [
+                grid.fixed_s,
+                grid.prefill_fixed_s,
+                grid.prompt_s,
+                grid.prompt_token_s,
+                grid.token_s,
+                grid.reply_s,
+            ]
+        ),
         grid.tokens,
         grid.linear_s,
         grid.chunks,
@@ -48,7 +57,7 @@ def _plane(xs, ys, values, x, y):  # type: ignore[no-untyped-def]
     j, v = _cell(ys, y)
     low = values[i, j] + (values[i, j + 1] - values[i, j]) * v
     high = values[i + 1, j] + (values[i + 1, j + 1] - values[i + 1, j]) * v
-    return max(low + (high - low) * u, 0.0)
+    return low + (high - low) * u
 
 
 @numba.njit(cache=True)
@@ -69,12 +78,13 @@ def step_s(grid, chunk, pairs, decodes, context_sum):  # type: ignore[no-untyped
 def serve(grid, rule, limits, prompts, outputs, concurrency):  # type: ignore[no-untyped-def]
     """TTFT and TPOT (seconds) of each request of one colocated instance.
 
-    limits: step token budget, KV capacity in tokens, most requests in a batch.
+    limits: step token budget, KV capacity in tokens, most requests in a batch, most prompts
+    started in one step. One frontend process handles, first come first served, new requests and every token sent.
     """
-    budget, capacity, max_batch = limits
+    budget, capacity, max_batch, max_prompts = limits
     count = len(prompts)
     sent = np.zeros(count)
-    ready = np.zeros(count)  # when the engine may first see it
+    ready = np.full(count, 1e30)  # when the engine may first see it
     first = np.full(count, -1.0)
     ended = np.zeros(count)
     done = np.zeros(count, np.int64)  # prompt tokens computed
@@ -85,15 +95,22 @@ def serve(grid, rule, limits, prompts, outputs, concurrency):  # type: ignore[no
     running = np.zeros(count, np.int64)
     num_running = 0
     scalars = grid[0]
+    token_s, late = scalars[4], scalars[5]
     next_request = min(concurrency, count)
+    frontend = 0.0  # when it is free again
+    passed = 0  # requests that went through the frontend
     for r in range(next_request):
-        ready[r] = scalars[2] + scalars[3] * prompts[r]
         waiting[tail] = r
         tail += 1
     now = 0.0
     used = 0.0
     finished = 0
     while finished < count:
+        while passed < next_request and sent[passed] <= now + 1e-12:
+            frontend = max(frontend, sent[passed])
+            frontend += scalars[2] + scalars[3] * prompts[passed]
+            ready[passed] = frontend
+            passed += 1
         # What this step prefills.
         decodes, context_sum = 0, 0.0
         for i in range(num_running):
@@ -111,7 +128,8 @@ def serve(grid, rule, limits, prompts, outputs, concurrency):  # type: ignore[no
                 chunk += take
                 room -= take
                 done[r] += take
-        while head < tail and room > 0 and num_running < max_batch:
+        started = 0
+        while head < tail and room > 0 and num_running < max_batch and started < max_prompts:
             r = waiting[head]
             if ready[r] > now + 1e-12:
                 break
@@ -140,9 +158,10 @@ def serve(grid, rule, limits, prompts, outputs, concurrency):  # type: ignore[no
             done[r] = take
             running[num_running] = r
             num_running += 1
+            started += 1
             head += 1
         if chunk + decodes == 0:
-            soonest = 1e30
+            soonest = sent[passed] if passed < next_request else 1e30
             for i in range(head, tail):
                 soonest = min(soonest, ready[waiting[i]])
             now = max(now, soonest)
@@ -157,9 +176,11 @@ def serve(grid, rule, limits, prompts, outputs, concurrency):  # type: ignore[no
                 steps = min(steps, outputs[running[i]] - made[running[i]])
             middle = context_sum + decodes * (steps - 1) / 2.0
             each = step_s(grid, 0, 0.0, decodes, middle)
+            soonest = sent[passed] if passed < next_request else 1e30
             if head < tail and ready[waiting[head]] > now:
-                until = int((ready[waiting[head]] - now) / each) + 1
-                steps = min(steps, max(until, 1))
+                soonest = min(soonest, ready[waiting[head]])
+            if soonest < now + each * steps:
+                steps = min(steps, max(int((soonest - now) / each) + 1, 1))
             if rule != TRTLLM:
                 left = int((capacity - used) / max(decodes, 1))
                 steps = max(1, min(steps, left))
@@ -169,7 +190,19 @@ def serve(grid, rule, limits, prompts, outputs, concurrency):  # type: ignore[no
         else:
             elapsed = step_s(grid, chunk, pairs, decodes, context_sum)
         now += elapsed
+        while passed < next_request and sent[passed] <= now + 1e-12:
+            frontend = max(frontend, sent[passed])
+            frontend += scalars[2] + scalars[3] * prompts[passed]
+            ready[passed] = frontend
+            passed += 1
         # Who got tokens, who ended.
+        sending = 0
+        for i in range(num_running):
+            r = running[i]
+            if done[r] >= need[r] and (first[r] < 0.0 or chunk == 0 or rule != SGLANG):
+                sending += 1
+        frontend = max(frontend + steps * sending * token_s, now + sending * token_s)
+        seen = frontend + late if token_s > 0.0 else now + late
         keep = 0
         for i in range(num_running):
             r = running[i]
@@ -178,7 +211,7 @@ def serve(grid, rule, limits, prompts, outputs, concurrency):  # type: ignore[no
                 fresh = need[r] > 0 and first[r] < 0.0
                 resumed = False
                 if fresh:
-                    first[r] = now
+                    first[r] = seen
                     made[r] = 1
                 elif chunk > 0 and rule == SGLANG:
                     resumed = True  # its decode waited for the prompts
@@ -189,12 +222,11 @@ def serve(grid, rule, limits, prompts, outputs, concurrency):  # type: ignore[no
                 if not resumed and made[r] >= outputs[r]:
                     is_done = True
             if is_done:
-                ended[r] = now
+                ended[r] = seen
                 finished += 1
                 used -= prompts[r] + outputs[r] if rule == TRTLLM else prompts[r] + made[r] - 1
                 if next_request < count:
-                    sent[next_request] = now
-                    ready[next_request] = now + scalars[2] + scalars[3] * prompts[next_request]
+                    sent[next_request] = seen
                     waiting[tail] = next_request
                     tail += 1
                     next_request += 1

@@ -1,0 +1,120 @@
+"""`pdserve gpus`: the GPU types that plans can use, and what one model needs on each."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from placement.hardware import Gpu
+    from placement.model_spec import ModelSpec
+
+
+def gpus(
+    name: Annotated[
+        str | None, typer.Argument(help="One GPU type, in full; left out: all, as a table.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="YAML file with GPU types of your own.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Model name or config.json: adds what fits, how fast."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """List GPU types: memory, bandwidth, arithmetic, links, power, assumed price."""
+    from placement.hardware import find_gpu, load_gpus
+    from placement.model_config import load_model
+
+    known = load_gpus(file)
+    chosen = [find_gpu(name, known)] if name else list(known.values())
+    spec = load_model(model) if model else None
+    if as_json:
+        typer.echo(json.dumps([_record(gpu, spec) for gpu in chosen], indent=2))
+        return
+    if name and spec is None:
+        for field, value in chosen[0].model_dump().items():
+            typer.echo(f"{field:22} {'-' if value is None else value}")
+        return
+    _print_table(chosen, spec)
+
+
+def _record(gpu: "Gpu", spec: "ModelSpec | None") -> dict[str, object]:
+    record: dict[str, object] = gpu.model_dump()
+    record["latency_source"] = "measured" if gpu.has_tables else "roofline"
+    if spec is not None:
+        record["model"] = {"name": spec.name, **_fit(gpu, spec)}
+    return record
+
+
+def _fit(gpu: "Gpu", spec: "ModelSpec") -> dict[str, object]:
+    """The least TP inside one node that holds the weights, and speed there."""
+    from placement.latency import composed_latency, kv_capacity_tokens
+    from placement.model_spec import Parallelism
+
+    tp = 1
+    while tp <= gpu.gpus_per_node:
+        cut = Parallelism(tp=tp)
+        tokens = kv_capacity_tokens(spec, gpu, cut) if spec.fits(cut) is None else 0
+        if tokens >= 4096:
+            latency = composed_latency(spec, gpu, cut)
+            return {
+                "tp": tp,
+                "kv_tokens": tokens,
+                "prefill_2048_s": latency.prefill_s([2048]),
+                "decode_16_s": latency.decode_s(16, 2048),
+                "relative_error": latency.relative_error,
+            }
+        tp *= 2
+    return {"tp": None}
+
+
+def _print_table(chosen: "list[Gpu]", spec: "ModelSpec | None") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("GPU", no_wrap=True)
+    heads = ["GiB", "TB/s", "bf16 TF", "fp8 TF", "node GB/s", "net GB/s", "W", "$/h*", "latency"]
+    if spec is not None:
+        heads = ["GiB", "$/h*", "latency", "TP", "KV tokens", "prefill 2k", "decode x16"]
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for gpu in chosen:
+        price = "-" if gpu.usd_per_hour is None else f"{gpu.usd_per_hour:.2f}"
+        latency = "measured" if gpu.has_tables else "roofline"
+        if spec is None:
+            table.add_row(
+                gpu.name,
+                f"{gpu.memory_gib:.0f}",
+                f"{gpu.memory_gb_per_s / 1e3:.2f}",
+                f"{gpu.bf16_tflops:.0f}",
+                "-" if gpu.fp8_tflops is None else f"{gpu.fp8_tflops:.0f}",
+                f"{gpu.intra_node_gb_per_s:.0f}",
+                f"{gpu.inter_node_gb_per_s:.1f}",
+                f"{gpu.tdp_w:.0f}",
+                price,
+                latency,
+            )
+        else:
+            table.add_row(gpu.name, f"{gpu.memory_gib:.0f}", price, latency, *_fit_cells(gpu, spec))
+    console = Console(width=110, soft_wrap=True)
+    console.print(table)
+    console.print(
+        "* our assumption of a list price: set your own with --file gpus.yaml", style="dim"
+    )
+
+
+def _fit_cells(gpu: "Gpu", spec: "ModelSpec") -> list[str]:
+    fit = _fit(gpu, spec)
+    if fit["tp"] is None:
+        return ["-", "no fit", "-", "-"]
+    prefill_s, decode_s = float(str(fit["prefill_2048_s"])), float(str(fit["decode_16_s"]))
+    return [
+        str(fit["tp"]),
+        f"{fit['kv_tokens']:,}",
+        f"{prefill_s * 1e3:.0f} ms",
+        f"{decode_s * 1e3:.1f} ms",
+    ]
