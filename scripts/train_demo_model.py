@@ -344,7 +344,7 @@ def write_card(
     num_parameters = sum(p.numel() for p in trainer.model.parameters())
     weights_bytes = (recipe.folder / "model.safetensors").stat().st_size
     num_tokens = trainer.step * TOKENS_PER_STEP
-    blocks = "\n\n".join(f"```python\n{sample}\n```" for sample in samples)
+    blocks = "\n\n".join(f"```python\n{sample.rstrip()}\n```" for sample in samples)
     card = f"""# {recipe.title}
 
 A demo model: it exists so that pdserve can be tried and tested offline. **Not for real use.**
