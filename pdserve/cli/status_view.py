@@ -76,7 +76,13 @@ def render_state(state: ClusterState, *, is_wide: bool = True) -> Group:
     if not state.workers:
         return Group(*lines, "no worker is registered")
     legend = "KV blocks: free + reserved + held + pinned = total"
-    return Group(*lines, _worker_table(state.workers, is_wide=is_wide), legend)
+    corrupt = [
+        f"{worker.hello.worker_id} read {worker.load.num_corrupt_blocks} KV blocks that did not "
+        "match their digests; none was used"
+        for worker in state.workers
+        if worker.load.num_corrupt_blocks
+    ]
+    return Group(*lines, _worker_table(state.workers, is_wide=is_wide), legend, *corrupt)
 
 
 def state_as_json(state: ClusterState) -> dict[str, object]:

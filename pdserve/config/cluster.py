@@ -71,6 +71,12 @@ class DecodePool(WorkerPool):
     """Workers that write answers."""
 
     replicas: int = Field(1, ge=1, le=64, description="worker processes")
+    max_local_prefill_tokens: int = Field(
+        64, ge=0, description="read here what its own prefix cache leaves of a prompt, up to this"
+    )
+    corrupt_kv_blocks: int | Literal["all"] = Field(
+        0, description="fault drill: flip a byte in this many blocks that each worker reads"
+    )
 
 
 class ClusterSettings(Settings):
@@ -154,9 +160,7 @@ class ClusterSettings(Settings):
                 coefficients=self.coefficients,
             ),
             transports=self.transports,
-            max_num_requests=pool.max_num_requests,
-            max_num_waiting=pool.max_num_waiting,
-            max_step_tokens=pool.max_step_tokens,
+            **pool.model_dump(exclude={"replicas", "num_blocks"}),
             timers=self.timers,
             log_level=self.log_level,
         )

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 
@@ -95,3 +96,11 @@ def test_state_as_json_is_plain_with_hashes_in_hexadecimal() -> None:
     assert content["workers"][0]["hello"]["model_hash"] == "01ff"
     assert content["workers"][0]["load"]["kv"]["pinned"] == 4
     assert content["workers"][0]["hello"]["role"] == "decode"
+
+
+def test_corrupt_blocks_are_told() -> None:
+    healthy = worker("decode-0", Role.DECODE)
+    load = dataclasses.replace(healthy.load, num_corrupt_blocks=3)
+    sick = dataclasses.replace(healthy, load=load)
+    assert "digests" not in rendered(state(healthy), width=120, is_wide=True)
+    assert "decode-0 read 3 KV blocks" in rendered(state(sick), width=120, is_wide=True)
