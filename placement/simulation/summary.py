@@ -17,6 +17,8 @@ T_95_OF_BATCHES = 2.093  # Student's t, NUM_BATCHES - 1 degrees of freedom
 MIN_REQUESTS_FOR_BATCHES = 10 * NUM_BATCHES
 MIN_GROWTH_SHARE = 0.02  # of the arrivals that stay in the cluster: above it, overload
 MIN_GROWTH_REQUESTS = 5.0
+MIN_GROWTH_OF_NUMBER = 0.5  # of those that were there before: a steady number also varies
+CLEAR_GROWTH_SHARE = 0.2  # before the first token: overload however short the run
 MIN_LIFETIMES = 4.0  # a run must last so many mean request times to tell a trend
 
 
@@ -164,10 +166,12 @@ def judge_load(result: SimulationResult, *, is_closed: bool = False) -> Load:
         late = _mean_number(begin, end, 0.75 * span_s, span_s)
         growth = (late - early) / (0.5 * span_s)
         growths.append(growth)
-        is_growing |= growth > MIN_GROWTH_SHARE * rate and late - early > MIN_GROWTH_REQUESTS
+        least = max(MIN_GROWTH_REQUESTS, MIN_GROWTH_OF_NUMBER * early)
+        is_growing |= growth > MIN_GROWTH_SHARE * rate and late - early > least
     verdict = Verdict.OVERLOADED if is_growing else Verdict.STABLE
     stay_s = float(np.median(result.e2e_s[kept] - result.ttft_s[kept]))
-    if span_s < MIN_LIFETIMES * stay_s:
+    is_clear = is_growing and growths[0] > CLEAR_GROWTH_SHARE * rate
+    if span_s < MIN_LIFETIMES * stay_s and not is_clear:
         verdict = Verdict.TOO_SHORT
     return Load(verdict=verdict, growth_before_first_token=growths[0], growth_in_decode=growths[1])
 
