@@ -2,11 +2,12 @@
 
 import asyncio
 import dataclasses
+from typing import Any
 
 import pytest
 import structlog
 
-from pdserve.domain.errors import Reason
+from pdserve.domain.errors import Reason, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import (
     BlocksOffered,
@@ -18,7 +19,7 @@ from pdserve.domain.messages import (
 )
 from pdserve.domain.tokens import Completed, Failed, SampledToken
 from tests.support.virtual_time import virtual
-from tests.support.worker_pair import Call, Sizes, WorkerPair, oracle
+from tests.support.worker_pair import Call, PairTransport, Sizes, WorkerPair, oracle
 
 PROMPT = tuple(range(10, 40))
 ALONE = Sizes(num_prefill=0)
@@ -143,6 +144,26 @@ async def test_corrupt_block_is_read_again_and_counted() -> None:
         assert pair.handoffs.num_corrupt_blocks == 1
 
 
+class StubbornTransport(PairTransport):
+    """Its read fails where a correct one would be cancelled: the peer died in the same turn."""
+
+    async def read(self, *args: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise TransferFailed("the peer is gone") from None
+
+
+@virtual
+async def test_answer_that_is_whole_is_no_failure_whatever_the_transfer_says() -> None:
+    async with WorkerPair(Sizes(num_prefill=2)) as pair:
+        pair.links._transports = (StubbornTransport(),)
+        call = pair.submit(PROMPT, max_tokens=1)
+        await call.completed()
+        assert_right(call)
+        assert pair.prefill[1].loop.load(0, is_draining=False).num_tokens == 0
+
+
 @virtual
 async def test_corruption_without_end_is_an_error_and_no_token_is_computed_from_it() -> None:
     async with WorkerPair(Sizes(num_prefill=2)) as pair:
@@ -241,9 +262,10 @@ async def test_leases_of_open_handoffs_are_renewed() -> None:
     async with WorkerPair() as pair:
         pair.transport.pause_s = lambda: 5.0
         call = pair.submit(PROMPT, max_tokens=6)
-        await call.completed()
+        end = await call.completed()
         assert_right(call)
-        assert asyncio.get_running_loop().time() > 1000 + pair.timers.lease_s
+        assert end.timeline.transfer_s > 2 * pair.timers.lease_s
+        assert end.timeline.transferred_bytes == 8 * pair.engine.kv.layout.block_bytes
 
 
 @virtual
