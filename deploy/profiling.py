@@ -1,0 +1,131 @@
+"""`pdserve profile`: options and help, and the two ways to a cluster; light to import.
+
+The command lives above `placement`, which measures and fits, since it may start a cluster itself.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pdserve.config.cluster import ClusterSettings
+    from placement.fitting import FittedProfile
+    from placement.probing import Advance, ProbePlan
+
+
+def profile(
+    address: Annotated[
+        str | None,
+        typer.Option("--address", "-a", help="Internal address of a router that serves no one."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Start a cluster of 1 + 1 workers with this model."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the profile goes.")] = Path(
+        "profile.json"
+    ),
+    sim: Annotated[
+        Path | None, typer.Option("--sim", help="Also write a configuration for pdserve simulate.")
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=100, help="Each figure is the median of so many.")
+    ] = 5,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Answers side by side at one decode worker at most.")
+    ] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON.")] = False,
+) -> None:
+    """Fit the latency model to a running cluster, by requests; show how well it fits.
+
+    Give --address for a cluster that runs (and serves nobody else), or --model.
+
+    \b
+    Examples:
+      pdserve profile --model demo
+      pdserve profile --address 127.0.0.1:7451 --output a100.json --sim sim.yaml
+      pdserve simulate --config sim.yaml --workload w.csv
+    """
+    from pdserve.cli.running import run
+    from pdserve.domain.errors import LocalFault
+    from placement.fitting import simulation_yaml, to_json, write_profile
+    from placement.probing import ProbePlan
+
+    if (address is None) == (model is None):
+        given = "both" if model else "neither"
+        raise LocalFault(f"give --address or --model, one of them; got {given}")
+    for path in (output, sim):
+        _check_writable(path)
+    plan = ProbePlan(num_rounds=rounds, max_batch=max_batch)
+
+    async def start() -> None:
+        found = await _measure(address, model, plan)
+        write_profile(found, output)
+        if sim is not None:
+            sim.write_text(simulation_yaml(found, str(output.resolve())), encoding="utf-8")
+        if as_json:
+            import json
+
+            typer.echo(json.dumps(to_json(found), indent=1))
+            return
+        from pdserve.cli.status_view import plain_console
+        from placement.profile_view import show_profile
+
+        show_profile(found, plain_console())
+        typer.echo(f"wrote {output}" + (f" and {sim}" if sim else ""))
+
+    run(start)
+
+
+async def profile_cluster(
+    internal_address: str, plan: "ProbePlan", advance: "Advance"
+) -> "FittedProfile":
+    """Measure the cluster of the router at this address."""
+    from pdserve.client.admin import AdminClient
+    from pdserve.client.inference import InferenceClient
+    from pdserve.client.load import only_model
+    from placement.probing import Prober, Workers
+
+    async with AdminClient(internal_address) as admin:
+        state = await admin.cluster_state()
+    workers = Workers.of(state)
+    async with InferenceClient(state.public_address) as client:
+        served = await only_model(client)
+        prober = Prober(client=client, model=served, workers=workers, plan=plan, advance=advance)
+        return await prober.measure()
+
+
+def profiled_settings(model: str) -> "ClusterSettings":
+    """One worker of each kind on free ports."""
+    from pdserve.config.cluster import ClusterSettings, RouterPool
+
+    return ClusterSettings(
+        model=model, router=RouterPool(port=0, internal_port=0), log_level="warning"
+    )
+
+
+async def _measure(address: str | None, model: str | None, plan: "ProbePlan") -> "FittedProfile":
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from deploy.local import LocalCluster
+    from deploy.machine_load import LoadMeter
+
+    with Console(stderr=True).status("looking at the cluster") as status:
+        if address is not None:
+            return await profile_cluster(address, plan, status.update)
+        assert model is not None
+        async with LocalCluster.start(profiled_settings(model), report=status.update) as cluster:
+            meter = LoadMeter(process.pid for process in cluster.processes)
+            found = await profile_cluster(cluster.internal_address, plan, status.update)
+            return replace(found, foreign_cores=meter.foreign_cores())
+
+
+def _check_writable(path: Path | None) -> None:
+    """A path that cannot be written is told before minutes of measuring."""
+    from pdserve.domain.errors import LocalFault
+
+    if path is not None and not path.resolve().parent.is_dir():
+        raise LocalFault(f"{path}: no such folder")
