@@ -9,6 +9,7 @@ against 2.3 for 64 values).
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -17,8 +18,6 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
-
-DecodeAttention = Callable[..., None]  # parameters: see `_decode_attention`
 
 _FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
 _LN2_HIGH = np.float32(0.693359375)
@@ -170,22 +169,54 @@ def _decode_attention(
                 )  # fmt: skip
 
 
-@functools.cache
-def compile_attention() -> DecodeAttention:
-    """Compile for this machine (seconds), or take what an earlier process left on disk.
+def _store_rows(
+    source: Floats,
+    memory: Floats,
+    block_values: int,
+    offset: int,
+    block_size: int,
+    row_blocks: Ints,
+    row_offsets: Ints,
+) -> None:
+    """Copy each row of `source`, flat [rows, width], to its place in its block of `memory`.
 
-    Compiled code goes to `__pycache__`, or to the user's cache directory if that is read-only; with
-    neither to write to, nothing is kept.
+    The part of a block that is written begins `offset` values into it: [block_size, width].
     """
-    options: dict[str, Any] = {"fastmath": _FAST, "error_model": "numpy", "nogil": True}
-    try:
-        compiled = numba.njit(cache=True, **options)(_decode_attention)
-    except RuntimeError:  # "cannot cache function: no locator available"
-        compiled = numba.njit(**options)(_decode_attention)
+    width = len(source) // len(row_blocks)
+    for row in range(len(row_blocks)):
+        first = np.uint64(row_blocks[row] * block_values + offset + row_offsets[row] * width)
+        base = np.uint64(row * width)
+        for place in range(np.uint64(width)):
+            memory[first + place] = source[base + place]
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledAttention:
+    """Parameters: see `_decode_attention` and `_store_rows`."""
+
+    attend: Callable[..., None]
+    store: Callable[..., None]
+
+
+@functools.cache
+def compile_attention() -> CompiledAttention:
+    """Compile for this machine (seconds), or take what an earlier process left on disk."""
+    attend, store = _compile(_decode_attention), _compile(_store_rows)
     floats, ints = np.zeros(8, dtype=np.float32), np.zeros(1, dtype=np.int64)
     sizes = (1, 1, 1, 4, 4, 0, 0)
-    compiled(
+    attend(
         floats[:4], floats, 8, 0, 4, sizes, ints, ints, ints, ints, 1.0, 0.0, floats[:0], floats[:4]
     )
-    result: DecodeAttention = compiled
+    store(floats[:4], floats, 8, 0, 1, ints, ints)
+    return CompiledAttention(attend, store)
+
+
+def _compile(function: Callable[..., None]) -> Callable[..., None]:
+    """Compiled code is kept in `__pycache__`, else in the user's cache, else nowhere."""
+    options: dict[str, Any] = {"fastmath": _FAST, "error_model": "numpy", "nogil": True}
+    try:
+        compiled = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # "cannot cache function: no locator available"
+        compiled = numba.njit(**options)(function)
+    result: Callable[..., None] = compiled
     return result

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 
 _TYPICAL_ROWS = 64
+_QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
 
 
 def pack_linears(model: Module) -> int:
@@ -38,18 +39,62 @@ def pack_linears(model: Module) -> int:
         for parameter in module._parameters.values()
         if parameter is not None
     )
+    joined = _joined(model, linears)
     for linear in linears:
         is_shared = users[id(linear.weight)] > 1
         replaced: Any = linear
-        replaced.forward = _packed_forward(linear.weight.detach(), linear.bias)
+        replaced.forward = joined.get(linear) or _packed_forward(linear.weight, linear.bias)
         if not is_shared:
             hollow = torch.full((1, 1), torch.nan).expand(linear.weight.shape)
             linear.weight = Parameter(hollow, requires_grad=False)
     return len(linears)
 
 
+def _joined(model: Module, linears: list[Linear]) -> dict[Linear, Callable[[Tensor], Tensor]]:
+    """Forwards of the query, key and value projections that can be one product."""
+    packed = set(linears)
+    forwards: dict[Linear, Callable[[Tensor], Tensor]] = {}
+    for module in model.modules():
+        parts = [module._modules.get(name) for name in _QUERY_KEY_VALUE]
+        found = [part for part in parts if isinstance(part, Linear) and part in packed]
+        biases = {part.bias is None for part in found}
+        inputs = {part.in_features for part in found}
+        if len(found) == len(parts) and len(biases) == len(inputs) == 1:
+            product = _JoinedLinears(found)
+            forwards |= {part: product.part(index) for index, part in enumerate(found)}
+    return forwards
+
+
+class _JoinedLinears:
+    """Several linear layers of the same rows as one product, computed when the first is called."""
+
+    def __init__(self, linears: list[Linear]) -> None:
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+        self._run = _packed_forward(weight, torch.cat(biases) if biases else None)
+        self._sizes = [linear.out_features for linear in linears]
+        self._rows: Tensor | None = None
+        self._results: tuple[Tensor, ...] = ()
+
+    def part(self, index: int) -> Callable[[Tensor], Tensor]:
+        """The forward of layer `index`; the last one lets go of rows and results."""
+
+        def forward(rows: Tensor) -> Tensor:
+            if rows is not self._rows:
+                self._rows, self._results = (
+                    rows,
+                    torch.split_with_sizes(self._run(rows), self._sizes, dim=-1),
+                )
+            result = self._results[index]
+            if index == len(self._sizes) - 1:
+                self._rows, self._results = None, ()
+            return result
+
+        return forward
+
+
 def _packed_forward(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
     run = torch.ops.mkldnn._linear_pointwise
     bias = None if bias is None else bias.detach()
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pdserve.engine.attention import AttentionCall, attend_dense, first_visible
 from pdserve.engine.kv_memory import KvMemory
-from pdserve.engine.numba_attention import DecodeAttention
+from pdserve.engine.numba_attention import CompiledAttention
 from pdserve.engine.packing import PackedBatch
 
 _MAX_COMPILED_PAIRS = 4096  # longer chunks are faster through SDPA, which blocks over queries
@@ -22,19 +22,22 @@ class PagedCache:
     They are views of `kv`, strided over blocks; nothing here owns memory.
     """
 
-    def __init__(self, kv: KvMemory, compiled: DecodeAttention | None = None) -> None:
+    def __init__(self, kv: KvMemory, compiled: CompiledAttention | None = None) -> None:
         """`compiled` attends short chunks and decode rows (float32 only); without it torch does."""
         layout = kv.layout
         assert compiled is None or layout.dtype == "float32"
         self.block_size = layout.block_size
         self.compiled = compiled
-        self.layout = layout
+        self.block_values = layout.block_bytes // layout.item_bytes
+        self.offsets: list[tuple[int, int]] = []  # of each layer's K and V in a block, in values
         self.memory = np.frombuffer(kv.bytes, dtype=np.float32) if compiled else np.zeros(0)
         flat = torch.frombuffer(kv.bytes, dtype=DTYPES[layout.dtype]).view(kv.num_blocks, -1)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for index, layer in enumerate(layout.layers):
             offset = layout.layer_offset_bytes(index) // layout.item_bytes
+            k_size = layout.block_size * layer.num_kv_heads * layer.k_head_dim
+            self.offsets.append((offset, offset + k_size))
             for views, head_dim in (
                 (self.keys, layer.k_head_dim),
                 (self.values, layer.v_head_dim),
@@ -65,9 +68,7 @@ class PagedStep:
         self._spans = list(zip(*(column[~is_compiled].tolist() for column in columns), strict=True))
 
     def attend(self, call: AttentionCall) -> Tensor:
-        slots = (self._blocks, self._offsets)
-        self._cache.keys[call.layer].index_put_(slots, call.key.transpose(0, 1))
-        self._cache.values[call.layer].index_put_(slots, call.value.transpose(0, 1))
+        self._store(call)
         heads, rows, _ = call.query.shape
         out = call.query.new_empty(rows, heads, call.value.shape[-1])
         if len(self._rows):
@@ -77,26 +78,37 @@ class PagedStep:
             out[first : first + length] = result.transpose(0, 1)
         return out
 
+    def _store(self, call: AttentionCall) -> None:
+        """Write the rows' K and V to their slots."""
+        cache, batch = self._cache, self._batch
+        parts = (call.key.transpose(0, 1), call.value.transpose(0, 1))
+        if cache.compiled is None:
+            slots = (self._blocks, self._offsets)
+            cache.keys[call.layer].index_put_(slots, parts[0])
+            cache.values[call.layer].index_put_(slots, parts[1])
+            return
+        for part, offset in zip(parts, cache.offsets[call.layer], strict=True):
+            cache.compiled.store(
+                part.reshape(-1).numpy(),
+                cache.memory,
+                cache.block_values,
+                offset,
+                cache.block_size,
+                batch.row_blocks,
+                batch.row_offsets,
+            )
+
     def _attend_compiled(self, call: AttentionCall, out: Tensor) -> None:
         cache = self._cache
         assert cache.compiled is not None
-        layout, layer = cache.layout, cache.layout.layers[call.layer]
-        k_offset = layout.layer_offset_bytes(call.layer) // layout.item_bytes
-        cache.compiled(
+        kv_heads, _, k_head_dim = call.key.shape
+        heads, v_head_dim = call.query.shape[0], call.value.shape[-1]
+        cache.compiled.attend(
             call.query.transpose(0, 1).reshape(-1).numpy(),
             cache.memory,
-            layout.block_bytes // layout.item_bytes,
-            k_offset,
-            k_offset + layout.block_size * layer.num_kv_heads * layer.k_head_dim,
-            (
-                layout.block_size,
-                call.query.shape[0],
-                layer.num_kv_heads,
-                layer.k_head_dim,
-                layer.v_head_dim,
-                call.window,
-                call.chunk,
-            ),
+            cache.block_values,
+            *cache.offsets[call.layer],
+            (cache.block_size, heads, kv_heads, k_head_dim, v_head_dim, call.window, call.chunk),
             self._rows,
             self._row_positions,
             self._batch.tables,

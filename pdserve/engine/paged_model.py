@@ -11,6 +11,7 @@ from pdserve.domain.ids import BlockId
 from pdserve.domain.sampling import SamplingParams
 from pdserve.engine.attention import attending
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
+from pdserve.engine.fused_norm import fuse_norms
 from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_probe import (
@@ -22,7 +23,7 @@ from pdserve.engine.model_probe import (
     run_packed,
     use_paged,
 )
-from pdserve.engine.numba_attention import DecodeAttention, compile_attention
+from pdserve.engine.numba_attention import CompiledAttention, compile_attention
 from pdserve.engine.packed_linear import pack_linears
 from pdserve.engine.packing import pack
 from pdserve.engine.paged_cache import DTYPES, PagedCache, PagedStep
@@ -78,6 +79,7 @@ class PagedModel:
         use_paged(model)
         layout = discover_layout(model, block_size=block_size, dtype=dtype)
         pack_linears(model)
+        fuse_norms(model)
         self._model = model
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         scratch = KvMemory(layout, len(tokens))
@@ -122,7 +124,7 @@ class PagedModel:
         check_same_logits(self._model, torch.stack(rows), plain[ends], dtype)
 
 
-def _choose_attention(attention: str, dtype: str) -> DecodeAttention | None:
+def _choose_attention(attention: str, dtype: str) -> CompiledAttention | None:
     """`numba` reads float32 only; `auto` leaves other dtypes to torch."""
     if attention not in ("auto", "numba", "torch"):
         raise LocalFault(f"attention must be auto, numba or torch; got {attention}")
