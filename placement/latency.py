@@ -18,7 +18,7 @@ from pdserve.domain.latency import StepCoefficients, StepShape, num_attention_pa
 from placement.framework import Framework, find_framework
 from placement.hardware import Gpu, Link
 from placement.layer_times import LayerTimes
-from placement.model_spec import ModelSpec, Parallelism
+from placement.model_spec import ONE_GPU, ModelSpec, Parallelism
 from placement.tables.interpolate import Array
 from placement.tables.kernels import kernels_of
 
@@ -193,7 +193,7 @@ def fitted_latency(coefficients: StepCoefficients, *, num_stages: int = 1) -> Gr
 def composed_latency(
     spec: ModelSpec,
     gpu: Gpu,
-    parallelism: Parallelism = Parallelism(),
+    parallelism: Parallelism = ONE_GPU,
     framework: Framework | None = None,
 ) -> GridLatency:
     """Measured tables where `gpu` has them, else its roofline; raises for an impossible cut."""
@@ -244,7 +244,7 @@ RUNTIME_BYTES = 3.5 * 2**30  # context, libraries, communicators, CUDA graphs, a
 def kv_capacity_tokens(
     spec: ModelSpec,
     gpu: Gpu,
-    parallelism: Parallelism = Parallelism(),
+    parallelism: Parallelism = ONE_GPU,
     *,
     memory_share: float = MEMORY_SHARE,
     runtime_bytes: float = RUNTIME_BYTES,

@@ -31,6 +31,9 @@ class Parallelism:
         return self.tp * self.attention_dp
 
 
+ONE_GPU = Parallelism()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentAttention:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
@@ -264,7 +267,7 @@ class ModelSpec:
         layers = -(-self.num_full_layers // parallelism.pp)
         return self._kv_bytes_per_layer(parallelism.tp) * max(layers, 1)
 
-    def weight_bytes(self, parallelism: Parallelism = Parallelism()) -> float:
+    def weight_bytes(self, parallelism: Parallelism = ONE_GPU) -> float:
         """On one GPU of the fullest stage: the first and last stages share embedding and head.
 
         KV projections are repeated where ranks outnumber KV heads.

@@ -79,7 +79,8 @@ def serve(grid, rule, limits, prompts, outputs, concurrency):  # type: ignore[no
     """TTFT and TPOT (seconds) of each request of one colocated instance.
 
     limits: step token budget, KV capacity in tokens, most requests in a batch, most prompts
-    started in one step. One frontend process handles, first come first served, new requests and every token sent.
+    started in one step. One frontend process handles, first come first served, new requests and
+    every token sent.
     """
     budget, capacity, max_batch, max_prompts = limits
     count = len(prompts)

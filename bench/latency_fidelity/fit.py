@@ -1,6 +1,6 @@
 """Fits each family's corrections to all its rows, and validates them on held-out groups.
 
-    python -m bench.latency_fidelity.fit --write      # all rows, into placement/data/frameworks.json
+    python -m bench.latency_fidelity.fit --write      # all rows, into frameworks.json
     python -m bench.latency_fidelity.fit --folds 5    # error on groups not fitted
 
 A seeded random coordinate search on the mean clipped log error, held to priors: factors near 1 and
@@ -27,7 +27,7 @@ PRIOR = {
     "layer_s": 1e-6,
     "prompt_s": 2e-3,
     "prompt_token_s": 1e-6,
-    "token_s": 2e-5,
+    "token_s": 5e-5,
     "reply_s": 2e-3,
     "gemm_scale": 1.0,
     "prefill_scale": 1.05,
@@ -41,7 +41,7 @@ TARGET = Path(__file__).parents[2] / "placement" / "data" / "frameworks.json"
 Parameters = dict[str, float]
 
 
-def errors(runs: Sequence[Run], parameters: Parameters) -> np.ndarray:  # type: ignore[type-arg]
+def errors(runs: Sequence[Run], parameters: Parameters) -> np.ndarray:
     """measured / predicted of (TTFT, TPOT) for each run."""
     framework = Framework(name="fit", **parameters)
     ratios = []
@@ -96,7 +96,7 @@ def fold_of(run: Run, num_folds: int) -> int:
     return zlib.crc32(run.group.encode()) % num_folds
 
 
-def cross_validate(runs: Sequence[Run], *, num_folds: int, num_trials: int) -> np.ndarray:  # type: ignore[type-arg]
+def cross_validate(runs: Sequence[Run], *, num_folds: int, num_trials: int) -> np.ndarray:
     """measured / predicted of each run, by a fit that saw no run of its group."""
     ratios = np.ones((len(runs), 2))
     for fold in range(num_folds):

@@ -2,7 +2,8 @@
 
 import csv
 import gzip
-from dataclasses import dataclass
+import io
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.latency_fidelity.closed_loop import SGLANG, TRTLLM, VLLM
@@ -15,6 +16,9 @@ DATA = Path(__file__).parent / "data" / "e2e_silicon_calib.csv.gz"
 WEIGHTS = {"": "bf16", "fp8": "fp8", "fp4": "mxfp4", "int4": "int4"}
 
 
+MANY = 10**6
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
     """How one framework was run: assumptions about its settings, the same for all its rows."""
@@ -22,19 +26,22 @@ class Engine:
     rule: int
     memory_share: float
     step_tokens: int | None  # prompt budget of a step; None: that of `prompts_per_step` prompts
-    prompts_per_step: int = 10**6
+    prompts_per_step: int = MANY
     num_waves: int = 10  # requests of a run over its concurrency
+    spare_clients: int = 0  # clients beyond the engine's slots: so many always wait
 
 
 # Sources of each assumption: docs/latency-model.md, "Engines behind the fidelity rows".
 ENGINES = {
-    "vllm": Engine(rule=VLLM, memory_share=0.9, step_tokens=2048, num_waves=8),
+    "vllm": Engine(rule=VLLM, memory_share=0.9, step_tokens=None, prompts_per_step=2, num_waves=16),
     "sglang": Engine(rule=SGLANG, memory_share=0.825, step_tokens=16384, num_waves=8),
     "trtllm": Engine(
         rule=TRTLLM, memory_share=0.9, step_tokens=None, prompts_per_step=4, num_waves=16
     ),
 }
-SWEEP_VLLM_TOKENS = 8192  # InferenceX runs set the budget
+MIXED_SGLANG = Engine(rule=VLLM, memory_share=0.825, step_tokens=8192, num_waves=4)
+MIXED_SGLANG_SINCE = (0, 5, 6)
+INFERENCEX_STEP_TOKENS = 8192
 INFERENCEX_WAVES = 10
 INFERENCEX_LENGTHS = 0.8  # lengths even between this share of the nominal one and all of it
 
@@ -47,11 +54,13 @@ class Run:
     gpu: Gpu
     model: str
     backend: str
+    backend_version: str
     precision: str
     is_disaggregated: bool
     prompt_tokens: int
     output_tokens: int
     concurrency: int
+    is_concurrency_stated: bool
     cut: Parallelism
     is_inferencex: bool
     ttft_s: float
@@ -82,16 +91,29 @@ class Run:
 
     @property
     def kv_kind(self) -> str:
-        """KV storage: TensorRT-LLM's fp8 checkpoints and InferenceX's H200 runs keep fp8."""
+        """KV storage: fp8 in TensorRT-LLM's, InferenceX's H200 and disaggregated fp8 sweeps."""
         if self.precision != "fp8" or load_model(self.model).latent is not None:
             return "bf16"
-        if self.backend == "trtllm":
+        if self.backend == "trtllm" or (self.is_disaggregated and not self.is_inferencex):
             return "fp8"
         return "fp8" if self.is_inferencex and self.gpu.name == "h200_sxm" else "bf16"
 
     @property
     def engine(self) -> Engine:
-        return ENGINES[self.backend]
+        """Later SGLang sweeps mixed prompt chunks with decodes; InferenceX sets vLLM's budget."""
+        engine = ENGINES[self.backend]
+        if self.is_inferencex:
+            engine = replace(engine, num_waves=INFERENCEX_WAVES)
+            if self.backend == "vllm":
+                tokens = INFERENCEX_STEP_TOKENS
+                engine = replace(engine, step_tokens=tokens, prompts_per_step=MANY)
+            return engine
+        version = tuple(int(part) for part in self.backend_version.split(".")[:3] if part.isdigit())
+        if self.backend == "trtllm" and not self.precision:
+            return replace(engine, spare_clients=1)
+        if self.backend == "sglang" and version >= MIXED_SGLANG_SINCE:
+            return MIXED_SGLANG
+        return engine
 
 
 _SPECS: dict[tuple[str, str, str], ModelSpec] = {}
@@ -106,9 +128,9 @@ def model_spec(model: str, precision: str, kv: str) -> ModelSpec:
 
 def read_runs(path: Path = DATA) -> list[Run]:
     """All rows, in the file's order; raises `LocalFault` for one it cannot read."""
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as lines:
-        rows = list(csv.DictReader(lines))
+    packed = path.read_bytes()
+    text = (gzip.decompress(packed) if path.suffix == ".gz" else packed).decode()
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
     return [_run(row, f"{path}:{number}") for number, row in enumerate(rows, start=2)]
 
 
@@ -129,11 +151,13 @@ def _run(row: dict[str, str], where: str) -> Run:
             gpu=find_gpu(row["system"]),
             model=row["model_path"],
             backend=row["backend"],
+            backend_version=row["backend_version"],
             precision=row["precision"],
             is_disaggregated=is_disaggregated,
             prompt_tokens=number("isl"),
             output_tokens=number("osl"),
             concurrency=max(concurrency, 1),
+            is_concurrency_stated=bool(row["concurrency"]),
             cut=_cut(number, "") if not is_disaggregated else Parallelism(),
             is_inferencex=bool(row["measured"]) and bool(row["concurrency"]),
             ttft_s=float(row["silicon_ttft_ms"]) / 1e3,

@@ -56,7 +56,7 @@ class MeasuredTables:
         weights = np.array([[(1 - u) * (1 - v), (1 - u) * v], [u * (1 - v), u * v]])
         over_m = np.tensordot(weights, corners, axes=([0, 1], [0, 1]))
         times = log_interpolate(m, axes[2], over_m)
-        return times * _beyond(n, axes[0]) * _beyond(k, axes[1])
+        return np.asarray(times * _beyond(n, axes[0]) * _beyond(k, axes[1]))
 
     def context_attention_s(
         self, tokens: Array, mean_length: Array, q_heads: float, kv_heads: float
@@ -79,7 +79,7 @@ class MeasuredTables:
         axes, log_times, heads = self._nearest(self._decode, q_heads, kv_heads, by_query=False)
         times = log_bilinear(batch, context, axes, log_times)
         beyond = np.maximum(batch / axes[0][-1], 1) * np.maximum(context / axes[1][-1], 1)
-        return times * beyond * (kv_heads / heads[1])
+        return np.asarray(times * beyond * (kv_heads / heads[1]))
 
     def collective_s(self, op: str, num_bytes: Array, num_gpus: int) -> Array:
         """An all_reduce, all_gather, reduce_scatter or alltoall inside one node."""

@@ -1,10 +1,14 @@
 """The GPU catalogue, a user's own types, links."""
 
+import json
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from pdserve.domain.errors import LocalFault
+from placement.commands_gpus import gpus
 from placement.hardware import catalogue, find_gpu, load_gpus, measured_link, network_link
 
 
@@ -68,3 +72,25 @@ def test_measured_link_reproduces_its_plateau_and_never_shrinks() -> None:
     assert times == sorted(times)
     with pytest.raises(LocalFault, match="h100_dgx/intra_node"):
         measured_link("h100_dgx", "moon")
+
+
+def run_gpus(*arguments: str) -> str:
+    app = typer.Typer()
+    app.command()(gpus)
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_gpus_lists_every_type_and_labels_prices_as_assumed() -> None:
+    text = run_gpus()
+    assert all(name in text for name in catalogue())
+    assert "our assumption" in text
+
+
+def test_gpus_says_what_a_model_needs() -> None:
+    record = json.loads(run_gpus("h100", "--model", "Llama-3.1-70B", "--json"))[0]
+    assert record["latency_source"] == "measured"
+    assert record["model"]["tp"] == 2
+    assert 0.02 < record["model"]["decode_16_s"] < 0.05
+    assert "no fit" in run_gpus("l4", "--model", "Llama-3.1-405B")

@@ -1,6 +1,7 @@
 """The latency model: exact at measured points, bounded by rooflines, monotone, of stated source."""
 
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ def test_tp_lowers_time_until_communication_eats_it() -> None:
         for tp in (1, 2, 4, 8)
     ]
     assert decode == sorted(decode, reverse=True)
-    gains = [before / after for before, after in zip(decode, decode[1:], strict=False)]
+    gains = [before / after for before, after in pairwise(decode)]
     assert gains[-1] == min(gains) < 1.65
 
 
@@ -194,7 +195,7 @@ def test_a_chunk_after_earlier_tokens_costs_its_share_of_the_whole() -> None:
         for start in range(0, 16384, 2048)
     )
     whole = model.prefill_s([16384])
-    assert whole < chunks < 1.4 * whole
+    assert 0.9 * whole < chunks < 1.3 * whole
 
 
 def test_fitted_coefficients_are_reproduced_exactly() -> None:
