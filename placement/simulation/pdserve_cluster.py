@@ -7,6 +7,7 @@ waits there, first come first served, while they are not free.
 from placement.simulation.compiled import compiled, inlined
 from placement.simulation.event_heap import pop
 from placement.simulation.pdserve_state import (
+    ACTIVE,
     ARRIVAL_S,
     ARRIVE,
     ASSIGNED,
@@ -38,12 +39,14 @@ from placement.simulation.pdserve_state import (
     READER,
     READER_BLOCKS,
     READS,
+    RELEASE,
     STAGE_FREE,
     STEP_DONE,
     UNREAD,
     UNREAD_PAIRS,
     VERSION,
     WAITING,
+    WAKE,
     WRITER,
     WRITER_BLOCKS,
     WRITES,
@@ -54,13 +57,16 @@ from placement.simulation.pdserve_state import (
     num_pairs,
     prefill_s,
     schedule,
+    step_under_way,
 )
 from placement.simulation.pdserve_workers import (
     finish_chunks,
     finish_run,
     queue_prompt,
     receive_kv,
+    release,
     start_step,
+    start_woken,
 )
 from placement.simulation.prefix_cache import cached_tokens
 
@@ -87,7 +93,7 @@ def _read_s(c: Cluster, reader: int, request: int) -> float:
 
 
 @inlined
-def _choose_pair(c: Cluster, request: int) -> None:
+def _choose_pair(c: Cluster, request: int, now: float) -> None:
     """The pair with the least predicted time to the last token; a full decode side comes last.
 
     Ties go to the most free blocks, then to the smallest numbers.
@@ -109,6 +115,8 @@ def _choose_pair(c: Cluster, request: int) -> None:
         read_s = _read_s(c, writer, request) if row[READS] else best_read_s
         size = row[ASSIGNED] + 1
         context = row[CONTEXT] + row[ASSIGNED_PROMPTS] + prompt
+        if row[ACTIVE] > 0:
+            context += row[ACTIVE] * (step_under_way(c, writer, now) - 1)
         part = (size + row[DEPTH] - 1) // row[DEPTH]
         step_s = decode_s(c, writer, part, context / row[DEPTH])
         seconds = read_s + c.rates[HANDOFF_S] + max_tokens * step_s
@@ -132,7 +140,7 @@ def _is_refused(c: Cluster, request: int) -> bool:
     return bool(longest > 0.0 and _queue_s(c, c.requests[request, READER], 0, 0.0) > longest)
 
 
-@compiled
+@inlined
 def _arrive(c: Cluster, request: int, now: float) -> None:
     c.request_s[request, ARRIVAL_S] = now
     c.request_s[request, DEADLINE_S] += now  # which held the class's promise
@@ -140,7 +148,7 @@ def _arrive(c: Cluster, request: int, now: float) -> None:
     max_tokens = int(c.requests[request, OUTPUT] * c.rates[MAX_TOKENS_FACTOR] + 0.5)
     c.requests[request, WRITER_BLOCKS] = num_blocks(c, prompt + max_tokens)
     c.requests[request, READER_BLOCKS] = num_blocks(c, prompt)
-    _choose_pair(c, request)
+    _choose_pair(c, request, now)
     if _is_refused(c, request):
         c.scalars[NUM_REFUSED] += 1
         c.request_s[request, FIRST_S], c.request_s[request, END_S] = NEVER, NEVER
@@ -176,20 +184,22 @@ def run_cluster(c: Cluster, num_at_start: int) -> None:
         c.scalars[NEXT_REQUEST] = num_at_start
         index = num
     while index < num or c.scalars[NUM_EVENTS] > 0:
-        if c.scalars[NUM_EVENTS] == 0 or (
-            index < num and c.request_s[index, ARRIVAL_S] <= c.event_s[0]
+        now, kind, target, version = 0.0, ARRIVE, index, 0
+        if c.scalars[NUM_EVENTS] > 0 and (
+            index == num or c.request_s[index, ARRIVAL_S] > c.event_s[0]
         ):
-            _arrive(c, index, c.request_s[index, ARRIVAL_S])
+            now, payload = c.event_s[0], c.events[0]
+            c.scalars[NUM_EVENTS] = pop(c.event_s, c.event_number, c.events, c.scalars[NUM_EVENTS])
+            kind, target, version = payload & 7, (payload >> 3) & 0xFFFFFFFF, payload >> 35
+        else:
+            now = c.request_s[index, ARRIVAL_S]
             index += 1
-            continue
-        now, payload = c.event_s[0], c.events[0]
-        c.scalars[NUM_EVENTS] = pop(c.event_s, c.event_number, c.events, c.scalars[NUM_EVENTS])
-        kind, target, version = payload & 7, (payload >> 3) & 0xFFFFFFFF, payload >> 35
         if kind == ARRIVE:
-            if version == 0:
-                _arrive(c, target, now)
-            else:
-                queue_prompt(c, target, now)
+            _arrive(c, target, now)
+        elif kind == RELEASE:
+            release(c, target, now)
+        elif kind == WAKE:
+            start_woken(c, target, now)
         elif kind == STEP_DONE:
             finish_chunks(c, target, now)
             if c.instances[target, DEPTH] == 1 or not c.instances[target, IS_STAGE_BUSY]:

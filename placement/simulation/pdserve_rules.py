@@ -12,6 +12,7 @@ from placement.simulation.trace import Floats, Ints, Times, Trace
 from placement.simulation.values import PdserveOptions, Pool, PoolRole, PrefillOrder
 
 UNLIMITED_BLOCKS = 1 << 40
+MIN_TABLE_SIZE = 64
 
 
 class PdserveCluster:
@@ -64,8 +65,9 @@ class PdserveCluster:
         )
 
     def _sample_timings(self) -> tuple[Floats, tuple[int, int]]:
-        size = self._options.max_num_requests + 1
-        timings = [_steps(pool, self._options.max_num_requests) for pool in self._pools]
+        # The router predicts steps of batches that are larger than those that are computed.
+        size = max(4 * self._options.max_num_requests, MIN_TABLE_SIZE) + 1
+        timings = [_steps(pool, size - 1) for pool in self._pools]
         most = max(len(timing.prefill_tokens) for timing in timings)
         curves = np.zeros((len(timings), 3 * most + 2 * size))
         for row, timing in zip(curves, timings, strict=True):
@@ -146,9 +148,9 @@ class PdserveCluster:
         scalars[state.DECODE_TABLE], scalars[state.TABLE_SIZE] = self._layout
         depth = int(self._instances[:, state.DEPTH].max())
         most = min(options.max_step_tokens, state.MAX_PROMPTS_IN_STEP)
-        # For a request at most its arrival, its release and its KV; for an instance the steps in
-        # its pipeline, its stage, and runs that were cut before they ended.
-        num_events = 4 * num + num_instances * (depth + 4) + 16
+        # For a request at most its arrival, a release, its KV, three wakes and two cut runs; for an
+        # instance the steps in its pipeline, its stage and its run.
+        num_events = 8 * num + num_instances * (depth + 4) + 16
         rates = np.array([options.handoff_s, options.max_tokens_factor, options.max_wait_s])
         starts = trace.prefix_starts
         return state.Cluster(

@@ -54,7 +54,7 @@ SHARED_S = 9
 STAGES = 10  # when each stage of the pipeline is free
 
 # Kinds of events.
-ARRIVE, STEP_DONE, STAGE_FREE, RUN_DONE, KV_HERE = 0, 1, 2, 3, 4
+ARRIVE, STEP_DONE, STAGE_FREE, RUN_DONE, KV_HERE, RELEASE, WAKE = 0, 1, 2, 3, 4, 5, 6
 
 # Entries of `scalars`.
 NUM_EVENTS, NUM_MADE, NUM_UNREAD_REQUESTS, NEXT_REQUEST, NUM_REFUSED = 0, 1, 2, 3, 4
@@ -162,3 +162,20 @@ def num_blocks(c: Cluster, tokens: int) -> int:
 def num_pairs(start: int, length: int) -> float:
     """`pdserve.domain.latency.num_attention_pairs`."""
     return float(length * start + length * (length + 1) // 2)
+
+
+@compiled
+def step_under_way(c: Cluster, instance: int, now: float) -> int:
+    """Which step of a decoding run is computed at `now`, from 1; a step's end belongs to it."""
+    clock = c.instance_s[instance]
+    first, growth, span = clock[RUN_FIRST], clock[RUN_GROWTH], now - clock[RUN_START]
+    steps = 1
+    if span > first:
+        linear = first - 0.5 * growth
+        root = np.sqrt(linear * linear + 2.0 * growth * span)
+        steps = max(int(np.ceil(2.0 * span / (linear + root))), 1)
+    while steps > 1 and first * (steps - 1) + growth * (0.5 * (steps - 1) * (steps - 2)) >= span:
+        steps -= 1
+    while first * steps + growth * (0.5 * steps * (steps - 1)) < span:
+        steps += 1
+    return steps

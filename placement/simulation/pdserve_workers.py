@@ -5,8 +5,6 @@ that joins cuts the run at the next step's end. An instance of both roles comput
 tokens in one step while there is a prompt to read.
 """
 
-import numpy as np
-
 from placement.simulation.compiled import compiled, inlined
 from placement.simulation.event_heap import pop_int, push_int
 from placement.simulation.pdserve_state import (
@@ -49,6 +47,7 @@ from placement.simulation.pdserve_state import (
     READER,
     READER_BLOCKS,
     READS,
+    RELEASE,
     RUN_DONE,
     RUN_FIRST,
     RUN_GROWTH,
@@ -66,6 +65,7 @@ from placement.simulation.pdserve_state import (
     UNREAD_PAIRS,
     VERSION,
     WAITING,
+    WAKE,
     WRITER,
     WRITER_BLOCKS,
     WRITES,
@@ -77,6 +77,7 @@ from placement.simulation.pdserve_state import (
     num_pairs,
     prefill_s,
     schedule,
+    step_under_way,
 )
 from placement.simulation.prefix_cache import cached_tokens, keep_prefix
 
@@ -89,13 +90,28 @@ def queue_prompt(c: Cluster, request: int, now: float) -> None:
     enqueue(c, reader, QUEUE, request)
     if c.scalars[BY_DEADLINE] and row[QUEUE + 2] > 1:
         _sort_in(c, reader, request)
+    wake(c, reader, now)
+
+
+@compiled
+def wake(c: Cluster, instance: int, now: float) -> None:
+    """There is something to do: an idle instance begins after all that happens in this moment."""
+    row = c.instances[instance]
+    if row[WRITES] and row[RUN_STEPS] > 0:
+        cut_run(c, instance, now)
+    elif row[WRITES] or not row[IS_STAGE_BUSY]:
+        schedule(c, now, WAKE, instance, 0)
+
+
+@inlined
+def start_woken(c: Cluster, instance: int, now: float) -> None:
+    """An instance that was idle begins, unless it has begun in the meantime."""
+    row = c.instances[instance]
     if row[WRITES]:
         if row[RUN_STEPS] == 0:
-            start_run(c, reader, now)
-        else:
-            cut_run(c, reader, now)
+            start_run(c, instance, now)
     elif not row[IS_STAGE_BUSY]:
-        start_step(c, reader, now)
+        start_step(c, instance, now)
 
 
 @inlined
@@ -229,14 +245,22 @@ def _finish(c: Cluster, request: int, now: float, end: float) -> None:
     if c.scalars[IS_CLOSED_LOOP] and c.scalars[NEXT_REQUEST] < len(c.requests):
         schedule(c, end, ARRIVE, c.scalars[NEXT_REQUEST], 0)
         c.scalars[NEXT_REQUEST] += 1
+    if row[WAITING] != NONE:
+        # Later in this moment: the caller is in the middle of a step's end.
+        schedule(c, now, RELEASE, writer, 0)
+
+
+@inlined
+def release(c: Cluster, writer: int, now: float) -> None:
+    """Promise free blocks to who waits, first come first served."""
+    row = c.instances[writer]
     while row[WAITING] != NONE:
         waiting = row[WAITING]
         if c.requests[waiting, WRITER_BLOCKS] > row[FREE_BLOCKS]:
             break
         dequeue(c, writer, WAITING)
         row[FREE_BLOCKS] -= c.requests[waiting, WRITER_BLOCKS]
-        # Later in this moment: the caller is in the middle of a step's end.
-        schedule(c, now, ARRIVE, waiting, 1)
+        queue_prompt(c, waiting, now)
 
 
 @compiled
@@ -244,14 +268,11 @@ def receive_kv(c: Cluster, request: int, now: float) -> None:
     """All KV is on the decode side: the reader lets go, the request joins the next step."""
     reader, writer = c.requests[request, READER], c.requests[request, WRITER]
     c.instances[reader, FREE_BLOCKS] += c.requests[request, READER_BLOCKS]
-    if not c.instances[reader, IS_STAGE_BUSY]:
-        start_step(c, reader, now)
+    if c.instances[reader, QUEUE] != NONE:
+        wake(c, reader, now)
     enqueue(c, writer, JOINING, request)
-    row = c.instances[writer]
-    if row[RUN_STEPS] == 0:
-        start_run(c, writer, now)
-    elif row[ACTIVE] < row[MAX_ACTIVE]:
-        cut_run(c, writer, now)
+    if c.instances[writer, ACTIVE] < c.instances[writer, MAX_ACTIVE]:
+        wake(c, writer, now)
 
 
 @compiled
@@ -302,21 +323,11 @@ def _schedule_end(c: Cluster, instance: int, steps: int) -> None:
 @compiled
 def cut_run(c: Cluster, instance: int, now: float) -> None:
     """End the run at the end of the step under way."""
-    row, clock = c.instances[instance], c.instance_s[instance]
+    row = c.instances[instance]
     if row[IS_CUT] or row[RUN_STEPS] == 1:
         return
     row[IS_CUT] = 1
-    first, growth, span = clock[RUN_FIRST], clock[RUN_GROWTH], now - clock[RUN_START]
-    steps = 1
-    if span > first:
-        linear = first - 0.5 * growth
-        root = np.sqrt(linear * linear + 2.0 * growth * span)
-        steps = int(np.ceil(2.0 * span / (linear + root)))
-    steps = max(steps, 1)
-    while steps > 1 and first * (steps - 1) + growth * (0.5 * (steps - 1) * (steps - 2)) >= span:
-        steps -= 1
-    while first * steps + growth * (0.5 * steps * (steps - 1)) < span:
-        steps += 1
+    steps = step_under_way(c, instance, now)
     if steps < row[RUN_STEPS]:
         _schedule_end(c, instance, steps)
 

@@ -71,8 +71,9 @@ class StepTiming:
             whole = StepShape(num_prefill_tokens=tokens, num_prefill_pairs=pairs)
             pair_s[index] = (model.step_s(whole) - model.step_s(least)) / (pairs - tokens)
             prefill_s[index] = model.step_s(whole) - pair_s[index] * pairs
-        decode_s, context_s = np.zeros(max_num_requests + 1), np.zeros(max_num_requests + 1)
-        for size in range(1, max_num_requests + 1):
+        num_sizes = max(max_num_requests, 2)  # two, so that the table has a segment to go on
+        decode_s, context_s = np.zeros(num_sizes + 1), np.zeros(num_sizes + 1)
+        for size in range(1, num_sizes + 1):
             low, high = size * max(context_tokens // 2, 1), size * 2 * context_tokens
             low_s = model.step_s(StepShape(num_decodes=size, num_decode_context_tokens=low))
             high_s = model.step_s(StepShape(num_decodes=size, num_decode_context_tokens=high))

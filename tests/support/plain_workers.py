@@ -1,0 +1,228 @@
+"""Our router and workers (rules pdserve) in plain Python: every step an event, nothing skipped.
+
+Written for comparison with `placement.simulation.pdserve_rules`: no pipelines, no prefix cache, no
+refusals. Coefficients are the linear ones of `pdserve.domain.latency`.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pdserve.domain.latency import StepCoefficients, StepShape, num_attention_pairs
+
+HANDOFF_S = 0.002
+
+
+@dataclass(slots=True)
+class PlainRequest:
+    number: int
+    prompt: int
+    output: int
+    arrival_s: float = 0.0
+    num_read: int = 0
+    num_sent: int = 0
+    num_decoded: int = 0
+    first_s: float = -1.0
+    end_s: float = -1.0
+    reader: "PlainWorker | None" = None
+    writer: "PlainWorker | None" = None
+
+
+@dataclass(slots=True)
+class PlainWorker:
+    number: int
+    reads: bool
+    writes: bool
+    coefficients: StepCoefficients
+    num_free: int
+    max_step_tokens: int
+    max_num_requests: int
+    seconds_per_token: float
+    queue: deque[PlainRequest] = field(default_factory=deque)
+    waiting: deque[PlainRequest] = field(default_factory=deque)
+    joining: deque[PlainRequest] = field(default_factory=deque)
+    batch: list[PlainRequest] = field(default_factory=list)
+    sent_here: list[PlainRequest] = field(default_factory=list)  # to decode, not ended
+    unread_tokens: int = 0
+    unread_pairs: int = 0
+    is_busy: bool = False
+    link_out_s: float = 0.0
+    link_in_s: float = 0.0
+
+    def context(self, request: PlainRequest) -> int:
+        return request.prompt + 1 + request.num_decoded
+
+    def queue_s(self, tokens: int, pairs: int) -> float:
+        total = self.unread_tokens + tokens
+        c = self.coefficients
+        return (
+            c.fixed_s * -(-total // self.max_step_tokens)
+            + c.prefill_token_s * total
+            + c.prefill_attention_s * (self.unread_pairs + pairs)
+        )
+
+
+class PlainCluster:
+    """Serves requests at their arrival times, or `concurrency` of them at a time."""
+
+    def __init__(self, workers: list[PlainWorker], block_size: int) -> None:
+        self.workers, self.block_size = workers, block_size
+        self.heap: list[tuple[float, int, Callable[[], None]]] = []
+        self.now_s, self.num_scheduled = 0.0, 0
+        self.later: deque[PlainRequest] = deque()
+
+    def run(self, requests: list[PlainRequest], concurrency: int | None = None) -> None:
+        first = requests if concurrency is None else requests[:concurrency]
+        self.later = deque(requests[len(first) :])
+        for request in first:
+            self.at(request.arrival_s, lambda request=request: self.arrive(request))  # type: ignore[misc]
+        while self.heap:
+            self.now_s, _, call = heapq.heappop(self.heap)
+            call()
+
+    def at(self, time_s: float, call: Callable[[], None]) -> None:
+        heapq.heappush(self.heap, (time_s, self.num_scheduled, call))
+        self.num_scheduled += 1
+
+    def blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    def arrive(self, request: PlainRequest) -> None:
+        request.arrival_s = self.now_s
+        self.choose(request)
+        reader, writer = request.reader, request.writer
+        assert reader is not None
+        assert writer is not None
+        reader.unread_tokens += request.prompt
+        reader.unread_pairs += num_attention_pairs(0, request.prompt)
+        writer.sent_here.append(request)
+        writer.waiting.append(request)
+        if writer.waiting[0] is request:
+            self.promise(writer)
+
+    def choose(self, request: PlainRequest) -> None:
+        pairs = num_attention_pairs(0, request.prompt)
+        readers = [worker for worker in self.workers if not worker.writes]
+        by_time = sorted(readers, key=lambda w: (w.queue_s(request.prompt, pairs), w.number))
+
+        def cost(writer: PlainWorker) -> tuple[bool, float, int, int]:
+            reader = writer if writer.reads else by_time[0]
+            context = sum(
+                writer.context(other) if other in writer.batch else other.prompt
+                for other in writer.sent_here
+            )
+            step_s = writer.coefficients.step_s(
+                StepShape(
+                    num_decodes=len(writer.sent_here) + 1,
+                    num_decode_context_tokens=context + request.prompt,
+                )
+            )
+            free = writer.num_free - self.blocks(request.prompt + request.output)
+            is_full = free < 0 or len(writer.sent_here) >= writer.max_num_requests
+            total_s = reader.queue_s(request.prompt, pairs) + HANDOFF_S + request.output * step_s
+            return (is_full or bool(writer.waiting), total_s, -free, writer.number)
+
+        request.writer = min((w for w in self.workers if w.writes), key=cost)
+        request.reader = request.writer if request.writer.reads else by_time[0]
+
+    def promise(self, writer: PlainWorker) -> None:
+        """Blocks to whoever waits first, as long as they last; then the prompt is read."""
+        while writer.waiting:
+            request = writer.waiting[0]
+            needed = self.blocks(request.prompt + request.output)
+            if needed > writer.num_free:
+                return
+            writer.num_free -= needed
+            writer.waiting.popleft()
+            assert request.reader is not None
+            request.reader.queue.append(request)
+            self.wake(request.reader)
+
+    def wake(self, worker: PlainWorker) -> None:
+        """A step begins after all that happens in this moment."""
+        if not worker.is_busy:
+            worker.is_busy = True
+            self.at(self.now_s, lambda: self.start_step(worker))
+
+    def start_step(self, worker: PlainWorker) -> None:
+        while worker.joining and len(worker.batch) < worker.max_num_requests:
+            worker.batch.append(worker.joining.popleft())
+        chunks: list[tuple[PlainRequest, int, int]] = []
+        budget = worker.max_step_tokens
+        if worker.batch:
+            budget = max(budget - len(worker.batch), 1)
+        while worker.reads and worker.queue and budget > 0:
+            request = worker.queue[0]
+            if request.num_read == 0 and not worker.writes:
+                if self.blocks(request.prompt) > worker.num_free:
+                    break
+                worker.num_free -= self.blocks(request.prompt)
+            length = min(budget, request.prompt - request.num_read)
+            chunks.append((request, request.num_read, length))
+            request.num_read += length
+            budget -= length
+            worker.unread_tokens -= length
+            worker.unread_pairs -= num_attention_pairs(chunks[-1][1], length)
+            if request.num_read == request.prompt:
+                worker.queue.popleft()
+        worker.is_busy = bool(chunks or worker.batch)
+        if worker.is_busy:
+            shape = StepShape.of(
+                [(start, length) for _, start, length in chunks],
+                [worker.context(request) for request in worker.batch],
+            )
+            end_s = self.now_s + worker.coefficients.step_s(shape)
+            self.at(end_s, lambda: self.end_step(worker, chunks))
+
+    def end_step(self, worker: PlainWorker, chunks: list[tuple[PlainRequest, int, int]]) -> None:
+        for request in list(worker.batch):
+            request.num_decoded += 1
+            if request.num_decoded == request.output - 1:
+                worker.batch.remove(request)
+                self.end(request, self.now_s)
+        for request, start, length in chunks:
+            self.end_chunk(worker, request, start + length)
+        self.start_step(worker)
+
+    def end_chunk(self, worker: PlainWorker, request: PlainRequest, end: int) -> None:
+        writer = request.writer
+        assert writer is not None
+        here_s = self.now_s
+        if writer is not worker:
+            seconds = max(worker.seconds_per_token, writer.seconds_per_token)
+            begin_s = max(self.now_s, worker.link_out_s, writer.link_in_s)
+            here_s = begin_s + (end - request.num_sent) * seconds
+            worker.link_out_s = writer.link_in_s = here_s
+            request.num_sent = end
+        if end < request.prompt:
+            return
+        request.first_s = self.now_s + HANDOFF_S
+        if request.output == 1:
+            if writer is not worker:
+                worker.num_free += self.blocks(request.prompt)
+            self.end(request, request.first_s)
+        elif writer is worker:
+            worker.joining.append(request)
+        else:
+            self.at(here_s, lambda: self.receive(request))
+
+    def receive(self, request: PlainRequest) -> None:
+        reader, writer = request.reader, request.writer
+        assert reader is not None
+        assert writer is not None
+        reader.num_free += self.blocks(request.prompt)
+        self.wake(reader)
+        writer.joining.append(request)
+        self.wake(writer)
+
+    def end(self, request: PlainRequest, end_s: float) -> None:
+        request.end_s = end_s
+        writer = request.writer
+        assert writer is not None
+        writer.sent_here.remove(request)
+        writer.num_free += self.blocks(request.prompt + request.output)
+        if self.later:
+            following = self.later.popleft()
+            self.at(end_s, lambda: self.arrive(following))
+        self.at(self.now_s, lambda: self.promise(writer))
