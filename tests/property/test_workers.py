@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 import structlog
-from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from pdserve.domain.errors import Reason
@@ -39,6 +39,7 @@ class Planned:
     stop_at: int | None  # stop at the token of this index
     stops_by_text: bool
     cancel_after_s: float | None
+    cancels_at_step_end: bool
     deadline_s: float
 
     def prompt(self, index: int) -> tuple[int, ...]:
@@ -85,51 +86,55 @@ class Schedule:
     faults: tuple[Fault, ...]
 
 
-def moments(most_s: float) -> st.SearchStrategy[float]:
-    return st.integers(0, 100).map(lambda share: share * most_s / 100)
+def schedule_of(seed: int) -> Schedule:
+    """Everything random in one schedule. Times are whole milliseconds, as the engines' steps
+    take, so that much happens in one turn.
+    """
+    rng = Random(seed)
 
+    def moment(most_s: float) -> float:
+        return rng.randint(0, round(most_s * 1000)) / 1000
 
-REQUESTS = st.builds(
-    Planned,
-    at_s=moments(1.0),
-    family=st.integers(0, 2),
-    num_shared=st.integers(0, 32),
-    num_own=st.integers(1, 9),
-    max_tokens=st.integers(1, 12),
-    temperature=st.sampled_from([0.0, 1.0]),
-    stop_at=st.none() | st.integers(0, 11),
-    stops_by_text=st.booleans(),
-    cancel_after_s=st.none() | moments(0.5),
-    deadline_s=st.sampled_from([DEADLINE_S] * 4 + [0.05, 0.3]),
-)
-FAULTS = st.builds(
-    Fault,
-    at_s=moments(1.5),
-    kind=st.sampled_from(["cut", "stall", "replace", "kill", "relink"]),
-    place=st.integers(0, 2),
-)
-SIZES = st.builds(
-    Sizes,
-    num_prefill=st.integers(1, 3),
-    prefill_blocks=st.integers(4, 24),
-    decode_blocks=st.integers(4, 24),
-    max_step_tokens=st.integers(1, 16),
-    max_num_requests=st.integers(1, 6),
-    max_num_waiting=st.integers(1, 12),
-    max_local_prefill_tokens=st.integers(0, 8),
-    reuses_prefixes=st.booleans(),
-)
-SCHEDULES = st.builds(
-    Schedule,
-    seed=st.integers(0, 2**32),
-    sizes=SIZES,
-    delay_s=st.sampled_from([0.0, 0.001, 0.03]),
-    read_s=st.sampled_from([0.0, 0.001, 0.02]),
-    asks=st.booleans(),
-    corrupt_share=st.sampled_from([0.0, 0.0, 0.05, 0.4]),
-    requests=st.lists(REQUESTS, min_size=1, max_size=10).map(tuple),
-    faults=st.lists(FAULTS, max_size=4).map(tuple),
-)
+    def request() -> Planned:
+        return Planned(
+            at_s=moment(0.4),
+            family=rng.randint(0, 2),
+            num_shared=rng.randint(0, 32),
+            num_own=rng.randint(1, 9),
+            max_tokens=rng.randint(1, 12),
+            temperature=rng.choice([0.0, 1.0]),
+            stop_at=rng.choice([None, rng.randint(0, 11)]),
+            stops_by_text=rng.random() < 0.5,
+            cancel_after_s=rng.choice([None, moment(0.3)]),
+            cancels_at_step_end=rng.random() < 0.5,
+            deadline_s=rng.choice([DEADLINE_S] * 5 + [moment(0.4)]),
+        )
+
+    def fault() -> Fault:
+        kind = rng.choice(["cut", "cut", "stall", "replace", "kill", "relink"])
+        return Fault(at_s=moment(0.6), kind=kind, place=rng.randint(0, 2))
+
+    return Schedule(
+        seed=seed,
+        sizes=Sizes(
+            num_prefill=rng.randint(1, 3),
+            prefill_blocks=rng.randint(6, 24),
+            decode_blocks=rng.randint(6, 24),
+            max_step_tokens=rng.randint(1, 24),
+            max_num_requests=rng.randint(1, 6),
+            max_num_waiting=rng.randint(1, 12),
+            max_local_prefill_tokens=rng.randint(0, 8),
+            reuses_prefixes=rng.random() < 0.5,
+            prefill_step_s=rng.choice([0.001, 0.01]),
+            decode_step_s=rng.choice([0.01, 0.05]),
+        ),
+        delay_s=rng.choice([0.0, 0.0, 0.001, 0.03]),
+        read_s=rng.choice([0.0, 0.0, 0.001, 0.02]),
+        asks=rng.random() < 0.5,
+        corrupt_share=rng.choice([0.0, 0.0, 0.0, 0.05, 0.4]),
+        requests=tuple(request() for _ in range(rng.randint(2, 12))),
+        faults=tuple(fault() for _ in range(rng.choice([0, 1, 2, 4]))),
+    )
 
 
 def expected(submit: Submit) -> tuple[tuple[int, ...], str, FinishReason]:
@@ -198,6 +203,9 @@ class Run:
         )
         if planned.cancel_after_s is not None:
             await asyncio.sleep(planned.cancel_after_s)
+            if planned.cancels_at_step_end:
+                now_s = asyncio.get_running_loop().time()
+                await asyncio.sleep(self.pair.engine._free_at_s - now_s)
             if not call.ends and index not in self.lost:
                 self.cancelled.add(index)
                 self.pair.cancel(call)
@@ -271,18 +279,17 @@ def play(schedule: Schedule) -> list[Any]:
     return [(index, call.token_ids, call.text, call.ends) for index, call in run.calls.items()]
 
 
-@given(schedule=SCHEDULES)
-@settings(
-    max_examples=150,
-    deadline=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-def test_every_request_ends_once_and_right_and_nothing_stays_held(schedule: Schedule) -> None:
-    play(schedule)
+SEEDS = st.integers(0, 2**32)
 
 
-@given(schedule=SCHEDULES)
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_the_same_schedule_runs_the_same_way_twice(schedule: Schedule) -> None:
-    assert play(schedule) == play(schedule)
+@given(seed=SEEDS)
+@settings(max_examples=200, deadline=None, phases=[Phase.explicit, Phase.generate])
+def test_every_request_ends_once_and_right_and_nothing_stays_held(seed: int) -> None:
+    """A failure names its seed; `play(schedule_of(seed))` is that run again, step for step."""
+    play(schedule_of(seed))
+
+
+@given(seed=SEEDS)
+@settings(max_examples=5, deadline=None)
+def test_the_same_seed_runs_the_same_way_twice(seed: int) -> None:
+    assert play(schedule_of(seed)) == play(schedule_of(seed))

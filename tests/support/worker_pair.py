@@ -11,7 +11,7 @@ loop the test uses; on a virtual one the timed engines take no time.
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from types import TracebackType
 from typing import Any, TypeVar
@@ -87,10 +87,11 @@ def demo_tokenizer() -> Tokenizer:
 _SPARE_ENGINES: dict[int, list[TimedEngine]] = {}
 
 
-def borrow_engine(num_blocks: int) -> TimedEngine:
+def borrow_engine(num_blocks: int, fixed_s: float = COEFFICIENTS.fixed_s) -> TimedEngine:
     """An engine for one event loop; give it back. Its KV is whatever the last user left there."""
     spare = _SPARE_ENGINES.setdefault(num_blocks, [])
     engine = spare.pop() if spare else _open_engine(num_blocks)
+    engine.coefficients = replace(COEFFICIENTS, fixed_s=fixed_s)
     engine._free_at_s = 0.0  # a time of its last event loop
     return engine
 
@@ -231,7 +232,7 @@ class PrefillNode:
         sizes, timers = pair.sizes, pair.timers
         self.name = name
         self.epoch = Epoch(epoch)
-        self.engine = borrow_engine(sizes.prefill_blocks)
+        self.engine = borrow_engine(sizes.prefill_blocks, sizes.prefill_step_s)
         self.pool = BlockPool(sizes.prefill_blocks, reuse_prefixes=sizes.reuses_prefixes)
         self.loop = PrefillLoop(
             self.engine,
@@ -379,6 +380,8 @@ class Sizes:
     max_num_waiting: int = 16
     max_local_prefill_tokens: int = 4
     reuses_prefixes: bool = True
+    prefill_step_s: float = COEFFICIENTS.fixed_s  # of any step; tokens add to it
+    decode_step_s: float = COEFFICIENTS.fixed_s
 
 
 @dataclass(slots=True, eq=False)
@@ -451,7 +454,7 @@ class WorkerPair:
         clock = asyncio.get_running_loop().time
         for index in range(sizes.num_prefill):
             self.prefill.append(await self._start_prefill(f"prefill-{index}"))
-        self.engine = borrow_engine(sizes.decode_blocks)
+        self.engine = borrow_engine(sizes.decode_blocks, sizes.decode_step_s)
         self._stack.callback(give_back, self.engine)
         self.pool = BlockPool(sizes.decode_blocks, reuse_prefixes=sizes.reuses_prefixes)
         self.links = PrefillLinks(
