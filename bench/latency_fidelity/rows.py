@@ -92,8 +92,11 @@ class Run:
     @property
     def kv_kind(self) -> str:
         """KV storage: fp8 in TensorRT-LLM's, InferenceX's H200 and disaggregated fp8 sweeps."""
-        if self.precision != "fp8" or load_model(self.model).latent is not None:
+        model = load_model(self.model)
+        if self.precision != "fp8" or model.latent is not None:
             return "bf16"
+        if model.precision.kv_bytes == 1:
+            return "fp8"  # the checkpoint says so
         if self.backend == "trtllm" or (self.is_disaggregated and not self.is_inferencex):
             return "fp8"
         return "fp8" if self.is_inferencex and self.gpu.name == "h200_sxm" else "bf16"
@@ -121,6 +124,8 @@ _SPECS: dict[tuple[str, str, str], ModelSpec] = {}
 
 def model_spec(model: str, precision: str, kv: str) -> ModelSpec:
     key = (model, precision, kv)
+    if precision not in WEIGHTS:
+        raise LocalFault(f"precision {precision!r} is not known here")
     if key not in _SPECS:
         _SPECS[key] = with_quantisation(load_model(model), weights=WEIGHTS[precision], kv=kv)
     return _SPECS[key]

@@ -17,6 +17,7 @@ import numpy as np
 
 from bench.latency_fidelity.predict import predict
 from bench.latency_fidelity.rows import DATA, Run, read_runs
+from pdserve.domain.errors import LocalFault
 
 TPOT_TARGET, TTFT_TARGET, TTFT_TARGET_DISAGGREGATED = 0.10, 0.25, 0.35
 
@@ -54,12 +55,17 @@ class Line:
     tpot_p90: float
 
 
-def outcomes(runs: Sequence[Run]) -> list[Outcome]:
-    found = []
+def outcomes(runs: Sequence[Run]) -> tuple[list[Outcome], list[str]]:
+    """Predictions, and for each run that none can be made for, why."""
+    found, refused = [], []
     for run in runs:
-        ttft_s, tpot_s = predict(run)
-        found.append(Outcome(run=run, ttft_s=ttft_s, tpot_s=tpot_s))
-    return found
+        try:
+            ttft_s, tpot_s = predict(run)
+        except LocalFault as error:
+            refused.append(f"{run.id}: {error}")
+        else:
+            found.append(Outcome(run=run, ttft_s=ttft_s, tpot_s=tpot_s))
+    return found, refused
 
 
 def line(group: str, members: Sequence[Outcome]) -> Line:
@@ -126,13 +132,15 @@ def main() -> None:
     parser.add_argument("--worst", type=int, default=12)
     parser.add_argument("--dense", action="store_true", help="dense models only")
     arguments = parser.parse_args()
-    runs = [run for run in read_runs(arguments.csv) if run.is_dense or not arguments.dense]
-    found = outcomes(runs)
+    found, refused = outcomes(read_runs(arguments.csv))
+    found = [outcome for outcome in found if outcome.run.is_dense or not arguments.dense]
     models, modes = table(found, by_model), table(found, by_mode)
     show(models)
     print()
     show(modes)
     show_worst(found, arguments.worst)
+    for reason in refused:
+        print(f"not judged: {reason}")
     if arguments.json:
         rows = [
             {
