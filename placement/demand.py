@@ -171,7 +171,7 @@ class SharedPrefix(Settings):
     """Prompts that begin alike: system prompts, tools, documents."""
 
     share: float = Field(ge=0, le=1, description="of the requests that begin with a known prefix")
-    tokens: int = Field(ge=1, description="length of a prefix; a prompt is at least one longer")
+    tokens: int = Field(ge=1, description="length of a prefix; a shorter prompt has less of it")
     groups: int = Field(1, ge=1, description="different prefixes, equally likely")
 
 
@@ -202,24 +202,22 @@ class WorkloadSpec(Settings):
 
 
 def _with_prefixes(workload: Workload, prefix: SharedPrefix, rng: np.random.Generator) -> Workload:
-    """Give a share of the prompts a prefix of whole blocks; the rest of a prompt is its own."""
+    """Give a share of the prompts a prefix of whole blocks; the rest, 1 token at least, is own."""
     block = min(DEFAULT_PREFIX_BLOCK, prefix.tokens)
     num_shared = prefix.tokens // block
     has_prefix = rng.random(len(workload)) < prefix.share
     group = rng.integers(0, prefix.groups, len(workload))
-    prompts = np.where(
-        has_prefix, np.maximum(workload.prompt_tokens, prefix.tokens + 1), workload.prompt_tokens
-    )
-    counts = -(-prompts // block)
+    counts = -(-workload.prompt_tokens // block)
+    shared = np.minimum((workload.prompt_tokens - 1) // block, num_shared)
     starts = np.concatenate([[0], np.cumsum(counts)])
     ids = np.arange(starts[-1]) + prefix.groups * num_shared
     for request in np.flatnonzero(has_prefix):
         first = starts[request]
-        ids[first : first + num_shared] = group[request] * num_shared + np.arange(num_shared)
+        own = np.arange(shared[request])
+        ids[first : first + len(own)] = group[request] * num_shared + own
     _, dense = np.unique(ids, return_inverse=True)
     return replace(
         workload,
-        prompt_tokens=prompts,
         prefix_starts=starts.astype(np.int64),
         prefix_ids=dense.astype(np.int64),
         prefix_block_tokens=block,

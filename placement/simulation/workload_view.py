@@ -94,7 +94,7 @@ def _cells(lengths: LengthStats) -> list[str]:
         lengths.p99,
         lengths.max,
     )
-    return [f"{value:,.1f}".removesuffix(".0") for value in values]
+    return [f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for value in values]
 
 
 def _arrival_lines(stats: WorkloadStats) -> str:
