@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
@@ -38,17 +38,23 @@ class LoadMeter:
         except (OSError, ValueError):
             return None
         busy = sum(ticks[FIRST_BUSY : LAST + 1]) - ticks[IDLE] - ticks[IOWAIT]
-        own = sum(self._ticks_of(pid) for pid in self._pids)
+        own = sum(_ticks_of(self._proc, pid) for pid in self._pids)
         return time.monotonic(), busy / TICKS_PER_S, own / TICKS_PER_S
 
-    def _ticks_of(self, pid: int) -> int:
-        try:
-            stat = (self._proc / str(pid) / "stat").read_text()
-        except OSError:
-            return 0
-        # The name, in parentheses, may hold anything; user and system time are fields 14 and 15.
-        fields = stat.rsplit(")", 1)[1].split()
-        return int(fields[11]) + int(fields[12])
+
+def cpu_s(pids: Mapping[str, int], *, proc: Path = Path("/proc")) -> dict[str, float]:
+    """CPU seconds that each process has used; 0 for one that has ended."""
+    return {name: _ticks_of(proc, pid) / TICKS_PER_S for name, pid in pids.items()}
+
+
+def _ticks_of(proc: Path, pid: int) -> int:
+    try:
+        stat = (proc / str(pid) / "stat").read_text()
+    except OSError:
+        return 0
+    # The name, in parentheses, may hold anything; user and system time are fields 14 and 15.
+    fields = stat.rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])
 
 
 def pin(pid: int, cpus: set[int]) -> None:

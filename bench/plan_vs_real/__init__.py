@@ -1,0 +1,1 @@
+"""What the planner predicts for the demo cluster beside what that cluster does."""
