@@ -25,14 +25,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 MISSING = "the planner needs numba, which is not installed: pip install 'pdserve[planner]'"
 
 
-def _content_of_kernels() -> str:
+def content_of_kernels() -> str:
+    """A digest of every source file of this package."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-STAMP = _content_of_kernels() if numba is not None else ""
+STAMP = content_of_kernels() if numba is not None else ""
 
 
 def compiled(function: F) -> F:

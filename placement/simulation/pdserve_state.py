@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from placement.simulation.compiled import compiled
+from placement.simulation.compiled import compiled, inlined
 from placement.simulation.event_heap import push
 
 NONE = -1
@@ -113,7 +113,7 @@ def enqueue(c: Cluster, instance: int, queue: int, request: int) -> None:
     row[queue + 2] += 1
 
 
-@compiled
+@inlined
 def dequeue(c: Cluster, instance: int, queue: int) -> int:
     row = c.instances[instance]
     request = row[queue]
@@ -137,7 +137,7 @@ def prefill_s(c: Cluster, instance: int, tokens: float, pairs: float) -> float:
     return float(base + rate * pairs)
 
 
-@compiled
+@inlined
 def decode_s(c: Cluster, instance: int, num_requests: int, context: float) -> float:
     """One decode step of a batch."""
     size = c.scalars[TABLE_SIZE]
@@ -145,7 +145,7 @@ def decode_s(c: Cluster, instance: int, num_requests: int, context: float) -> fl
     return float(row[at] + row[at + size] * context)
 
 
-@compiled
+@inlined
 def context_s(c: Cluster, instance: int, num_requests: int) -> float:
     """What each context token adds to a step."""
     size = c.scalars[TABLE_SIZE]
@@ -153,12 +153,12 @@ def context_s(c: Cluster, instance: int, num_requests: int) -> float:
     return float(c.curves[instance, at + size])
 
 
-@compiled
+@inlined
 def num_blocks(c: Cluster, tokens: int) -> int:
     return int((tokens + c.scalars[BLOCK_SIZE] - 1) // c.scalars[BLOCK_SIZE])
 
 
-@compiled
+@inlined
 def num_pairs(start: int, length: int) -> float:
     """`pdserve.domain.latency.num_attention_pairs`."""
     return float(length * start + length * (length + 1) // 2)

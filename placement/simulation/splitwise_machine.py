@@ -58,7 +58,7 @@ MIXED_SLOWDOWN = 1.1
 """A batch of prompts and tokens takes this much longer than its prompt time."""
 
 
-@compiled
+@inlined
 def _fits(c: Cluster, size: int, tokens: int, task: int) -> bool:
     return bool(size == 0 or tokens + c.tasks[task, TOKENS] <= c.scalars[MAX_BATCH_TOKENS])
 
@@ -107,7 +107,7 @@ def _select_batch(c: Cluster, machine: int) -> int:
     return size
 
 
-@compiled
+@inlined
 def _is_chosen(c: Cluster, task: int) -> bool:
     epoch = c.scalars[EPOCH]
     return bool(c.tasks[task | 1, MARK] == (epoch if task & 1 else -epoch))

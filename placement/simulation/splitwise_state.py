@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from placement.simulation.compiled import compiled
+from placement.simulation.compiled import compiled, inlined
 
 # Task states.
 NEW, QUEUED, RUNNING, BLOCKED, DONE = 0, 1, 2, 3, 4
@@ -82,7 +82,7 @@ def schedule(c: Cluster, time: float, payload: int) -> None:
     _sift_down(c, position, time, payload)
 
 
-@compiled
+@inlined
 def _sift_down(c: Cluster, position: int, time: float, payload: int) -> None:
     while position > 0:
         parent = (position - 1) >> 1
@@ -113,7 +113,7 @@ def drop_first_event(c: Cluster) -> None:
         _sift_down(c, position, time, payload)
 
 
-@compiled
+@inlined
 def append(c: Cluster, machine: int, which: int, item: int) -> None:
     c.lists[machine, which, c.machines[machine, LENGTHS + which]] = item
     c.machines[machine, LENGTHS + which] += 1
@@ -182,7 +182,7 @@ def add_to_pool(c: Cluster, machine: int, request: int) -> None:
     insert(c, machine, POOL, position, request)
 
 
-@compiled
+@inlined
 def first_task(c: Cluster, machine: int, request: int) -> int:
     """The task of a pooled request that is up next on this machine."""
     if c.tasks[2 * request, PROMPT_AT] == machine and c.tasks[2 * request, STATE] != DONE:
@@ -190,7 +190,7 @@ def first_task(c: Cluster, machine: int, request: int) -> int:
     return 2 * request + 1
 
 
-@compiled
+@inlined
 def iteration_s(c: Cluster, machine: int, curve: int, tokens: int) -> float:
     """`placement.simulation.timing.interpolate`; `curve` 1 is prompts, 2 tokens."""
     size = c.machines[machine, NUM_KNOTS]
