@@ -1,6 +1,7 @@
 """A worker's side of membership: stay registered with every router, and report the load."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable
 
@@ -35,6 +36,11 @@ class Registration:
         self._load = load
         self._timers = timers
         self._rng = rng
+        self._is_due = asyncio.Event()
+
+    def report_now(self) -> None:
+        """Send the load at once: it changed in a way that the router should not learn late."""
+        self._is_due.set()
 
     async def run(self) -> None:
         """Register, report until the router is lost, and start over; never returns."""
@@ -70,7 +76,10 @@ class Registration:
             log.info("router.joined", router_id=reply.router_id, router=self._router_address)
             while True:
                 await link.send(self._load())
-                await asyncio.sleep(max(reply.heartbeat_s, MIN_HEARTBEAT_S))
+                self._is_due.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(max(reply.heartbeat_s, MIN_HEARTBEAT_S)):
+                        await self._is_due.wait()
         except WorkerLost as error:
             log.warning("router.lost", router=self._router_address, why=str(error))
         return is_registered

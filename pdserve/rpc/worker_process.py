@@ -59,10 +59,11 @@ def worker_hello(
 @contextlib.asynccontextmanager
 async def registered(
     settings: WorkerSettings, hello: WorkerHello, load: Callable[[int], WorkerLoad]
-) -> AsyncIterator[None]:
+) -> AsyncIterator[Callable[[], None]]:
     """Stay registered with every router of the settings for as long as the block runs.
 
-    `load` is given a sequence number that only grows.
+    `load` is given a sequence number that only grows. The block gets a function that has the load
+    reported at once.
     """
     sequence = 0
 
@@ -72,12 +73,18 @@ async def registered(
         return load(sequence)
 
     rng = random.Random(hello.epoch)
-    tasks = [
-        asyncio.create_task(Registration(address, hello, next_load, settings.timers, rng).run())
+    registrations = [
+        Registration(address, hello, next_load, settings.timers, rng)
         for address in settings.routers
     ]
+    tasks = [asyncio.create_task(registration.run()) for registration in registrations]
+
+    def report_now() -> None:
+        for registration in registrations:
+            registration.report_now()
+
     try:
-        yield
+        yield report_now
     finally:
         for task in tasks:
             task.cancel()

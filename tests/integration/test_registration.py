@@ -132,3 +132,17 @@ async def test_router_that_asks_for_no_pause_gets_no_flood() -> None:
         await asyncio.sleep(0.3)
         assert registry.loads.qsize() < 60
     await server.close()
+
+
+async def test_load_that_changed_is_reported_before_the_next_heartbeat() -> None:
+    registry = Registry(heartbeat_s=3600.0)
+    server = await registry.serve()
+    registration = Registration(server.address, make_hello("w"), make_load, TIMERS, Random(1))
+    task = asyncio.create_task(registration.run())
+    async with asyncio.timeout(SOON_S):
+        await registry.loads.get()
+        registration.report_now()
+        await registry.loads.get()
+    task.cancel()
+    await asyncio.wait([task])
+    await server.close()
