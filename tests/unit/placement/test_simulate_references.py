@@ -112,3 +112,54 @@ def test_splitwise_times_and_machines_are_the_reference_s() -> None:
         np.testing.assert_allclose(values, column(expected, name), rtol=0, atol=1e-6)
     assert result.prefill.tolist() == [int(row["prompt_instance"][-1]) for row in expected]
     assert result.decode.tolist() == [int(row["token_instance"][-1]) for row in expected]
+
+
+# Sums, weighted by request number so that order counts, of what a plain event loop with Python's
+# heapq and lists gave for these clusters. Half-second stamps: many requests share a moment, and
+# among these the published simulator's order is that of its heap.
+HEAVY = [
+    ("bloom-176b", "mixed_pool", (("h100", 2), ("a100", 2)), 0.12, 71809.9514988998, 654768.1040958675, 48065, 59718),  # noqa: E501
+    ("llama2-70b", "mixed_pool", (("a100", 1), ("h100", 1)), 0.09, 297712.5255152815, 945420.0159658956, 26042, 26234),  # noqa: E501
+    ("bloom-176b", "token_jsq", (("h100", 1), ("a100", 1)), 0.25, 168870.02030757873, 888778.7423532335, 15389, 15389),  # noqa: E501
+    ("llama2-70b", "kv_jsq", (("h100", 2), ("h100-pcap", 1)), 0.08, 67663.5952268966, 270518.82174917345, 22214, 90300),  # noqa: E501
+    ("bloom-176b", "kv_token_jsq", (("h100", 2), ("h100", 2)), 0.3, 146713.06833253196, 377853.06505763205, 0, 90300),  # noqa: E501
+    ("bloom-176b", "mixed_pool", (("h100", 1), ("h100", 1)), 0.02, 1543058.4834859862, 2120859.94567555, 23482, 23518),  # noqa: E501
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "scheduler", "machines", "gap_s", "ttft_sum", "e2e_sum", "prompt_sum", "token_sum"),
+    HEAVY,
+    ids=[f"{case[0]}-{case[1]}-{case[3]}" for case in HEAVY],
+)
+def test_splitwise_clusters_of_all_schedulers_equal_a_plain_event_loop(
+    model: str,
+    scheduler: str,
+    machines: tuple[tuple[str, int], tuple[str, int]],
+    gap_s: float,
+    ttft_sum: float,
+    e2e_sum: float,
+    prompt_sum: int,
+    token_sum: int,
+) -> None:
+    rng = np.random.default_rng(7)
+    workload = Workload(
+        arrival_s=np.round(np.cumsum(rng.exponential(gap_s, 300)) * 2) / 2 + 1,
+        prompt_tokens=rng.integers(2, 4000, 300),
+        output_tokens=rng.integers(2, 300, 300),
+    )
+    settings = {
+        "rules": "splitwise",
+        "latency": {"profile": "perf_model.csv", "model": model},
+        "pools": [
+            {"role": role, "gpu": gpu, "replicas": replicas}
+            for role, (gpu, replicas) in zip(("prefill", "decode"), machines, strict=True)
+        ],
+        "splitwise": {"scheduler": scheduler},
+    }
+    result = simulate(parse_config(settings, source="heavy"), workload)
+    weights = np.arange(1, 301)
+    assert float((result.ttft_s * weights).sum()) == pytest.approx(ttft_sum, abs=1e-5)
+    assert float((result.e2e_s * weights).sum()) == pytest.approx(e2e_sum, abs=1e-5)
+    assert int((result.prefill * weights).sum()) == prompt_sum
+    assert int((result.decode * weights).sum()) == token_sum
