@@ -30,7 +30,10 @@ from pdserve.models import DEMO_MODEL_DIR
 FILES = ModelFiles.open("demo")
 NUM_NEW_TOKENS = 20
 TOKENIZER = Tokenizer.load(DEMO_MODEL_DIR)
-SHARED = "import os\nimport sys\n\n\ndef add(left, right):\n    return left + right\n\n\nclass Point:\n    def __init__(self"
+SHARED = (
+    "import os\nimport sys\n\n\ndef add(left, right):\n    return left + right\n\n\n"
+    "class Point:\n    def __init__(self"
+)
 PROMPTS = [
     TOKENIZER.encode(SHARED + ", x, y):\n        self.x = x\n"),
     TOKENIZER.encode(SHARED + "):\n        pass\n\nfor"),
