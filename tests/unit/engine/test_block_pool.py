@@ -1,0 +1,62 @@
+from pdserve.engine.block_pool import NEXT, BlockEvent, BlockPool, BlockState
+
+NAMES = [bytes([index]) * 16 for index in range(6)]
+
+
+def publish(pool: BlockPool, num_blocks: int) -> tuple[int, ...]:
+    """Fill and name blocks, give them back, and say which they were."""
+    table = pool.reserve(num_blocks)
+    assert table is not None
+    table.hold(0, num_blocks)
+    table.publish(NAMES[:num_blocks])
+    block_ids = table.block_ids
+    table.release()
+    return block_ids
+
+
+def test_eviction_shortens_a_prefix_from_its_end() -> None:
+    pool = BlockPool(6)
+    publish(pool, 6)
+    assert pool.usage().cached == 6
+    taken = pool.reserve(2)
+    assert taken is not None
+    assert pool.count_cached(NAMES) == 4
+    taken.release()
+    assert pool.count_cached(NAMES) == 4
+
+
+def test_shared_block_is_free_only_when_the_last_owner_leaves() -> None:
+    pool = BlockPool(6)
+    block_ids = publish(pool, 2)
+    first, second = pool.reserve(3, NAMES), pool.reserve(2, NAMES)
+    assert first is not None
+    assert second is not None
+    assert first.block_ids[:2] == second.block_ids == block_ids
+    second.pin(0, 1)
+    assert (pool.usage().pinned, pool.usage().held, pool.usage().reserved) == (1, 1, 1)
+    second.release()
+    assert (pool.usage().pinned, pool.usage().held, pool.usage().reserved) == (0, 2, 1)
+    first.release()
+    assert pool.usage().is_idle
+
+
+def test_too_few_blocks_change_nothing() -> None:
+    pool = BlockPool(4)
+    publish(pool, 3)
+    before = pool.usage()
+    assert pool.reserve(5, NAMES) is None
+    assert pool.usage() == before
+    assert pool.count_cached(NAMES) == 3
+
+
+def test_without_reuse_nothing_is_found() -> None:
+    pool = BlockPool(4, reuse_prefixes=False)
+    publish(pool, 3)
+    assert pool.usage().cached == 0
+    assert pool.count_cached(NAMES) == 0
+
+
+def test_every_state_but_free_can_be_released() -> None:
+    for state in BlockState:
+        can_release = (state, BlockEvent.RELEASE) in NEXT
+        assert can_release == (state is not BlockState.FREE)
