@@ -152,7 +152,7 @@ def _assign(c: Cluster, request: int) -> None:
         c.tasks[2 * request, TOKEN_AT] = _least(c, POOL_TOKEN, column)
 
 
-@inlined
+@compiled
 def _arrive(c: Cluster, request: int, now: float) -> None:
     _assign(c, request)
     prompt_at = c.tasks[2 * request, PROMPT_AT]
