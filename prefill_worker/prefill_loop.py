@@ -10,7 +10,13 @@ from kvtransfer.session import Event
 from pdserve.domain.errors import Reason
 from pdserve.domain.ids import HandoffId
 from pdserve.domain.latency import StepCoefficients
-from pdserve.domain.messages import HandoffFailed, PrefillDone, PrefillToDecode, WorkerLoad
+from pdserve.domain.messages import (
+    HandoffFailed,
+    HandoffRefused,
+    PrefillDone,
+    PrefillToDecode,
+    WorkerLoad,
+)
 from pdserve.domain.tokens import Failed, SampledToken
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.contract import Engine, StepBatch
@@ -137,13 +143,16 @@ class PrefillLoop:
 
     def _expire(self) -> None:
         now_s = self._clock()
-        for request in [request for request in self.queue if request.expires_at_s <= now_s]:
-            self.fail(
-                request.peer,
-                request.handoff,
-                Reason.DEADLINE,
-                "the deadline passed in the prefill queue",
+        for request in [request for request in self.queue if request.leave_by_s <= now_s]:
+            self.queue.remove(request.peer, request.handoff)
+            waited_s = now_s - request.arrived_s
+            failure = Failed(
+                reason=Reason.QUEUE_TIMEOUT,
+                message=f"the prompt waited {waited_s:.1f} s in the prefill queue",
+                retry_after_s=self.drain_time_s(),
             )
+            self.senders.refuse(request.peer, request.handoff)
+            self.tell(request.peer, HandoffRefused(handoff=request.handoff, failure=failure))
         for peer, handoff in self.senders.expire(now_s):
             log.warning("lease.expired", request_id=handoff.request_id, attempt=handoff.attempt)
             self.fail(peer, handoff, Reason.TRANSFER_FAILED, "the lease on the blocks ran out")
@@ -233,7 +242,7 @@ class PrefillLoop:
 
     async def _wait_for_work(self) -> None:
         """Until something arrives, ends, or runs out of time."""
-        ends_s = [request.expires_at_s for request in self.queue]
+        ends_s = [request.leave_by_s for request in self.queue]
         if (lease_s := self.senders.next_expiry_s()) is not None:
             ends_s.append(lease_s)
         if self.is_idle:

@@ -20,8 +20,7 @@ class PrefillRequest:
     start: StartHandoff
     peer: PrefillServerLink
     arrived_s: float
-    expires_at_s: float  # the request's own deadline
-    urgent_at_s: float  # order in the queue: the deadline, or a full wait if that is sooner
+    leave_by_s: float  # its deadline, or the longest wait if that is sooner: the order of the queue
     names: tuple[bytes, ...]  # of the prompt's full blocks
     started_s: float = 0.0
     num_computed_tokens: int = 0
@@ -69,7 +68,7 @@ class PrefillQueue:
         if len(self._live) >= self.max_num_waiting:
             return False
         self._num_pushed += 1
-        heapq.heappush(self._heap, (request.urgent_at_s, self._num_pushed, request))
+        heapq.heappush(self._heap, (request.leave_by_s, self._num_pushed, request))
         self._live[request.peer, request.handoff] = request
         self.num_tokens += request.num_tokens
         return True

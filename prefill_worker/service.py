@@ -107,13 +107,11 @@ class PrefillService:
             return
         if (failure := self._refusal(start)) is None:
             now_s = self._clock()
-            expires_at_s = now_s + start.deadline_s
             request = PrefillRequest(
                 start=start,
                 peer=stream,
                 arrived_s=now_s,
-                expires_at_s=expires_at_s,
-                urgent_at_s=min(expires_at_s, now_s + self._queue_s),
+                leave_by_s=now_s + min(start.deadline_s, self._queue_s),
                 names=hash_full_blocks(start.prompt_token_ids, self._spec.layout.block_size),
             )
             if self._loop.submit(request):

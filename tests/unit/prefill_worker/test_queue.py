@@ -14,7 +14,6 @@ QUEUE_S = 10.0
 
 
 def request(name: int, arrived_s: float, deadline_s: float, num_tokens: int = 5) -> PrefillRequest:
-    expires_at_s = arrived_s + deadline_s
     return PrefillRequest(
         start=StartHandoff(
             handoff=HandoffId(RequestId(str(name)), 1, 0),
@@ -25,8 +24,7 @@ def request(name: int, arrived_s: float, deadline_s: float, num_tokens: int = 5)
         ),
         peer=PEER,
         arrived_s=arrived_s,
-        expires_at_s=expires_at_s,
-        urgent_at_s=min(expires_at_s, arrived_s + QUEUE_S),
+        leave_by_s=arrived_s + min(deadline_s, QUEUE_S),
         names=(),
     )
 
@@ -94,4 +92,4 @@ def test_head_is_the_most_urgent_of_those_that_wait(moves: list[tuple[str, int, 
         head = queue.peek()
         assert (head is None) == (not model)
         if head is not None:
-            assert head.urgent_at_s == min(waiting.urgent_at_s for waiting in model.values())
+            assert head.leave_by_s == min(waiting.leave_by_s for waiting in model.values())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import structlog
 
+from pdserve.config.timers import Timers
 from pdserve.domain.errors import PeerFault, Reason, WorkerLost
 from pdserve.domain.ids import HandoffId, RequestId
 from pdserve.domain.messages import (
@@ -71,8 +72,10 @@ class Decode:
 
 
 @contextlib.asynccontextmanager
-async def prefill(**sizes: Any) -> AsyncIterator[tuple[WorkerPair, PrefillNode, Decode]]:
-    async with WorkerPair(Sizes(**sizes)) as pair:
+async def prefill(
+    timers: Timers | None = None, **sizes: Any
+) -> AsyncIterator[tuple[WorkerPair, PrefillNode, Decode]]:
+    async with WorkerPair(Sizes(**sizes), timers=timers) as pair:
         node = pair.prefill[0]
         decode = Decode(node)
         await decode.hear(HandoffHello)
@@ -139,15 +142,21 @@ async def test_full_queue_refuses_with_the_time_it_takes_to_drain() -> None:
         assert refused.failure.retry_after_s > 0
 
 
+@pytest.mark.parametrize(("deadline_s", "waited_s"), [(0.5, 0.5), (600.0, 1.5)])
 @virtual
-async def test_waiting_handoff_that_never_fits_ends_at_its_deadline() -> None:
-    async with prefill(prefill_blocks=8) as (_, node, decode):
+async def test_handoff_that_never_fits_is_refused_after_the_longest_wait(
+    deadline_s: float, waited_s: float
+) -> None:
+    timers = Timers(queue_s=1.5)
+    async with prefill(timers=timers, prefill_blocks=8) as (_, node, decode):
         decode.start("0")
         await decode.hear(PrefillDone)  # and keeps its 8 blocks
-        decode.start("1", deadline_s=0.5)
-        failed = await decode.hear(HandoffFailed)
-        assert failed.handoff.request_id == "1"
-        assert failed.failure.reason is Reason.DEADLINE
+        began_s = asyncio.get_running_loop().time()
+        decode.start("1", deadline_s=deadline_s)
+        refused = await decode.hear(HandoffRefused)
+        assert asyncio.get_running_loop().time() - began_s == pytest.approx(waited_s)
+        assert refused.handoff.request_id == "1"
+        assert refused.failure.reason is Reason.QUEUE_TIMEOUT
         assert len(node.loop.queue) == 0
 
 
