@@ -35,6 +35,7 @@ from placement.simulation.pdserve_state import (
     NUM_REFUSED,
     NUM_UNREAD_REQUESTS,
     OUTPUT,
+    PREPARED,
     PROMPT,
     READER,
     READER_BLOCKS,
@@ -60,6 +61,7 @@ from placement.simulation.pdserve_state import (
     step_under_way,
 )
 from placement.simulation.pdserve_workers import (
+    ask_reader,
     finish_chunks,
     finish_run,
     queue_prompt,
@@ -166,7 +168,7 @@ def _arrive(c: Cluster, request: int, now: float) -> None:
     row[ASSIGNED_PROMPTS] += prompt
     if row[WAITING] == NONE and c.requests[request, WRITER_BLOCKS] <= row[FREE_BLOCKS]:
         row[FREE_BLOCKS] -= c.requests[request, WRITER_BLOCKS]
-        queue_prompt(c, request, now)
+        ask_reader(c, request, now)
     else:
         enqueue(c, writer, WAITING, request)
 
@@ -198,6 +200,8 @@ def run_cluster(c: Cluster, num_at_start: int) -> None:
             _arrive(c, target, now)
         elif kind == RELEASE:
             release(c, target, now)
+        elif kind == PREPARED:
+            queue_prompt(c, target, now)
         elif kind == WAKE:
             start_woken(c, target, now)
         elif kind == STEP_DONE:

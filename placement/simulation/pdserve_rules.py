@@ -99,6 +99,8 @@ class PdserveCluster:
             clock[state.SECONDS_PER_TOKEN] = pool.kv_bytes_per_token / pool.link.bytes_per_s
             clock[state.LINK_LATENCY] = pool.link.latency_s
             clock[state.SHARED_S] = timing.shared_s
+            clock[state.PROMPT_S] = pool.prompt_s
+            clock[state.PROMPT_TOKEN_S] = pool.prompt_token_s
         return instances, instance_s
 
     def _check(self, trace: Trace) -> None:

@@ -41,7 +41,10 @@ from placement.simulation.pdserve_state import (
     NUM_UNREAD_REQUESTS,
     OLDEST,
     OUTPUT,
+    PREPARED,
     PROMPT,
+    PROMPT_S,
+    PROMPT_TOKEN_S,
     QUEUE,
     READ,
     READER,
@@ -83,8 +86,19 @@ from placement.simulation.prefix_cache import cached_tokens, keep_prefix
 
 
 @compiled
+def ask_reader(c: Cluster, request: int, now: float) -> None:
+    """Blocks are promised: the reader takes the prompt on once its host has prepared it."""
+    clock = c.instance_s[c.requests[request, READER]]
+    seconds = clock[PROMPT_S] + clock[PROMPT_TOKEN_S] * c.requests[request, PROMPT]
+    if seconds > 0.0:
+        schedule(c, now + seconds, PREPARED, request, 0)
+    else:
+        queue_prompt(c, request, now)
+
+
+@compiled
 def queue_prompt(c: Cluster, request: int, now: float) -> None:
-    """Blocks are promised: ask the reader for the prompt."""
+    """The prompt waits to be read."""
     reader = c.requests[request, READER]
     row = c.instances[reader]
     enqueue(c, reader, QUEUE, request)
@@ -260,7 +274,7 @@ def release(c: Cluster, writer: int, now: float) -> None:
             break
         dequeue(c, writer, WAITING)
         row[FREE_BLOCKS] -= c.requests[waiting, WRITER_BLOCKS]
-        queue_prompt(c, waiting, now)
+        ask_reader(c, waiting, now)
 
 
 @compiled

@@ -41,7 +41,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
-    """Instances that are alike. Under rules distserve and splitwise the last three are ignored."""
+    """Instances that are alike; rules distserve and splitwise ignore KV, link and prompt times."""
 
     role: PoolRole
     replicas: int
@@ -52,6 +52,8 @@ class Pool:
     kv_tokens: int = 0  # tokens that the KV memory of one instance holds; 0: no limit
     kv_bytes_per_token: float = 0.0
     link: Link = Link()
+    prompt_s: float = 0.0  # host time of a request before its first step, device or not
+    prompt_token_s: float = 0.0  # and of each token of its prompt
 
     @property
     def num_gpus(self) -> int:

@@ -99,6 +99,14 @@ def test_a_lone_request_takes_its_chunks_its_last_chunk_s_transfer_and_its_steps
     assert (result.prefill[0], result.decode[0]) == (0, 1)
 
 
+def test_host_time_comes_before_the_first_step_and_holds_nothing_up() -> None:
+    load = workload((0.0, 100, 1), (0.0, 300, 1))
+    pools = pair(prompt_s=0.5, prompt_token_s=1e-3)
+    result = run(pools, load)
+    expected = [0.6 + prefill_s((0, 100)) + HANDOFF_S, 0.8 + prefill_s((0, 300)) + HANDOFF_S]
+    assert result.ttft_s.tolist() == pytest.approx(expected)
+
+
 def test_one_token_needs_no_decode() -> None:
     result = run(pair(), workload((0.0, 100, 1)))
     assert result.tpot_s[0] == 0
