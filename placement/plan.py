@@ -1,0 +1,193 @@
+"""`plan.yaml`: what to run, the limits that protect its prediction, and that prediction."""
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from pdserve.config.base import Settings, parse_settings, read_yaml
+from pdserve.domain.errors import LocalFault
+from placement.search.results import PlanResult
+from placement.simulation.settings import SloSettings
+from placement.simulation.values import PoolRole
+
+PLAN_VERSION = 1
+WAIT_SHARE = 1.0  # of the loosest TTFT: who would wait longer is refused
+
+
+class PlanPool(Settings):
+    """Workers that are alike, and where they run."""
+
+    role: PoolRole
+    gpu: str
+    tp: int = Field(ge=1)
+    pp: int = Field(1, ge=1)
+    ep: int = Field(1, ge=1)
+    replicas: int = Field(ge=1)
+    nodes: tuple[str, ...] = Field((), description="gpu:node of the first cell, one a worker")
+
+
+class PlanLimits(Settings):
+    """What workers and router enforce; beyond them the prediction does not hold."""
+
+    max_step_tokens: int = Field(ge=1, description="prompt tokens in one engine step")
+    max_num_requests: int = Field(ge=1, description="decoded at once by one worker")
+    max_num_waiting: int = Field(ge=0, description="requests without a first token, in the cluster")
+    max_wait_s: float = Field(ge=0, description="predicted wait at which a request is refused")
+    max_rate: float = Field(ge=0, description="requests/s that the plan is good for")
+
+
+class PlanPrediction(Settings):
+    """What to expect at `rate`; the interval is of 95 % over seeds."""
+
+    rate: float
+    goodput: float
+    goodput_per_gpu: float
+    attainment: float
+    attainment_interval: tuple[float, float]
+    ttft_s: dict[str, float] = Field(default_factory=dict, description="p50, p90, p99")
+    tpot_s: dict[str, float] = Field(default_factory=dict, description="p50, p90, p99")
+    usd_per_hour: float
+    usd_per_million_tokens: float
+    watts: float
+    horizon_s: float
+    num_seeds: int
+    step_time_error: float = Field(description="of the step times, as their source states")
+
+
+class Plan(Settings):
+    """The plan file."""
+
+    version: Literal[1] = 1
+    model: str
+    rules: str
+    cells: int = Field(1, ge=1, description="copies of the pools below, each with its share")
+    pools: tuple[PlanPool, ...] = Field(min_length=1)
+    slo: tuple[SloSettings, ...] = ()
+    limits: PlanLimits
+    prediction: PlanPrediction
+    sources: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _can_serve(self) -> "Plan":
+        roles = {pool.role for pool in self.pools}
+        if PoolRole.COLOCATED not in roles and not {PoolRole.PREFILL, PoolRole.DECODE} <= roles:
+            raise ValueError("pools: needs prefill and decode, or colocated")
+        return self
+
+    @property
+    def num_gpus(self) -> int:
+        return self.cells * sum(pool.tp * pool.pp * pool.replicas for pool in self.pools)
+
+
+def plan_of(result: PlanResult) -> Plan:
+    """The plan file of an answer."""
+    prediction, design = result.prediction, result.design
+    percentiles = prediction.percentiles or {}
+    slo = tuple(
+        SloSettings(
+            name=item.name,
+            ttft_s=item.ttft_s,
+            tpot_s=item.tpot_s,
+            attainment=item.target,
+            share=_share(result, item.name),
+        )
+        for item in prediction.classes
+    )
+    loosest = max((item.ttft_s for item in slo), default=0.0)
+    return Plan(
+        model=str(result.inputs.get("model", "")),
+        rules=str(result.inputs.get("rules", "pdserve")),
+        cells=result.num_cells,
+        pools=tuple(
+            PlanPool(
+                role=worker.role,
+                gpu=worker.gpu,
+                tp=worker.tp,
+                pp=worker.pp,
+                ep=worker.ep,
+                replicas=count,
+                nodes=_nodes_of(result, worker.label),
+            )
+            for worker, count in design.counts
+        ),
+        slo=slo,
+        limits=PlanLimits(
+            max_step_tokens=design.max_step_tokens,
+            max_num_requests=design.max_num_requests,
+            max_num_waiting=max(round(prediction.rate * result.num_cells * loosest), 1),
+            max_wait_s=loosest * WAIT_SHARE,
+            max_rate=_rounded(max(result.goodput, prediction.rate) * result.num_cells),
+        ),
+        prediction=PlanPrediction(
+            rate=_rounded(prediction.rate * result.num_cells),
+            goodput=_rounded(prediction.goodput * result.num_cells),
+            goodput_per_gpu=_rounded(result.economy.goodput_per_gpu),
+            attainment=_rounded(prediction.attainment),
+            attainment_interval=(
+                _rounded(prediction.interval[0]),
+                _rounded(prediction.interval[1]),
+            ),
+            ttft_s={k: _rounded(v) for k, v in percentiles.get("ttft_s", {}).items()},
+            tpot_s={k: _rounded(v) for k, v in percentiles.get("tpot_s", {}).items()},
+            usd_per_hour=_rounded(result.economy.usd_per_hour * result.num_cells),
+            usd_per_million_tokens=_rounded(result.economy.usd_per_million_tokens),
+            watts=_rounded(result.economy.watts * result.num_cells),
+            horizon_s=prediction.horizon_s,
+            num_seeds=prediction.num_seeds,
+            step_time_error=_rounded(result.relative_error),
+        ),
+        sources=result.sources,
+    )
+
+
+def _share(result: PlanResult, name: str) -> float:
+    slo = result.inputs.get("slo")
+    for item in slo if isinstance(slo, list | tuple) else [slo]:
+        if isinstance(item, dict) and item.get("name", "all") == name:
+            return float(item.get("share", 1.0))
+    return 1.0
+
+
+def _nodes_of(result: PlanResult, label: str) -> tuple[str, ...]:
+    names = []
+    for node in result.nodes:
+        for worker, count in node["workers"].items():
+            if worker == label or worker.startswith(f"{label} stage "):
+                names += [f"{node['gpu']}:{node['node']}"] * count
+    return tuple(names)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write the YAML; raises `LocalFault` where the path cannot be written."""
+    try:
+        path.write_text(format_plan(plan), encoding="utf-8")
+    except OSError as error:
+        raise LocalFault(f"{path}: {error.strerror}") from None
+
+
+def format_plan(plan: Plan) -> str:
+    """The YAML text; `parse_plan` of it gives an equal plan."""
+    head = "# A plan of pdserve: `pdserve up plan.yaml` starts it. `limits` protect `prediction`.\n"
+    data = plan.model_dump(mode="json")
+    return head + yaml.safe_dump(data, sort_keys=False, width=100, default_flow_style=None)
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan; raises `LocalFault` naming field, rule and value."""
+    return parse_plan(read_yaml(path), source=str(path))
+
+
+def parse_plan(data: object, *, source: str) -> Plan:
+    """Check a plan's settings; another version is refused by its number."""
+    version = data.get("version") if isinstance(data, dict) else None
+    if version is not None and version != PLAN_VERSION:
+        raise LocalFault(
+            f"{source}: version {version!r} is not known here; this pdserve reads {PLAN_VERSION}"
+        )
+    return parse_settings(Plan, data, source=source)

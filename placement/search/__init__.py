@@ -1,0 +1,1 @@
+"""The parts of `placement.solver`: candidates, bounds, evaluation, searches, what-ifs."""

@@ -1,0 +1,232 @@
+"""The search itself: from a problem to the best design, certified, or to what comes nearest."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from placement.search.designs import Design, Worker
+from placement.search.evaluate import Evaluator, Goodput
+from placement.search.maximise import Contest
+from placement.search.minimise import Bargain
+from placement.search.problem import Problem
+from placement.search.space import Space
+from placement.simulation.values import PoolRole
+
+MAX_CERTIFICATIONS = 6
+CALIBRATIONS = 2
+DINKELBACH_ROUNDS = 4
+RATE_MARGINS = (1.0, 1.1, 1.25, 1.45)
+CERTIFY_FACTOR = 1.015
+
+
+@dataclass(slots=True, kw_only=True)
+class Choice:
+    """The design, its certified goodput where that was searched, and the searches behind it."""
+
+    design: Design | None
+    goodput: Goodput
+    contest: Contest
+    bargain: Bargain | None = None
+
+
+def new_evaluator(problem: Problem, on_run: Callable[[int], None] | None = None) -> Evaluator:
+    search = problem.inputs.search
+    return Evaluator(
+        problem.traffic,
+        problem.judge,
+        rules=problem.inputs.rules,
+        slo=problem.slo,
+        horizon_s=search.duration_s,
+        num_seeds=search.seeds,
+        pdserve=problem.pdserve,
+        splitwise=problem.splitwise,
+        on_run=on_run,
+    )
+
+
+def choose(problem: Problem, evaluator: Evaluator) -> Choice:
+    """Search by the problem's objective."""
+    return _at_rate(problem, evaluator) if problem.is_at_rate else most_goodput(problem, evaluator)
+
+
+def most_goodput(
+    problem: Problem,
+    evaluator: Evaluator,
+    *,
+    value: Callable[[Design, float], float] | None = None,
+    is_certified: bool = True,
+) -> Choice:
+    """The design with the greatest value, then certified beside its neighbours."""
+    value = value or problem.value
+    contest = Contest(problem.space, evaluator, value, tolerance=problem.inputs.search.tolerance)
+    if problem.space.is_listable:
+        contest.run()
+    if len(problem.fleets) > 1 or not problem.space.is_listable:
+        _consider_programs(problem, contest, value)
+    contest.climb()
+    if is_certified and contest.best is not None:
+        certify(problem.space, contest)
+    return Choice(design=contest.best, goodput=contest.best_goodput, contest=contest)
+
+
+def certify(space: Space, contest: Contest) -> None:
+    """Measure the best over all seeds and the whole horizon; neighbours may still take its place.
+
+    Rates of the search are of shorter traces and fewer seeds, so they only start this.
+    """
+    evaluator = contest.evaluator
+    for _ in range(MAX_CERTIFICATIONS):
+        design = contest.best
+        assert design is not None
+        found = evaluator.goodput(
+            design,
+            contest.best_goodput.rate,
+            num_seeds=evaluator.num_seeds,
+            tolerance=contest.tolerance,
+            factor=CERTIFY_FACTOR,
+        )
+        contest.best_goodput, contest.best_value = found, contest.value(design, found.rate)
+        better = _better_neighbour(space, contest, design)
+        if better is None:
+            return
+        contest.best = better
+        contest.tally.trail.append((better, contest.best_value))
+
+
+def _better_neighbour(space: Space, contest: Contest, design: Design) -> Design | None:
+    goal = contest.best_value * (1 + contest.tolerance)
+    evaluator = contest.evaluator
+    for _, other in space.neighbours(design):
+        if not space.fits(other):
+            continue
+        rate = goal / max(contest.value(other, 1.0), 1e-12)
+        if space.rate_bound(other) < rate or not contest.reaches(other, rate):
+            continue
+        if evaluator.holds(other, rate, evaluator.num_seeds):
+            contest.best_goodput = replace(contest.best_goodput, rate=rate)
+            return other
+    return None
+
+
+def _at_rate(problem: Problem, evaluator: Evaluator) -> Choice:
+    """The cheapest design that keeps its promises at the rate, over all seeds and horizons."""
+    assert problem.rate is not None
+    contest = Contest(
+        problem.space, evaluator, problem.value, tolerance=problem.inputs.search.tolerance
+    )
+    bargain = Bargain(problem.space, contest, problem.price, problem.rate)
+    design = cheapest(problem, bargain)
+    return Choice(
+        design=design,
+        goodput=Goodput(rate=0.0, interval=(0.0, 0.0), margins=()),
+        contest=contest,
+        bargain=bargain,
+    )
+
+
+def cheapest(problem: Problem, bargain: Bargain) -> Design | None:
+    """Search, certify, and search again without what failed the certificate."""
+    evaluator = bargain.contest.evaluator
+    for _ in range(MAX_CERTIFICATIONS):
+        if len(problem.fleets) > 1:
+            _consider_cheap_programs(problem, bargain)
+        if problem.space.is_listable or len(problem.fleets) == 1:
+            bargain.run()
+        bargain.climb()
+        if bargain.best is None:
+            return None
+        if evaluator.holds(bargain.best, bargain.rate, evaluator.num_seeds):
+            return bargain.best
+        bargain.refuse(bargain.best)
+    return None
+
+
+def _single_rates(space: Space, tokens: int) -> dict[Worker, float]:
+    return {worker: space.bounds[tokens].single_estimate(worker) for worker in space.workers}
+
+
+def _gpus(problem: Problem) -> dict[str, int]:
+    return {fleet.gpu: fleet.num_gpus for fleet in problem.fleets}
+
+
+def _consider_programs(
+    problem: Problem, contest: Contest, value: Callable[[Design, float], float]
+) -> None:
+    """Designs of the integer program, its rates corrected by what their simulation shows."""
+    from placement.search.program import solve_mix
+
+    space, gpus = problem.space, _gpus(problem)
+    is_per_gpu = value(Design(counts=()), 1.0) == value(Design(counts=()), 1.0) and (
+        problem.inputs.objective.goal == "goodput_per_gpu"
+    )
+    for tokens in space.bounds:
+        rates = _single_rates(space, tokens)
+        for _ in range(1 + CALIBRATIONS):
+            counts: dict[Worker, int] | None = None
+            worth = 0.0  # requests/s that a GPU must bring: Dinkelbach's parameter
+            for _ in range(DINKELBACH_ROUNDS if is_per_gpu else 1):
+                price = worth
+
+                def price_of(worker: Worker, price: float = price) -> float:
+                    return price * worker.num_gpus
+
+                counts = solve_mix(space.workers, rates, gpus, price=price_of) or counts
+                if counts is None:
+                    break
+                design = space.design(counts, tokens)
+                worth = _program_rate(counts, rates) / design.num_gpus
+            if counts is None:
+                break
+            design = space.design(counts, tokens)
+            if not space.fits(design) or not design.is_complete:
+                break
+            contest.tally.listed += 1
+            contest.consider([design])
+            scale = _calibration(contest, design, _program_rate(counts, rates))
+            if scale is None:
+                break
+            role, factor = scale
+            rates = {w: r * (factor if w.role is role else 1.0) for w, r in rates.items()}
+
+
+def _program_rate(counts: dict[Worker, int], rates: dict[Worker, float]) -> float:
+    both = sum(rates[w] * n for w, n in counts.items() if w.role is PoolRole.COLOCATED)
+    read = sum(rates[w] * n for w, n in counts.items() if w.role is PoolRole.PREFILL)
+    write = sum(rates[w] * n for w, n in counts.items() if w.role is PoolRole.DECODE)
+    return both + min(read, write)
+
+
+def _calibration(
+    contest: Contest, design: Design, expected: float
+) -> tuple[PoolRole, float] | None:
+    """Which role the program overrates, and by how much: from one run at the expected rate."""
+    if design.kind == "colocated":
+        return None
+    evaluator = contest.evaluator
+    horizon_s = evaluator.search_horizon_s(expected)
+    margin = evaluator.margin(design, expected, 0, horizon_s)
+    if margin.all >= 0:
+        return None
+    role = PoolRole.PREFILL if margin.ttft <= margin.tpot else PoolRole.DECODE
+    return role, 0.88
+
+
+def _consider_cheap_programs(problem: Problem, bargain: Bargain) -> None:
+    from placement.search.program import solve_mix
+
+    assert problem.rate is not None
+    space, gpus = problem.space, _gpus(problem)
+    designs = []
+    for tokens in space.bounds:
+        rates = _single_rates(space, tokens)
+        for margin in RATE_MARGINS:
+            counts = solve_mix(
+                space.workers,
+                rates,
+                gpus,
+                price=lambda worker: problem.price(Design(counts=((worker, 1),))),
+                rate=problem.rate * margin,
+            )
+            if counts is not None and math.isfinite(bargain.rate):
+                designs.append(space.design(counts, tokens))
+    bargain.consider(designs)

@@ -1,0 +1,298 @@
+"""Which workers there can be: every cut of the model on every GPU type, and why others cannot."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pdserve.domain.errors import LocalFault
+from placement.hardware import Gpu, Link, find_gpu, load_gpus, network_link, node_link
+from placement.plan_inputs import NodeGroup, PlanInputs
+from placement.profiles import (
+    DistserveProfile,
+    SplitwiseProfile,
+    distserve_kv_bytes_per_token,
+    load_profile,
+)
+from placement.search.designs import Worker
+from placement.simulation.timing import StepTiming
+from placement.simulation.values import Link as KvLink
+from placement.simulation.values import Pool, PoolRole, Rules
+
+SPLITWISE_GPUS = {  # USD and watts (relative) of one GPU: rule 8 of Splitwise's MODEL.md
+    "a100-80gb": (2.21, 24.8),
+    "h100-80gb": (4.76, 44.0),
+    "h100-80gb-pcap": (4.76, 30.8),
+}
+MAX_BATCH = 256  # decoded at once by one worker, at most
+PROFILE_ERROR = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """All nodes of one GPU type."""
+
+    gpu: str
+    nodes: int
+    gpus_per_node: int
+    usd_per_hour: float  # of one GPU
+    watts: float
+    node_bytes_per_s: float  # one GPU to its node
+    network_bytes_per_s: float  # one GPU to other nodes
+
+    @property
+    def num_gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthFacts:
+    """What workers are sized for."""
+
+    mean_prompt: float
+    mean_context: float  # half of the answer made
+    max_prompt: int
+    max_total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Workers in order, and what was refused with its reason."""
+
+    workers: tuple[Worker, ...]
+    rejected: tuple[tuple[str, str], ...]
+
+
+def resolve_fleets(inputs: PlanInputs) -> tuple[Fleet, ...]:
+    """Nodes with prices and links; raises `LocalFault` with the nearest name of a GPU."""
+    from pathlib import Path
+
+    path = inputs.cluster.gpus_file
+    gpus = load_gpus(Path(path)) if path is not None else None
+    fleets: dict[str, Fleet] = {}
+    for group in inputs.cluster.nodes:
+        fleet = _fleet(inputs, group, gpus)
+        if fleet.gpu in fleets:
+            raise LocalFault(f"cluster.nodes: {fleet.gpu} is listed twice; give one line a type")
+        fleets[fleet.gpu] = fleet
+    return tuple(fleets.values())
+
+
+def _fleet(inputs: PlanInputs, group: NodeGroup, gpus: dict[str, Gpu] | None) -> Fleet:
+    network = inputs.cluster.network_gb_per_s
+    if inputs.rules is Rules.SPLITWISE or _is_splitwise(inputs):
+        from placement.profiles import HARDWARE_ALIASES
+
+        name = HARDWARE_ALIASES.get(group.gpu.lower(), group.gpu.lower())
+        usd, watts = SPLITWISE_GPUS.get(name, (0.0, 0.0))
+        link = 200 * 2**30 / 8
+        fleet = Fleet(
+            gpu=name,
+            nodes=group.nodes,
+            gpus_per_node=group.gpus_per_node or 8,
+            usd_per_hour=group.usd_per_hour or usd,
+            watts=group.watts or watts,
+            node_bytes_per_s=link,
+            network_bytes_per_s=network * 1e9 if network else link,
+        )
+    else:
+        gpu = find_gpu(group.gpu, gpus)
+        fleet = Fleet(
+            gpu=gpu.name,
+            nodes=group.nodes,
+            gpus_per_node=group.gpus_per_node or gpu.gpus_per_node,
+            usd_per_hour=group.usd_per_hour or gpu.usd_per_hour or 0.0,
+            watts=group.watts or gpu.tdp_w,
+            node_bytes_per_s=node_link(gpu).bytes_per_s,
+            network_bytes_per_s=network * 1e9 if network else network_link(gpu).bytes_per_s,
+        )
+    if inputs.objective.goal == "cost" and fleet.usd_per_hour == 0:
+        raise LocalFault(f"cluster.nodes: {fleet.gpu} has no price; give usd_per_hour")
+    return fleet
+
+
+def _is_splitwise(inputs: PlanInputs) -> bool:
+    return bool(
+        inputs.latency
+        and inputs.latency.profile
+        and isinstance(load_profile(inputs.latency.profile), SplitwiseProfile)
+    )
+
+
+def find_workers(inputs: PlanInputs, fleets: tuple[Fleet, ...], facts: LengthFacts) -> Found:
+    """Every worker that the cluster can hold; raises `LocalFault` where there is none."""
+    workers: list[Worker] = []
+    rejected: list[tuple[str, str]] = []
+    is_one_node = len(fleets) == 1 and fleets[0].nodes == 1
+    for fleet in fleets:
+        for tp, pp, ep in _cuts(inputs, fleet):
+            name = f"{fleet.gpu} TP{tp}" + (f" PP{pp}" if pp > 1 else "")
+            try:
+                base = _base_worker(inputs, fleet, (tp, pp, ep), facts, is_one_node=is_one_node)
+            except LocalFault as error:
+                rejected.append((name, error.message))
+                continue
+            problem = _memory_problem(base, facts, inputs.rules)
+            if problem:
+                rejected.append((name, problem))
+                continue
+            workers += [base.with_role(role) for role in _roles(inputs)]
+    if not workers:
+        reasons = "; ".join(f"{name}: {why}" for name, why in rejected) or "no cut is allowed"
+        raise LocalFault(f"{inputs.model} fits no worker of this cluster: {reasons}")
+    return Found(workers=tuple(workers), rejected=tuple(rejected))
+
+
+def _roles(inputs: PlanInputs) -> list[PoolRole]:
+    roles = []
+    if inputs.search.disaggregated:
+        roles += [PoolRole.PREFILL, PoolRole.DECODE]
+    if inputs.search.colocated:
+        roles.append(PoolRole.COLOCATED)
+    return roles
+
+
+def _cuts(inputs: PlanInputs, fleet: Fleet) -> Iterator[tuple[int, int, int]]:
+    if inputs.rules is Rules.SPLITWISE or _is_splitwise(inputs):
+        yield fleet.gpus_per_node, 1, 1
+        return
+    has_experts = False
+    if inputs.latency is None or inputs.latency.profile is None:
+        has_experts = _spec(inputs).experts is not None
+    for tp in sorted(set(inputs.search.tp)):
+        for pp in sorted(set(inputs.search.pp)):
+            if tp > fleet.gpus_per_node or tp * pp > fleet.num_gpus:
+                continue
+            yield tp, pp, 1
+            if has_experts and inputs.search.expert_parallel and tp > 1:
+                yield tp, pp, tp
+
+
+def _memory_problem(worker: Worker, facts: LengthFacts, rules: Rules) -> str:
+    room = worker.pool.kv_tokens
+    needed = facts.max_prompt if rules is Rules.DISTSERVE else facts.max_total
+    if room and needed > room:
+        return f"KV memory holds {room} tokens, the longest request needs {needed}"
+    return ""
+
+
+def _base_worker(
+    inputs: PlanInputs,
+    fleet: Fleet,
+    cut: tuple[int, int, int],
+    facts: LengthFacts,
+    *,
+    is_one_node: bool,
+) -> Worker:
+    tp, pp, ep = cut
+    per_gpu = fleet.node_bytes_per_s if is_one_node else fleet.network_bytes_per_s
+    link = KvLink(bytes_per_s=per_gpu * tp, latency_s=2e-5)
+    pool, source, error = _pool(inputs, fleet, cut, facts, link)
+    return Worker(
+        role=PoolRole.COLOCATED,
+        gpu=fleet.gpu,
+        tp=tp,
+        pp=pp,
+        ep=ep,
+        pool=pool,
+        usd_per_hour=fleet.usd_per_hour * tp * pp,
+        watts=fleet.watts * tp * pp,
+        source=source,
+        relative_error=error,
+    )
+
+
+def _pool(
+    inputs: PlanInputs,
+    fleet: Fleet,
+    cut: tuple[int, int, int],
+    facts: LengthFacts,
+    link: KvLink,
+) -> tuple[Pool, str, float]:
+    tp, pp, _ = cut
+    latency = inputs.latency
+    if latency is None or latency.profile is None:
+        return _modelled_pool(inputs, fleet, cut, facts, link)
+    profile = load_profile(latency.profile)
+    if isinstance(profile, DistserveProfile):
+        timing = profile.timing(latency.model, tp=tp, pp=pp)
+        pool = Pool(
+            role=PoolRole.COLOCATED,
+            replicas=1,
+            timing=timing,
+            tp=tp,
+            pp=pp,
+            gpu=fleet.gpu,
+            kv_tokens=timing.max_num_tokens,
+            kv_bytes_per_token=distserve_kv_bytes_per_token(latency.model),
+            link=link,
+        )
+        return pool, f"{latency.profile} (DistServe)", PROFILE_ERROR
+    measured = profile.timing(latency.model, hardware=fleet.gpu, tp=tp)
+    room = int((measured.memory_bytes - measured.weight_bytes) // measured.kv_bytes_per_token)
+    pool = Pool(
+        role=PoolRole.COLOCATED,
+        replicas=1,
+        timing=measured,
+        tp=tp,
+        gpu=fleet.gpu,
+        kv_tokens=room,
+        kv_bytes_per_token=measured.kv_bytes_per_token,
+        link=link,
+    )
+    return pool, f"{latency.profile} (Splitwise)", PROFILE_ERROR
+
+
+def _spec(inputs: PlanInputs):  # type: ignore[no-untyped-def]
+    from placement.model_config import load_model, with_quantisation
+
+    spec = load_model(inputs.model)
+    if inputs.weights or inputs.kv:
+        spec = with_quantisation(spec, weights=inputs.weights or "bf16", kv=inputs.kv or "bf16")
+    return spec
+
+
+def _modelled_pool(
+    inputs: PlanInputs,
+    fleet: Fleet,
+    cut: tuple[int, int, int],
+    facts: LengthFacts,
+    link: KvLink,
+) -> tuple[Pool, str, float]:
+    from pathlib import Path
+
+    from placement.latency import composed_latency, kv_capacity_tokens
+    from placement.model_spec import Parallelism
+
+    tp, pp, ep = cut
+    spec = _spec(inputs)
+    path = inputs.cluster.gpus_file
+    gpu = find_gpu(fleet.gpu, load_gpus(Path(path)) if path is not None else None)
+    parallelism = Parallelism(tp=tp, pp=pp, ep=ep)
+    room = kv_capacity_tokens(spec, gpu, parallelism)
+    if room == 0:
+        weights = spec.weight_bytes(parallelism) / 2**30
+        raise LocalFault(
+            f"weights need {weights:.0f} GiB on each GPU, which has {gpu.memory_gib:.0f} GiB"
+        )
+    model = composed_latency(spec, gpu, parallelism)
+    timing = StepTiming.of_model(
+        model,
+        max_num_requests=MAX_BATCH,
+        prompt_tokens=max(int(facts.mean_prompt), 1),
+        context_tokens=max(int(facts.mean_context), 1),
+        source=str(model.source),
+    )
+    pool = Pool(
+        role=PoolRole.COLOCATED,
+        replicas=1,
+        timing=timing,
+        tp=tp,
+        pp=pp,
+        gpu=gpu.name,
+        kv_tokens=room,
+        kv_bytes_per_token=spec.kv_bytes_per_token(),
+        link=link,
+    )
+    return pool, str(model.source), model.relative_error
+
+
+__all__ = ["Fleet", "Found", "LengthFacts", "Link", "find_workers", "resolve_fleets"]

@@ -1,0 +1,182 @@
+"""The design with the most goodput, in all or for each GPU.
+
+Candidates come in the order of their estimates. Each has to beat the best so far: it is simulated
+at the one rate at which it would, first on a short trace. A run that fails on one promise alone
+speaks against every design with that pool or a smaller one, so that most fall without a run.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from placement.search.designs import Counts, Design
+from placement.search.evaluate import Evaluator, Goodput
+from placement.search.space import Space
+from placement.simulation.values import PoolRole, Rules
+
+SHORT_SHARE = 0.2  # of the horizon, for the first look
+SHORT_MARGIN = -0.08  # a short trace says no only this clearly
+LONG_MARGIN = -0.025  # and one whole trace this clearly
+BLAME_MARGIN = -0.02
+ESTIMATE_SLACK = 0.78  # of the best: an estimate below it is not simulated
+MAX_ROUNDS = 12
+
+
+@dataclass(slots=True, kw_only=True)
+class Tally:
+    """What became of the candidates."""
+
+    listed: int = 0
+    by_bound: int = 0
+    by_estimate: int = 0
+    by_blame: int = 0
+    simulated: int = 0
+    trail: list[tuple[Design, float]] = field(default_factory=list)  # each best in its turn
+
+
+@dataclass(slots=True)
+class Blame:
+    """Pools that failed a promise on their own, and the least rate at which they did."""
+
+    rules: Rules
+    rates: dict[tuple[object, ...], list[tuple[tuple[int, ...], float]]] = field(
+        default_factory=dict
+    )
+
+    def add(self, side: Counts, rate: float) -> None:
+        kinds, counts = _split(side)
+        self.rates.setdefault(kinds, []).append((counts, rate))
+
+    def speaks_against(self, side: Counts, rate: float) -> bool:
+        kinds, counts = _split(side)
+        return any(
+            rate >= failed and all(a <= b for a, b in zip(counts, others, strict=True))
+            for others, failed in self.rates.get(kinds, ())
+        )
+
+
+def _split(side: Counts) -> tuple[tuple[object, ...], tuple[int, ...]]:
+    return tuple(worker.key for worker, _ in side), tuple(count for _, count in side)
+
+
+class Contest:
+    """One search: the best so far, and who is left to challenge it."""
+
+    def __init__(
+        self,
+        space: Space,
+        evaluator: Evaluator,
+        value: Callable[[Design, float], float],
+        *,
+        tolerance: float,
+    ) -> None:
+        self.space = space
+        self.evaluator = evaluator
+        self.value = value  # of a design at a goodput; linear in the goodput
+        self.tolerance = tolerance
+        self.tally = Tally()
+        self.blame = Blame(evaluator.rules)
+        self.best: Design | None = None
+        self.best_goodput = Goodput(rate=0.0, interval=(0.0, 0.0), margins=())
+        self.best_value = 0.0
+
+    def run(self) -> None:
+        """Judge all that is listed, then walk from the best until no step helps."""
+        designs = list(self.space.listed())
+        self.tally.listed += len(designs)
+        self.consider(designs)
+
+    def consider(self, designs: Iterable[Design]) -> None:
+        """Let designs challenge the best, the most promising first."""
+        rated = [(self.value(d, self.space.estimate(d)), d) for d in designs]
+        rated.sort(key=lambda item: (-item[0], item[1].num_gpus, item[1].key))
+        for guess, design in rated:
+            if not math.isfinite(guess) or guess <= 0:
+                self.tally.by_estimate += 1
+                continue
+            self.challenge(design, guess)
+
+    def climb(self) -> None:
+        """Step to better neighbours until there is none."""
+        for _ in range(MAX_ROUNDS):
+            before = self.best
+            if before is None:
+                return
+            steps = list(self.space.steps(before))
+            self.tally.listed += len(steps)
+            self.consider(steps)
+            if self.best == before:
+                return
+
+    def challenge(self, design: Design, guess: float) -> bool:
+        """Whether `design` beats the best by more than the tolerance; it is then the best."""
+        if self.best is None:
+            return self._crown(design, guess)
+        goal = self.best_value * (1 + self.tolerance)
+        needed = goal / max(self.value(design, 1.0), 1e-12)
+        if self.space.rate_bound(design) < needed:
+            self.tally.by_bound += 1
+            return False
+        if guess < self.best_value * ESTIMATE_SLACK:
+            self.tally.by_estimate += 1
+            return False
+        if self._is_blamed(design, needed):
+            self.tally.by_blame += 1
+            return False
+        self.tally.simulated += 1
+        if not self.reaches(design, needed):
+            return False
+        return self._crown(design, needed * (1 + self.tolerance))
+
+    def reaches(self, design: Design, rate: float) -> bool:
+        """Whether promises hold at a rate: a short look, a long one, then more seeds."""
+        horizon_s = self.evaluator.search_horizon_s(rate)
+        short = self.evaluator.margin(design, rate, 0, horizon_s * SHORT_SHARE)
+        if short.all < SHORT_MARGIN:
+            self._assign_blame(design, rate, short.ttft, short.tpot)
+            return False
+        long = self.evaluator.margin(design, rate, 0, horizon_s)
+        if long.all < LONG_MARGIN:
+            self._assign_blame(design, rate, long.ttft, long.tpot)
+            return False
+        return self.evaluator.holds(design, rate, self.evaluator.search_seeds, horizon_s)
+
+    def _crown(self, design: Design, guess: float) -> bool:
+        rate = guess if self.best is not None else self.space.estimate(design)
+        found = self.evaluator.goodput(
+            design,
+            rate,
+            num_seeds=1 if self.best is None else self.evaluator.search_seeds,
+            tolerance=self.tolerance,
+            horizon_s=self.evaluator.search_horizon_s(rate),
+        )
+        value = self.value(design, found.rate)
+        if found.rate == 0.0 or value <= self.best_value:
+            return False
+        self.best, self.best_goodput, self.best_value = design, found, value
+        self.tally.trail.append((design, value))
+        return True
+
+    def _is_blamed(self, design: Design, rate: float) -> bool:
+        return any(side and self.blame.speaks_against(side, rate) for side in self._sides(design))
+
+    def _sides(self, design: Design) -> tuple[Counts, ...]:
+        if design.kind == "disaggregated":
+            return design.side(PoolRole.PREFILL), design.side(PoolRole.DECODE)
+        return (design.counts,)
+
+    def _assign_blame(self, design: Design, rate: float, ttft: float, tpot: float) -> None:
+        """Which pool failed, where that is certain."""
+        if self.evaluator.spare_workers or self.evaluator.rules is Rules.SPLITWISE:
+            return
+        if design.kind != "disaggregated":
+            self.blame.add(design.counts, rate)
+            return
+        prefill, decode = design.side(PoolRole.PREFILL), design.side(PoolRole.DECODE)
+        bounds = self.space.bound_of(design)
+        is_exact = self.evaluator.rules is Rules.DISTSERVE
+        # Under our own rules a full decode pool delays the first token too.
+        if ttft < BLAME_MARGIN and (is_exact or bounds.decode_estimate(decode) > 1.3 * rate):
+            self.blame.add(prefill, rate)
+        if tpot < BLAME_MARGIN:
+            self.blame.add(decode, rate)

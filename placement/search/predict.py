@@ -1,0 +1,164 @@
+"""A design at one rate over all seeds: what to expect, how sure, and what gives way first."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from placement.search.designs import Design
+from placement.search.evaluate import Evaluator, interval_of_mean
+from placement.search.results import ClassPrediction, Economy, Prediction
+from placement.simulation.summary import Verdict, judge_load
+from placement.simulation.trace import Ints, Times, Trace
+from placement.simulation.values import SimulationResult, SloClass
+
+PERCENTILES = (50, 90, 99)
+Run = tuple[Times, Trace, Ints]
+
+
+def predict(
+    evaluator: Evaluator,
+    design: Design,
+    rate: float,
+    *,
+    num_seeds: int | None = None,
+    horizon_s: float | None = None,
+) -> Prediction:
+    """Simulate `design` at `rate` and reduce the runs."""
+    seeds = range(num_seeds or evaluator.num_seeds)
+    horizon_s = horizon_s or evaluator.horizon_s
+    runs = [run for s in seeds if (run := evaluator.run(design, rate, s, horizon_s)) is not None]
+    if not runs:
+        return _impossible(rate, horizon_s)
+    margins = [evaluator.judge(*run) for run in runs]
+    attainments = [margin.attainment for margin in margins]
+    verdict = _verdict(runs)
+    ttft = np.concatenate([times.ttft_s for times, _, _ in runs])
+    tpot = np.concatenate([times.tpot_s for times, _, _ in runs])
+    e2e = np.concatenate([times.e2e_s for times, _, _ in runs])
+    percentiles = {
+        name: {f"p{p}": float(np.percentile(values, p, method="higher")) for p in PERCENTILES}
+        for name, values in (("ttft_s", ttft), ("tpot_s", tpot), ("e2e_s", e2e))
+    }
+    utilisation = _utilisation(design, runs)
+    bottleneck = max(utilisation, key=lambda name: utilisation[name])
+    mean_ttft = float(np.mean([margin.ttft for margin in margins]))
+    mean_tpot = float(np.mean([margin.tpot for margin in margins]))
+    margin = float(np.mean([item.all for item in margins]))
+    return Prediction(
+        rate=rate,
+        goodput=float(np.mean(attainments)) * rate,
+        attainment=float(np.mean(attainments)),
+        interval=_share(interval_of_mean(attainments)),
+        classes=tuple(
+            _class_prediction(item, index, runs, len(evaluator.slo))
+            for index, item in enumerate(evaluator.slo)
+        ),
+        percentiles=None if verdict == Verdict.OVERLOADED else percentiles,
+        utilisation=utilisation,
+        verdict=str(verdict),
+        is_kept=margin >= 0,
+        margin=margin,
+        bottleneck=bottleneck,
+        binds="TTFT" if mean_ttft <= mean_tpot else "TPOT",
+        horizon_s=horizon_s,
+        num_seeds=len(runs),
+        num_requests=sum(len(trace) for _, trace, _ in runs),
+    )
+
+
+def economy(design: Design, prediction: Prediction, mean_tokens: float) -> Economy:
+    """Costs of a design at the predicted rate; `mean_tokens` are prompt and answer of a request."""
+    tokens_per_s = prediction.rate * mean_tokens
+    million = 3600 * tokens_per_s / 1e6
+    return Economy(
+        num_gpus=design.num_gpus,
+        usd_per_hour=design.usd_per_hour,
+        watts=design.watts,
+        goodput_per_gpu=prediction.goodput / max(design.num_gpus, 1),
+        usd_per_million_tokens=design.usd_per_hour / million if million else 0.0,
+        joules_per_token=design.watts / tokens_per_s if tokens_per_s else 0.0,
+    )
+
+
+def _verdict(runs: list[Run]) -> Verdict:
+    """Overloaded where most seeds are."""
+    found = [judge_load(_result(run)).verdict for run in runs]
+    return max(sorted(set(found)), key=found.count)
+
+
+def _result(run: Run) -> SimulationResult:
+    times, _, classes = run
+    return SimulationResult(
+        arrival_s=times.arrival_s,
+        ttft_s=times.ttft_s,
+        tpot_s=times.tpot_s,
+        e2e_s=times.e2e_s,
+        prefill=times.prefill,
+        decode=times.decode,
+        busy_s=times.busy_s,
+        class_index=classes,
+        num_refused=times.num_refused,
+    )
+
+
+def _utilisation(design: Design, runs: list[Run]) -> dict[str, float]:
+    shares: dict[str, list[float]] = {}
+    for times, trace, _ in runs:
+        span_s = max(float(np.ptp(trace.arrival_s)), 1e-9)
+        first = 0
+        for worker, count in design.counts:
+            busy_s = times.busy_s[first : first + count]
+            first += count
+            shares.setdefault(worker.label, []).append(min(float(busy_s.mean()) / span_s, 1.0))
+    return {name: float(np.mean(values)) for name, values in shares.items()}
+
+
+def _class_prediction(
+    item: SloClass, index: int, runs: list[Run], num_classes: int
+) -> ClassPrediction:
+    joint, ttfts, tpots = [], [], []
+    for times, _, classes in runs:
+        members = classes == index if num_classes > 1 else np.ones(len(classes), bool)
+        if not members.any():
+            continue
+        ttft_met = times.ttft_s[members] <= item.ttft_s
+        tpot_met = times.tpot_s[members] <= item.tpot_s
+        joint.append(float((ttft_met & tpot_met).mean()))
+        ttfts.append(float(ttft_met.mean()))
+        tpots.append(float(tpot_met.mean()))
+    found = joint or [0.0]
+    return ClassPrediction(
+        name=item.name,
+        ttft_s=item.ttft_s,
+        tpot_s=item.tpot_s,
+        target=item.attainment,
+        attainment=float(np.mean(found)),
+        interval=_share(interval_of_mean(found)),
+        attainment_ttft=float(np.mean(ttfts or [0.0])),
+        attainment_tpot=float(np.mean(tpots or [0.0])),
+    )
+
+
+def _share(interval: tuple[float, float]) -> tuple[float, float]:
+    return (max(interval[0], 0.0), min(interval[1], 1.0))
+
+
+def _impossible(rate: float, horizon_s: float) -> Prediction:
+    nothing = Prediction(
+        rate=rate,
+        goodput=0.0,
+        attainment=0.0,
+        interval=(0.0, 0.0),
+        classes=(),
+        percentiles=None,
+        utilisation={},
+        verdict="cannot serve",
+        is_kept=False,
+        margin=-1.0,
+        bottleneck="",
+        binds="",
+        horizon_s=horizon_s,
+        num_seeds=0,
+        num_requests=0,
+    )
+    return replace(nothing)

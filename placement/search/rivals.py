@@ -1,0 +1,337 @@
+"""The designs beside the plan: neighbours, the best of other kinds, one with a spare."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from placement.search.choose import Choice
+from placement.search.designs import Design, Worker
+from placement.search.evaluate import Evaluator, Goodput
+from placement.search.maximise import Contest
+from placement.search.minimise import Bargain
+from placement.search.problem import Problem
+from placement.search.results import PlanResult, Prediction, Rival
+from placement.simulation.values import PoolRole
+
+COARSE = 0.02
+SEEDS = 2
+MAX_TRIALS = 3
+MAX_RUNNER_UPS = 3
+
+
+def find_neighbours(
+    problem: Problem,
+    evaluator: Evaluator,
+    choice: Choice,
+    design: Design,
+    prediction: Prediction,
+) -> list[Rival]:
+    """One worker more or less of each kind, measured on the certificate's traces."""
+    found = []
+    for text, other in problem.space.neighbours(design):
+        if problem.is_at_rate:
+            found.append(_neighbour_at_rate(problem, evaluator, text, other, prediction, design))
+        else:
+            found.append(_neighbour_goodput(problem, evaluator, choice, text, other, design))
+    return found
+
+
+def _neighbour_at_rate(
+    problem: Problem,
+    evaluator: Evaluator,
+    text: str,
+    other: Design,
+    prediction: Prediction,
+    design: Design,
+) -> Rival:
+    rate = prediction.rate
+    is_kept = evaluator.holds(other, rate, evaluator.num_seeds)
+    is_cheaper = problem.price(other) < problem.price(design)
+    if is_kept:
+        share = problem.price(other) / problem.price(design) - 1
+        why = f"keeps the promises at {share:+.0%} {problem.inputs.objective.goal}"
+    else:
+        margin = evaluator.margin(other, rate, 0)
+        binding = "TTFT" if margin.ttft <= margin.tpot else "TPOT"
+        why = f"misses {binding}: attainment {margin.attainment:.0%}"
+    return Rival(
+        design=other,
+        what=text,
+        goodput=rate if is_kept else 0.0,
+        goodput_per_gpu=rate / other.num_gpus if is_kept else 0.0,
+        usd_per_hour=other.usd_per_hour,
+        why_not=why,
+        is_better=is_kept and is_cheaper and problem.space.fits(other),
+    )
+
+
+def _neighbour_goodput(
+    problem: Problem,
+    evaluator: Evaluator,
+    choice: Choice,
+    text: str,
+    other: Design,
+    design: Design,
+) -> Rival:
+    """Whether it reaches what it would need to be better, on all seeds; and its rough goodput."""
+    best = problem.value(design, choice.goodput.rate)
+    tolerance = problem.inputs.search.tolerance
+    needed = best * (1 + tolerance) / problem.value(other, 1.0)
+    fits = problem.space.fits(other)
+    is_better = fits and evaluator.holds(other, needed, evaluator.num_seeds)
+    guess = choice.goodput.rate * other.num_gpus / design.num_gpus
+    rough = _rough_goodput(evaluator, other, guess)
+    value = problem.value(other, rough.rate)
+    margin = evaluator.margin(other, needed, 0)
+    binding = "TTFT" if margin.ttft <= margin.tpot else "TPOT"
+    gap = value / best - 1 if best else 0.0
+    why = f"{gap:+.1%} of the objective; {binding} gives way first"
+    if not fits:
+        why += "; larger than the cluster"
+    return Rival(
+        design=other,
+        what=text,
+        goodput=rough.rate,
+        goodput_per_gpu=rough.rate / other.num_gpus,
+        usd_per_hour=other.usd_per_hour,
+        why_not=why,
+        is_better=is_better,
+        interval=rough.interval,
+    )
+
+
+def _rough_goodput(evaluator: Evaluator, design: Design, guess: float) -> Goodput:
+    return evaluator.goodput(
+        design,
+        guess,
+        num_seeds=1,
+        tolerance=COARSE,
+        horizon_s=evaluator.search_horizon_s(max(guess, 1e-3)),
+    )
+
+
+def find_runner_ups(
+    problem: Problem,
+    evaluator: Evaluator,
+    choice: Choice,
+    design: Design,
+    prediction: Prediction,
+) -> list[Rival]:
+    """The best of the other kind, and the best with other cuts, and why they lost."""
+    if problem.is_at_rate:
+        return _runner_ups_at_rate(problem, evaluator, choice, design, prediction)
+    rivals = []
+    other_kind = _best_of_kind(problem, evaluator, design)
+    if other_kind is not None:
+        rivals.append(_rival(problem, evaluator, choice, *other_kind, design))
+    families: dict[tuple[object, ...], Design] = {}
+    for other in sorted(
+        (item for item in _reachable(problem) if item.kind == design.kind),
+        key=lambda item: (-problem.value(item, problem.space.estimate(item)), item.key),
+    ):
+        if _family(other) != _family(design):
+            families.setdefault(_family(other), other)
+    for other in list(families.values())[: MAX_RUNNER_UPS - len(rivals)]:
+        found = _rough_goodput(evaluator, other, problem.space.estimate(other))
+        tuned = _tuned(problem, evaluator, other, found)
+        rivals.append(_rival(problem, evaluator, choice, *tuned, design))
+    return sorted(rivals, key=lambda item: -problem.value(item.design, item.goodput))
+
+
+def _best_of_kind(
+    problem: Problem, evaluator: Evaluator, design: Design
+) -> tuple[Design, Goodput] | None:
+    """The winner among the designs of the other kind, so that both compete on equal terms."""
+    is_wanted = design.kind == "colocated"
+    designs = [d for d in _reachable(problem) if (d.kind == "disaggregated") == is_wanted]
+    designs = [d for d in designs if is_wanted or d.kind == "colocated"]
+    contest = Contest(problem.space, evaluator, problem.value, tolerance=COARSE)
+    contest.consider(designs)
+    return None if contest.best is None else (contest.best, contest.best_goodput)
+
+
+def _reachable(problem: Problem) -> list[Design]:
+    if problem.space.is_listable:
+        return list(problem.space.listed())
+    found = []
+    for worker in problem.space.of_role(PoolRole.COLOCATED):
+        found.append(problem.space.design({worker: problem.space.max_count(worker)}))
+    return found
+
+
+def _family(design: Design) -> tuple[object, ...]:
+    return tuple(worker.key for worker, _ in design.counts)
+
+
+def _rival(
+    problem: Problem,
+    evaluator: Evaluator,
+    choice: Choice,
+    other: Design,
+    found: Goodput,
+    design: Design,
+) -> Rival:
+    best = problem.value(design, choice.goodput.rate)
+    value = problem.value(other, found.rate)
+    beyond = max(found.rate, 1e-3) * 1.1
+    margin = evaluator.margin(other, beyond, 0, evaluator.search_horizon_s(beyond))
+    binding = "TTFT" if margin.ttft <= margin.tpot else "TPOT"
+    return Rival(
+        design=other,
+        what=f"best of {_cuts_text(other)}",
+        goodput=found.rate,
+        goodput_per_gpu=found.rate / other.num_gpus,
+        usd_per_hour=other.usd_per_hour,
+        why_not=f"{value / best - 1:+.0%} of the objective; {binding} gives way first",
+        interval=found.interval,
+    )
+
+
+def _tuned(
+    problem: Problem, evaluator: Evaluator, design: Design, found: Goodput
+) -> tuple[Design, Goodput]:
+    """A few steps within a family, since estimates only roughly know its best counts."""
+    for _ in range(MAX_TRIALS):
+        best_value = problem.value(design, found.rate)
+        for _, other in problem.space.neighbours(design):
+            if not problem.space.fits(other):
+                continue
+            rate = best_value * (1 + COARSE) / problem.value(other, 1.0)
+            horizon_s = evaluator.search_horizon_s(max(rate, 1e-3))
+            if rate > 0 and evaluator.margin(other, rate, 0, horizon_s).all >= 0:
+                design, found = other, _rough_goodput(evaluator, other, rate)
+                break
+        else:
+            return design, found
+    return design, found
+
+
+def _cuts_text(design: Design) -> str:
+    return ", ".join(f"{worker.role} {worker.gpu} {worker.cut}" for worker, _ in design.counts)
+
+
+def _runner_ups_at_rate(
+    problem: Problem,
+    evaluator: Evaluator,
+    choice: Choice,
+    design: Design,
+    prediction: Prediction,
+) -> list[Rival]:
+    """The cheapest of the other kind, and of the kind without the plan's cuts."""
+    rivals = []
+    for what, keep in _restrictions(design):
+        workers = tuple(worker for worker in problem.space.workers if keep(worker))
+        space = replace(problem.space, workers=workers, is_mixed_allowed=False)
+        limited = replace(problem, space=space)
+        contest = Contest(space, evaluator, problem.value, tolerance=COARSE)
+        bargain = Bargain(space, contest, problem.price, prediction.rate)
+        bargain.run()
+        if bargain.best is None:
+            continue
+        other = bargain.best
+        share = limited.price(other) / limited.price(design) - 1
+        rivals.append(
+            Rival(
+                design=other,
+                what=what,
+                goodput=prediction.rate,
+                goodput_per_gpu=prediction.rate / other.num_gpus,
+                usd_per_hour=other.usd_per_hour,
+                why_not=f"{share:+.0%} {problem.inputs.objective.goal} for the same promise",
+            )
+        )
+    return sorted(rivals, key=lambda item: problem.price(item.design))
+
+
+def _restrictions(design: Design) -> Iterator[tuple[str, Callable[[Worker], bool]]]:
+    """Names and filters of workers for the searches of runner-ups."""
+    if design.kind == "colocated":
+        yield "cheapest disaggregated", lambda w: w.role is not PoolRole.COLOCATED
+    else:
+        yield "cheapest colocated", lambda w: w.role is PoolRole.COLOCATED
+    for worker, _ in design.counts:
+        yield f"cheapest without {worker.label}", _without(worker)
+
+
+def _without(gone: Worker) -> Callable[[Worker], bool]:
+    """The same kind of design with other cuts."""
+    is_colocated = gone.role is PoolRole.COLOCATED
+    return lambda w: w != gone and (w.role is PoolRole.COLOCATED) == is_colocated
+
+
+def one_gpu_more(
+    problem: Problem, neighbours: tuple[Rival, ...], design: Design, goodput: Goodput
+) -> str:
+    """What the next worker brings, for each of its GPUs."""
+    if problem.is_at_rate or goodput.rate == 0:
+        return "at a given rate more GPUs only raise the attainment; see what ifs and neighbours"
+    more = [item for item in neighbours if item.design.num_gpus > design.num_gpus]
+    if not more:
+        return ""
+
+    def gain(item: Rival) -> float:
+        return (item.goodput - goodput.rate) / (item.design.num_gpus - design.num_gpus)
+
+    best = max(more, key=gain)
+    gpus = best.design.num_gpus - design.num_gpus
+    return (
+        f"{best.what} ({gpus} GPUs) brings {max(gain(best), 0.0):.2f} requests/s for each GPU "
+        f"(the plan has {goodput.rate / design.num_gpus:.2f})"
+    )
+
+
+def spare_plan(
+    problem: Problem, evaluator: Evaluator, choice: Choice, result: PlanResult
+) -> Rival | None:
+    """The cheapest that holds the same rate after the loss of any one worker.
+
+    None where the cluster holds none. Starts from the plan, since a spare of each kind always
+    does where it fits.
+    """
+    rate = result.prediction.rate
+    guarded = evaluator.with_traffic(problem.traffic)
+    guarded.spare_workers = 1
+    candidates = _with_spares(problem, result.design)
+    holding = [d for d in candidates if _survives(guarded, d, rate)]
+    if not holding:
+        return None
+    best = min(holding, key=lambda d: (problem.price(d), d.num_gpus, d.key))
+    fits = problem.space.fits(best)
+    extra = best.num_gpus - result.design.num_gpus
+    more_usd = best.usd_per_hour - result.design.usd_per_hour
+    where = "" if fits else "; larger than the cluster"
+    return Rival(
+        design=best,
+        what="N+1: holds after any one worker is lost",
+        goodput=rate,
+        goodput_per_gpu=rate / best.num_gpus,
+        usd_per_hour=best.usd_per_hour,
+        why_not=f"{extra:+d} GPUs, {more_usd:+.2f} USD/h{where}",
+    )
+
+
+def _survives(guarded: Evaluator, design: Design, rate: float) -> bool:
+    horizon_s = guarded.search_horizon_s(rate)
+    return guarded.margin(design, rate, 0, horizon_s).all >= 0 and guarded.holds(
+        design, rate, min(SEEDS, guarded.num_seeds), horizon_s
+    )
+
+
+def _with_spares(problem: Problem, design: Design) -> list[Design]:
+    """The design itself, with a spare of one kind, of two, of all."""
+    kinds = [worker for worker, _ in design.counts]
+    found = []
+    for mask in range(2 ** len(kinds)):
+        changed = design
+        for index, worker in enumerate(kinds):
+            if mask >> index & 1:
+                changed = changed.with_change(worker, 1)
+        found.append(changed)
+    return found
+
+
+__all__ = [
+    "find_neighbours",
+    "find_runner_ups",
+    "one_gpu_more",
+    "spare_plan",
+]

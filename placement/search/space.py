@@ -1,0 +1,207 @@
+"""All designs that a cluster can hold, and the steps from one to the next."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from placement.search.bounds import Bounds
+from placement.search.designs import Design, Worker
+from placement.search.enumerate import Fleet
+from placement.simulation.values import PoolRole, Rules
+
+MAX_LISTED = 12_000
+MAX_MIXED_GPUS = 8
+MIN_BATCH = 8
+MAX_STARTS = 4
+"""Worker kinds of one role that a step may bring in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """Workers that can serve at all, the nodes they run on, and bounds by step tokens."""
+
+    fleets: tuple[Fleet, ...]
+    workers: tuple[Worker, ...]
+    bounds: Mapping[int, Bounds]  # by max_step_tokens
+    rules: Rules
+    is_mixed_allowed: bool
+
+    def of_role(self, role: PoolRole) -> tuple[Worker, ...]:
+        return tuple(worker for worker in self.workers if worker.role is role)
+
+    def bound_of(self, design: Design) -> Bounds:
+        return self.bounds[design.max_step_tokens]
+
+    def estimate(self, design: Design) -> float:
+        return self.bound_of(design).estimate(design)
+
+    def rate_bound(self, design: Design) -> float:
+        return self.bound_of(design).rate_bound(design)
+
+    def max_count(self, worker: Worker) -> int:
+        fleet = next(fleet for fleet in self.fleets if fleet.gpu == worker.gpu)
+        per_node = fleet.gpus_per_node // worker.tp
+        return per_node * fleet.nodes // worker.pp
+
+    def fits(self, design: Design) -> bool:
+        """Whether every stage finds a node; first fit by size, exact where sizes divide."""
+        for fleet in self.fleets:
+            sizes = [
+                (worker.tp, count * worker.pp)
+                for worker, count in design.counts
+                if worker.gpu == fleet.gpu
+            ]
+            if sizes and not _packs(sizes, fleet.nodes, fleet.gpus_per_node):
+                return False
+        return True
+
+    def design(self, counts: dict[Worker, int], max_step_tokens: int | None = None) -> Design:
+        """With the limits that suit its workers; `max_step_tokens` left out: the best guess."""
+        counts = {worker: count for worker, count in counts.items() if count > 0}
+        if max_step_tokens is None:
+            max_step_tokens = self._best_step_tokens(counts)
+        bounds = self.bounds[max_step_tokens]
+        batches = [bounds.largest_batch(w) for w in counts if w.role is not PoolRole.PREFILL]
+        return Design.of(
+            counts,
+            max_step_tokens=max_step_tokens,
+            max_num_requests=max([MIN_BATCH, *batches]),
+        )
+
+    def _best_step_tokens(self, counts: dict[Worker, int]) -> int:
+        if len(self.bounds) == 1:
+            return next(iter(self.bounds))
+        side = tuple((w, n) for w, n in counts.items() if w.role is PoolRole.PREFILL)
+        if not side:
+            return min(self.bounds)
+        return max(
+            self.bounds, key=lambda tokens: (self.bounds[tokens].prefill_estimate(side), -tokens)
+        )
+
+    @property
+    def is_listable(self) -> bool:
+        """Whether all designs can be looked at one by one."""
+        sizes = {
+            role: sum(self.max_count(worker) for worker in self.of_role(role)) for role in PoolRole
+        }
+        return sizes[PoolRole.PREFILL] * sizes[PoolRole.DECODE] // 2 <= MAX_LISTED
+
+    def listed(self) -> Iterator[Design]:
+        """One cut for each role: pairs of pools, colocated pools, and in small clusters both."""
+        return (design for design in self._all() if self.fits(design))
+
+    def _all(self) -> Iterator[Design]:
+        prefill, decode = self.of_role(PoolRole.PREFILL), self.of_role(PoolRole.DECODE)
+        both = self.of_role(PoolRole.COLOCATED)
+        for worker in both:
+            for tokens in self.bounds:
+                for count in range(1, self.max_count(worker) + 1):
+                    yield self.design({worker: count}, tokens)
+        for reader in prefill:
+            for writer in decode:
+                for m in range(1, self.max_count(reader) + 1):
+                    for n in range(1, self.max_count(writer) + 1):
+                        if not self._may_fit(reader, m, writer, n):
+                            break
+                        yield self.design({reader: m, writer: n})
+        if self.is_mixed_allowed and sum(f.num_gpus for f in self.fleets) <= MAX_MIXED_GPUS:
+            yield from self._mixed(prefill, decode, both)
+
+    def _mixed(
+        self, prefill: tuple[Worker, ...], decode: tuple[Worker, ...], both: tuple[Worker, ...]
+    ) -> Iterator[Design]:
+        for reader in prefill:
+            for writer in decode:
+                for worker in both:
+                    for m in range(1, self.max_count(reader) + 1):
+                        for n in range(1, self.max_count(writer) + 1):
+                            if not self._may_fit(reader, m, writer, n):
+                                break
+                            for k in range(1, self.max_count(worker) + 1):
+                                yield self.design({reader: m, writer: n, worker: k})
+
+    def _may_fit(self, reader: Worker, m: int, writer: Worker, n: int) -> bool:
+        if reader.gpu != writer.gpu:
+            return True
+        fleet = next(fleet for fleet in self.fleets if fleet.gpu == reader.gpu)
+        return m * reader.num_gpus + n * writer.num_gpus <= fleet.num_gpus
+
+    def neighbours(self, design: Design) -> list[tuple[str, Design]]:
+        """One worker more or less of each kind that it has; also beyond the cluster's size."""
+        found = []
+        for worker, _ in design.counts:
+            found.append((f"1 {worker.label} more", design.with_change(worker, 1)))
+            found.append((f"1 {worker.label} less", design.with_change(worker, -1)))
+        return [(text, other) for text, other in found if other.is_complete]
+
+    def steps(self, design: Design) -> Iterator[Design]:
+        """Designs near by: one more, one less, and GPUs of one kind given to another."""
+        seen = {design}
+        for other in self._steps(design):
+            if other not in seen and other.is_complete and self.fits(other):
+                seen.add(other)
+                yield other
+
+    def _steps(self, design: Design) -> Iterator[Design]:
+        counts = dict(design.counts)
+        kinds = self._interesting(design)
+        for worker in kinds:
+            yield self.design({**counts, worker: counts.get(worker, 0) + 1})
+        for worker in counts:
+            yield self.design({**counts, worker: counts[worker] - 1})
+        for source in counts:
+            for target in kinds:
+                if source == target:
+                    continue
+                taken = max(1, target.num_gpus // source.num_gpus)
+                given = max(1, source.num_gpus // target.num_gpus)
+                if taken <= counts[source]:
+                    changed = dict(counts)
+                    changed[source] -= taken
+                    changed[target] = changed.get(target, 0) + given
+                    yield self.design(changed)
+        for tokens in self.bounds:
+            yield self.design(counts, tokens)
+
+    def _interesting(self, design: Design) -> list[Worker]:
+        """Its own kinds, and of each role and GPU type the most promising for each GPU."""
+        kinds = [worker for worker, _ in design.counts]
+        bounds = self.bound_of(design)
+        is_mixing = self.is_mixed_allowed or design.kind == "colocated"
+        for role in PoolRole:
+            if role is PoolRole.COLOCATED and not is_mixing:
+                continue
+            is_other = role is not PoolRole.COLOCATED and design.kind == "colocated"
+            if is_other and not self.is_mixed_allowed:
+                continue
+            best: dict[str, tuple[float, Worker]] = {}
+            for worker in self.of_role(role):
+                rate = bounds.single_estimate(worker) / worker.num_gpus
+                if worker.gpu not in best or rate > best[worker.gpu][0]:
+                    best[worker.gpu] = (rate, worker)
+            for _, worker in best.values():
+                if worker not in kinds:
+                    kinds.append(worker)
+        return kinds
+
+
+def _packs(sizes: list[tuple[int, int]], nodes: int, gpus_per_node: int) -> bool:
+    """First fit, greatest first, over groups of alike nodes: {free GPUs: nodes}."""
+    free = {gpus_per_node: nodes}
+    for size, count in sorted(sizes, reverse=True):
+        left = count
+        while left > 0:
+            rooms = [room for room, number in free.items() if room >= size and number > 0]
+            if not rooms:
+                return False
+            room = min(rooms)
+            each = room // size
+            whole = min(free[room], left // each)
+            if whole:
+                free[room] -= whole
+                free[room - each * size] = free.get(room - each * size, 0) + whole
+                left -= whole * each
+            else:
+                free[room] -= 1
+                free[room - left * size] = free.get(room - left * size, 0) + 1
+                left = 0
+    return True

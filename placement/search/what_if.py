@@ -1,0 +1,181 @@
+"""The plan under changed circumstances: losses, bursts, other lengths and rates, closed loops."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from placement.search.designs import Design, Worker
+from placement.search.evaluate import Evaluator
+from placement.search.predict import predict
+from placement.search.problem import Problem
+from placement.search.results import Curve, Prediction, WhatIf
+from placement.simulate import Simulator
+from placement.simulation.summary import Verdict, attainment_interval
+from placement.simulation.values import PoolRole, Rules
+
+SEEDS = 2
+MAX_SECONDS_OF_TRACE = 600.0
+MAX_REQUESTS = 9000
+BURST_CV = 2.0
+HEAVY_CV = 1.0
+RATE_FACTORS = (0.8, 0.9, 1.1, 1.2)
+MAX_ADVICE = 6
+
+
+class Questions:
+    """Asks what-ifs of one design at one rate; fewer seeds than the certificate."""
+
+    def __init__(self, problem: Problem, evaluator: Evaluator, design: Design, rate: float) -> None:
+        self.problem = problem
+        self.evaluator = evaluator
+        self.design = design
+        self.rate = rate
+
+    def losses(self) -> list[WhatIf]:
+        """After any one worker is gone, and after any one node."""
+        found = [
+            self._ask(f"1 {worker.label} lost", self.design.with_change(worker, -1))
+            for worker, _ in self.design.counts
+        ]
+        node = self.node_loss()
+        if node is not None and node != self.design:
+            found.append(self._ask("1 node lost (the worst)", node))
+        return found
+
+    def node_loss(self) -> Design | None:
+        """What is left after the node whose loss takes the most of one pool."""
+        if sum(fleet.nodes for fleet in self.problem.fleets) < 2:
+            return None
+        worst: tuple[float, Design] | None = None
+        for fleet in self.problem.fleets:
+            for worker, count in self.design.counts:
+                if worker.gpu != fleet.gpu:
+                    continue
+                held = max(fleet.gpus_per_node // worker.num_gpus, 1)
+                lost = min(held, count)
+                if worst is None or lost / count > worst[0]:
+                    worst = (lost / count, self.design.with_change(worker, -lost))
+        return None if worst is None else worst[1]
+
+    def traffic_changes(self) -> list[WhatIf]:
+        """Bursts; prompts of more spread."""
+        traffic = self.problem.traffic
+        found = [
+            self._ask(
+                f"bursts: arrival CV {BURST_CV:g}",
+                self.design,
+                self.evaluator.with_traffic(traffic.changed(cv=BURST_CV)),
+            )
+        ]
+        lengths = self.problem.inputs.workload.prompt_tokens
+        if lengths is not None and (lengths.distribution == "fixed" or lengths.cv < HEAVY_CV):
+            changed = traffic.changed(prompt_cv=HEAVY_CV)
+            found.append(
+                self._ask(
+                    f"prompt length CV {HEAVY_CV:g}",
+                    self.design,
+                    self.evaluator.with_traffic(changed),
+                )
+            )
+        return found
+
+    def sensitivity(self) -> list[WhatIf]:
+        """Rates a fifth around, prompts 20 % longer."""
+        found = [self._ask(f"rate x {f:g}", self.design, rate=self.rate * f) for f in RATE_FACTORS]
+        longer = self.evaluator.with_traffic(self.problem.traffic.changed(length_scale=1.2))
+        found.append(self._ask("prompts 20 % longer", self.design, longer))
+        return found
+
+    def closed_loop(self, prediction: Prediction) -> WhatIf | None:
+        """The same load as a fixed number of requests under way (Little's law)."""
+        if self.problem.inputs.rules is not Rules.PDSERVE or prediction.percentiles is None:
+            return None
+        stay_s = prediction.percentiles["e2e_s"]["p50"]
+        concurrency = max(round(self.rate * stay_s), 1)
+        config = replace(self.evaluator.config(self.design), concurrency=concurrency)
+        trace, classes = self.problem.traffic.trace(0, self.rate, self._horizon_s(self.rate))
+        closed = replace(trace, arrival_s=np.zeros(len(trace)))
+        promises = np.array([item.ttft_s for item in self.problem.slo])
+        times = Simulator(config).run(closed, ttft_s=promises[classes])
+        margin = self.evaluator.judge(times, closed, classes)
+        span_s = max(float((times.arrival_s + times.e2e_s).max()), 1e-9)
+        return WhatIf(
+            name=f"closed loop of {concurrency} requests",
+            rate=len(trace) / span_s,
+            attainment=margin.attainment,
+            interval=attainment_interval(_met(times, promises, classes, self.problem)),
+            is_kept=margin.all >= 0,
+            verdict=str(Verdict.CLOSED_LOOP),
+            ttft_p90_s=float(np.percentile(times.ttft_s, 90)),
+            tpot_p90_s=float(np.percentile(times.tpot_s, 90)),
+        )
+
+    def curve(self) -> Curve:
+        """Attainment against rate."""
+        points = []
+        for factor in (0.5, 0.7, 0.85, 1.0, 1.1, 1.25):
+            rate = self.rate * factor
+            margin = self.evaluator.margin(self.design, rate, 0, self._horizon_s(rate))
+            points.append((rate, margin.attainment))
+        return Curve(name="attainment", x="requests/s", y="attainment", points=tuple(points))
+
+    def _horizon_s(self, rate: float) -> float:
+        return min(self.evaluator.horizon_s, max(MAX_REQUESTS / rate, 60.0))
+
+    def _ask(
+        self,
+        name: str,
+        design: Design,
+        evaluator: Evaluator | None = None,
+        rate: float | None = None,
+    ) -> WhatIf:
+        evaluator, rate = evaluator or self.evaluator, rate or self.rate
+        seeds = min(SEEDS, evaluator.num_seeds)
+        found = predict(evaluator, design, rate, num_seeds=seeds, horizon_s=self._horizon_s(rate))
+        advice = "" if found.is_kept else self._advice(evaluator, design, rate)
+        percentiles = found.percentiles
+        return WhatIf(
+            name=name,
+            rate=rate,
+            attainment=found.attainment,
+            interval=found.interval,
+            is_kept=found.is_kept,
+            verdict=found.verdict,
+            ttft_p90_s=percentiles["ttft_s"]["p90"] if percentiles else None,
+            tpot_p90_s=percentiles["tpot_s"]["p90"] if percentiles else None,
+            advice=advice,
+        )
+
+    def _advice(self, evaluator: Evaluator, design: Design, rate: float) -> str:
+        """Fewest workers of one kind more that keep the promises there."""
+        horizon_s = self._horizon_s(rate)
+        added = design
+        chosen: dict[Worker, int] = {}
+        for _ in range(MAX_ADVICE):
+            worker = self._weak(evaluator, added, rate, horizon_s)
+            if worker is None:
+                break
+            chosen[worker] = chosen.get(worker, 0) + 1
+            added = added.with_change(worker, 1)
+            if evaluator.margin(added, rate, 0, horizon_s).all >= 0:
+                parts = [f"{count} {kind.label}" for kind, count in chosen.items()]
+                gpus = added.num_gpus - design.num_gpus
+                return f"add {' + '.join(parts)} ({gpus} GPUs)"
+        return f"more than {MAX_ADVICE} workers more are needed, or a lower rate"
+
+    def _weak(
+        self, evaluator: Evaluator, design: Design, rate: float, horizon_s: float
+    ) -> Worker | None:
+        margin = evaluator.margin(design, rate, 0, horizon_s)
+        both = design.side(PoolRole.COLOCATED)
+        if both:
+            return both[0][0]
+        role = PoolRole.PREFILL if margin.ttft <= margin.tpot else PoolRole.DECODE
+        side = design.side(role)
+        kinds = side or self.design.side(role)
+        return kinds[0][0] if kinds else None
+
+
+def _met(times, promises, classes, problem: Problem):  # type: ignore[no-untyped-def]
+    tpots = np.array([item.tpot_s for item in problem.slo])
+    return (times.ttft_s <= promises[classes]) & (times.tpot_s <= tpots[classes])

@@ -1,0 +1,262 @@
+"""From inputs to a plan, or to the reason why there is none.
+
+    answer = solve(read_inputs(path))      # PlanResult | NoPlan
+
+Deterministic: the same inputs give the same answer, on any number of cores.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from pdserve.domain.errors import LocalFault
+from placement.assign import Assignment, Unplaceable, assign
+from placement.plan_inputs import PlanInputs
+from placement.search.choose import Choice, choose, new_evaluator
+from placement.search.designs import Design, Worker
+from placement.search.evaluate import Evaluator
+from placement.search.nearest import explain_no_plan
+from placement.search.predict import economy, predict
+from placement.search.problem import Problem, new_problem
+from placement.search.results import NoPlan, PlanResult, Prediction, Rival, SearchStats
+from placement.search.rivals import find_neighbours, find_runner_ups, one_gpu_more, spare_plan
+from placement.search.what_if import Questions
+from placement.simulation.values import PoolRole, Rules
+
+MIN_GAIN = 0.01
+
+__all__ = ["NoPlan", "PlanResult", "Progress", "solve"]
+
+Progress = Callable[[str, int], None]
+"""Told what is being done, and how many simulations have been run."""
+
+
+def solve(inputs: PlanInputs, progress: Progress | None = None) -> PlanResult | NoPlan:
+    """Find the best plan; raises `LocalFault` for questions that cannot be answered."""
+    stage = "reading"
+
+    def on_run(num_runs: int) -> None:
+        if progress is not None:
+            progress(stage, num_runs)
+
+    problem = new_problem(inputs)
+    evaluator = new_evaluator(problem, on_run)
+    evaluator.spare_workers = inputs.objective.spare_workers
+    given = given_design(problem) if inputs.design else None
+    stage = "searching"
+    choice = choose(problem, evaluator)
+    if choice.design is None:
+        stage = "looking for the nearest plan"
+        return explain_no_plan(problem, evaluator)
+    stage = "asking what if"
+    result = _describe(problem, evaluator, choice, choice.design)
+    if isinstance(result, PlanResult) and given is not None:
+        stage = "judging the given design"
+        return replace(result, judged=_judge(problem, choice, given))
+    return result
+
+
+def given_design(problem: Problem) -> Design:
+    """The pools of the inputs as a design; raises `LocalFault` for a worker that cannot be."""
+    counts: dict[Worker, int] = {}
+    for index, pool in enumerate(problem.inputs.design):
+        matching = [
+            worker
+            for worker in problem.found.workers
+            if (worker.role, worker.tp, worker.pp, worker.ep)
+            == (pool.role, pool.tp, pool.pp, pool.ep)
+            and pool.gpu in (None, worker.gpu)
+        ]
+        if not matching:
+            known = sorted(
+                {w.label for w in problem.found.workers if w.role is pool.role} or {"none"}
+            )
+            raise LocalFault(
+                f"design[{index}]: no {pool.role} worker TP{pool.tp} PP{pool.pp} EP{pool.ep} "
+                f"is possible here; possible: {', '.join(known)}"
+            )
+        counts[matching[0]] = counts.get(matching[0], 0) + pool.replicas
+    design = problem.space.design(counts)
+    if not design.is_complete:
+        raise LocalFault("design: needs prefill and decode pools, or a colocated one")
+    if not problem.space.fits(design):
+        raise LocalFault(f"design: {design.label} does not fit the cluster")
+    return design
+
+
+def _describe(
+    problem: Problem, evaluator: Evaluator, choice: Choice, design: Design
+) -> PlanResult | NoPlan:
+    """Everything about the chosen design; the what-ifs only where they are asked for."""
+    goodput = choice.goodput
+    rate = problem.rate if problem.is_at_rate and problem.rate is not None else goodput.rate
+    prediction = predict(evaluator, design, rate)
+    placed = _place(problem, design, rate)
+    if isinstance(placed, Unplaceable):
+        return NoPlan(
+            reason=placed.reason,
+            nearest=("a cluster with faster links between nodes, or more nodes",),
+            best=design,
+            best_rate=rate,
+        )
+    result = _bare_result(problem, evaluator, choice, design, prediction, placed)
+    rivals = find_runner_ups(problem, evaluator, choice, design, prediction)
+    result = replace(
+        result,
+        runner_ups=tuple(rivals),
+        neighbours=tuple(find_neighbours(problem, evaluator, choice, design, prediction)),
+        disaggregation=_verdict_on_disaggregation(problem, result, design, rivals),
+    )
+    result = replace(result, one_gpu_more=one_gpu_more(problem, result.neighbours, design, goodput))
+    if problem.inputs.search.what_ifs and problem.slo:
+        result = _with_what_ifs(problem, evaluator, choice, result)
+    return replace(result, stats=_stats(problem, evaluator, choice))
+
+
+def _bare_result(
+    problem: Problem,
+    evaluator: Evaluator,
+    choice: Choice,
+    design: Design,
+    prediction: Prediction,
+    placed: Assignment,
+) -> PlanResult:
+    prompts, outputs = problem.traffic.sample()
+    mean_tokens = float(prompts.mean() + outputs.mean())
+    return PlanResult(
+        design=design,
+        num_cells=problem.num_cells,
+        prediction=prediction,
+        goodput=choice.goodput.rate or prediction.rate,
+        goodput_interval=choice.goodput.interval,
+        economy=economy(design, prediction, mean_tokens),
+        nodes=tuple(node.to_json() for node in placed.nodes),
+        affinity=str(placed.affinity),
+        cross_node_bytes_per_s=placed.cross_node_bytes_per_s,
+        disaggregation="",
+        notes=_notes(problem, prediction),
+        neighbours=(),
+        runner_ups=(),
+        one_gpu_more="",
+        what_ifs=(),
+        sensitivity=(),
+        spare=None,
+        judged=None,
+        curves=(),
+        stats=_stats(problem, evaluator, choice),
+        inputs=_inputs_json(problem.inputs),
+        sources=tuple(sorted({worker.source for worker, _ in design.counts})),
+        relative_error=max(worker.relative_error for worker, _ in design.counts),
+    )
+
+
+def _inputs_json(inputs: PlanInputs) -> dict[str, Any]:
+    return inputs.model_dump(mode="json", exclude_none=True)
+
+
+def _place(problem: Problem, design: Design, rate: float) -> Assignment | Unplaceable:
+    prompts, _ = problem.traffic.sample()
+    kv_bytes = max(
+        (w.pool.kv_bytes_per_token for w, _ in design.side(PoolRole.PREFILL)), default=0.0
+    )
+    return assign(design, problem.fleets, rate * float(prompts.mean()) * kv_bytes)
+
+
+def _notes(problem: Problem, prediction: Prediction) -> tuple[str, ...]:
+    notes = []
+    if problem.num_cells > 1:
+        notes.append(
+            f"{problem.num_cells} equal cells: one was searched and simulated; a router over all "
+            "workers at once does at least as well"
+        )
+    if problem.num_unused_gpus:
+        notes.append(f"{problem.num_unused_gpus} GPUs fit no cell and stay free")
+    if problem.inputs.workload.diurnal:
+        notes.append("planned for the peak of the diurnal profile")
+    if problem.inputs.rules is Rules.DISTSERVE:
+        notes.append("rules distserve: KV transfers take no time and KV memory has no limit")
+    low, high = prediction.interval
+    if high - low > 0.1:
+        notes.append("the interval of the attainment is wide: more seeds or a longer duration_s")
+    return tuple(notes)
+
+
+def _verdict_on_disaggregation(
+    problem: Problem, result: PlanResult, design: Design, rivals: list[Rival]
+) -> str:
+    """Whether it pays here, in numbers."""
+    other = "disaggregated" if design.kind == "colocated" else "colocated"
+    rival = next((item for item in rivals if item.design.kind == other), None)
+    if rival is None:
+        searched = problem.inputs.search
+        if not searched.colocated or not searched.disaggregated:
+            return f"{design.kind}; the other kind was not searched"
+        return f"{design.kind}: no {other} design keeps the promises"
+    if problem.is_at_rate:
+        ours, theirs = problem.price(design), problem.price(rival.design)
+        gain = theirs / ours - 1
+        what = f"{abs(gain):.0%} {'less' if gain > 0 else 'more'} {problem.inputs.objective.goal}"
+    else:
+        ours = problem.value(design, result.goodput)
+        theirs = problem.value(rival.design, rival.goodput)
+        gain = ours / theirs - 1 if theirs else float("inf")
+        what = f"{gain:.0%} more goodput"
+    if abs(gain) < MIN_GAIN:
+        return f"{design.kind} and {other} are equal here: {rival.design.label}"
+    pays = "does not pay" if design.kind == "colocated" else "pays"
+    beaten = f"the best {other} ({rival.design.label})"
+    return f"disaggregation {pays}: {design.kind} has {what} than {beaten}"
+
+
+def _with_what_ifs(
+    problem: Problem, evaluator: Evaluator, choice: Choice, result: PlanResult
+) -> PlanResult:
+    plain = evaluator if not evaluator.spare_workers else evaluator.with_traffic(problem.traffic)
+    asked = Questions(problem, plain, result.design, result.prediction.rate)
+    what_ifs = asked.losses() + asked.traffic_changes()
+    closed = asked.closed_loop(result.prediction)
+    if closed is not None:
+        what_ifs.append(closed)
+    spare = None if evaluator.spare_workers else spare_plan(problem, plain, choice, result)
+    return replace(
+        result,
+        what_ifs=tuple(what_ifs),
+        sensitivity=tuple(asked.sensitivity()),
+        curves=(asked.curve(),),
+        spare=spare,
+    )
+
+
+def _judge(problem: Problem, choice: Choice, given: Design) -> PlanResult:
+    """The design that was asked about, at the asked rate or its own goodput."""
+    evaluator = new_evaluator(problem)
+    goodput = choice.goodput
+    if problem.rate is None:
+        goodput = evaluator.goodput(
+            given,
+            problem.space.estimate(given),
+            num_seeds=evaluator.num_seeds,
+            tolerance=problem.inputs.search.tolerance,
+        )
+    rate = problem.rate or goodput.rate
+    prediction = predict(evaluator, given, rate)
+    placed = _place(problem, given, rate)
+    if isinstance(placed, Unplaceable):
+        raise LocalFault(f"design: {placed.reason}")
+    own = replace(choice, goodput=goodput, design=given)
+    result = _bare_result(problem, evaluator, own, given, prediction, placed)
+    return _with_what_ifs(problem, evaluator, own, result) if problem.slo else result
+
+
+def _stats(problem: Problem, evaluator: Evaluator, choice: Choice) -> SearchStats:
+    tally = choice.contest.tally
+    return SearchStats(
+        listed=tally.listed,
+        pruned_by_bound=tally.by_bound,
+        pruned_by_estimate=tally.by_estimate,
+        pruned_by_failed_pool=tally.by_blame,
+        simulated=tally.simulated,
+        num_runs=evaluator.num_runs,
+        num_requests=evaluator.num_requests,
+        rejected=problem.found.rejected,
+    )
