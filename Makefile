@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo check test test-all bench proto diagrams model clean
+.PHONY: setup demo check test test-all bench proto diagrams model screenshots clean
 
 setup: $(STAMP)
 
@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "pdserve needs $(PYTHON); set PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,planner,dev]'
 	touch $(STAMP)
 
 demo: setup
@@ -41,6 +41,10 @@ proto: setup
 
 diagrams: setup
 	$(BIN)/python scripts/generate_diagrams.py
+
+# Pictures of the planner's report for the docs; says so and does nothing without Chromium.
+screenshots: setup
+	$(BIN)/python -m scripts.screenshot_report --output docs/images
 
 model: setup
 	$(BIN)/python scripts/train_demo_model.py

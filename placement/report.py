@@ -1,0 +1,96 @@
+"""`--report report.html`: a plan as one self-contained page.
+
+The page is a function of what `--json` prints: `content`, the curves under `curves` included. It
+carries that JSON unchanged (the element with id `data`), so that a page can be read by programs.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pdserve.domain.errors import LocalFault
+from placement.report_parts.curves import (
+    AttainmentCurve,
+    Candidate,
+    ClassCurve,
+    CostPoint,
+    Curves,
+    Timeline,
+    TradeOff,
+    attainment_curve,
+    cost_curve,
+    replay_hour,
+    trade_offs,
+)
+from placement.report_parts.figures import make_figures
+from placement.report_parts.page import make_page
+
+__all__ = [
+    "AttainmentCurve",
+    "Candidate",
+    "ClassCurve",
+    "CostPoint",
+    "Curves",
+    "ReportTable",
+    "Timeline",
+    "TradeOff",
+    "attainment_curve",
+    "cost_curve",
+    "read_report",
+    "render_report",
+    "replay_hour",
+    "trade_offs",
+    "write_report",
+]
+
+CURVES = "curves"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportTable:
+    """A table of the page; every row has as many cells as the header."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def render_report(
+    content: Mapping[str, Any],
+    *,
+    title: str,
+    lines: Sequence[str] = (),
+    tables: Sequence[ReportTable] = (),
+) -> str:
+    """The page of a plan. `content`: what `--json` prints, with `Curves.to_json()` as `curves`.
+
+    Raises `LocalFault` where plotly is not installed.
+    """
+    return make_page(
+        title=title,
+        lines=lines,
+        tables=[(table.title, table.header, table.rows) for table in tables],
+        figures=make_figures(content.get(CURVES) or {}),
+        content=content,
+    )
+
+
+def write_report(path: Path, page: str) -> None:
+    """Raises `LocalFault` where the file cannot be written."""
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise LocalFault(f"{path}: {error.strerror}") from None
+
+
+def read_report(page: str) -> dict[str, Any]:
+    """The JSON that a page carries; raises `LocalFault` for another page."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    if found is None:
+        raise LocalFault("not a report of pdserve: it carries no data")
+    content = json.loads(found[1])
+    assert isinstance(content, dict)
+    return content

@@ -1,0 +1,1 @@
+"""What a report's page is made of: curves, figures, page."""
