@@ -15,7 +15,13 @@ from pdserve.domain.messages import ClusterState
 
 START_S = 60.0
 QUICK_TIMERS = Timers(
-    heartbeat_s=0.1, suspect_s=10.0, dead_s=20.0, keepalive_s=10.0, connect_s=10.0, drain_s=5.0
+    heartbeat_s=0.1,
+    suspect_s=10.0,
+    dead_s=20.0,
+    keepalive_s=10.0,
+    keepalive_timeout_s=10.0,
+    connect_s=10.0,
+    drain_s=5.0,
 )
 """All processes of these clusters share one thread: none may be called dead for being slow."""
 
