@@ -16,6 +16,9 @@ def plan(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write everything as JSON; - is the terminal.")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write a page of tables and curves (HTML).")
+    ] = None,
     what_ifs: Annotated[
         bool, typer.Option("--what-ifs/--no-what-ifs", help="Losses, bursts, sensitivity.")
     ] = True,
@@ -30,7 +33,7 @@ def plan(
     \b
     Examples:
       pdserve plan --example > inputs.yaml
-      pdserve plan inputs.yaml --output plan.yaml
+      pdserve plan inputs.yaml --output plan.yaml --report report.html
       pdserve plan inputs.yaml --json - --no-what-ifs
     """
     from placement.plan_inputs import EXAMPLE
@@ -44,7 +47,9 @@ def plan(
         raise LocalFault("INPUTS.YAML is missing; `pdserve plan --example` prints one")
     from placement.plan_view import run_plan
 
-    code = run_plan(inputs_file, output=output, json_file=json_file, what_ifs=what_ifs)
+    code = run_plan(
+        inputs_file, output=output, json_file=json_file, report=report, what_ifs=what_ifs
+    )
     if code:
         raise typer.Exit(code)
 

@@ -17,6 +17,7 @@ from pdserve.config.base import read_yaml
 from pdserve.domain.errors import LocalFault
 from placement.plan import Plan, format_plan, parse_plan, plan_of
 from placement.plan_inputs import PlanInputs, parse_inputs
+from placement.plan_report import add_curves, write_plan_report
 from placement.search.results import NoPlan, PlanResult, Prediction, Rival, WhatIf
 from placement.solver import Progress, solve
 
@@ -27,10 +28,15 @@ MIN_WIDTH = 100
 
 
 def run_plan(
-    inputs_file: Path, *, output: Path | None, json_file: Path | None, what_ifs: bool
+    inputs_file: Path,
+    *,
+    output: Path | None,
+    json_file: Path | None,
+    report: Path | None = None,
+    what_ifs: bool,
 ) -> int:
     """Plan, print, write; the exit code."""
-    for path in (output, json_file):
+    for path in (output, json_file, report):
         _check_writable(path)
     inputs = _read_inputs(inputs_file)
     if not what_ifs:
@@ -38,7 +44,11 @@ def run_plan(
         inputs = inputs.model_copy(update={"search": search})
     with progress_line() as progress:
         result = solve(inputs, progress)
-    text = json.dumps(result.to_json(), indent=1)
+        content = result.to_json()
+        if report is not None and isinstance(result, PlanResult):
+            content = add_curves(inputs, result, content, progress)
+            write_plan_report(report, content)
+    text = json.dumps(content, indent=1)
     if json_file is not None and str(json_file) != "-":
         _write(json_file, text + "\n")
     if json_file is not None and str(json_file) == "-":

@@ -1,6 +1,6 @@
 """`--report report.html`: a plan as one self-contained page.
 
-The page is a function of what `--json` prints: `content`, the curves under `curves` included. It
+The page is a function of what `--json` prints: `content`, whose `report` holds the curves. It
 carries that JSON unchanged (the element with id `data`), so that a page can be read by programs.
 """
 
@@ -21,6 +21,7 @@ from placement.report_parts.curves import (
     Timeline,
     TradeOff,
     attainment_curve,
+    cheapest_at,
     cost_curve,
     replay_hour,
     trade_offs,
@@ -29,6 +30,7 @@ from placement.report_parts.figures import make_figures
 from placement.report_parts.page import make_page
 
 __all__ = [
+    "CURVES",
     "AttainmentCurve",
     "Candidate",
     "ClassCurve",
@@ -38,6 +40,7 @@ __all__ = [
     "Timeline",
     "TradeOff",
     "attainment_curve",
+    "cheapest_at",
     "cost_curve",
     "read_report",
     "render_report",
@@ -46,7 +49,7 @@ __all__ = [
     "write_report",
 ]
 
-CURVES = "curves"
+CURVES = "report"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +68,7 @@ def render_report(
     lines: Sequence[str] = (),
     tables: Sequence[ReportTable] = (),
 ) -> str:
-    """The page of a plan. `content`: what `--json` prints, with `Curves.to_json()` as `curves`.
+    """The page of a plan. `content`: what `--json` prints, with `Curves.to_json()` as `report`.
 
     Raises `LocalFault` where plotly is not installed.
     """

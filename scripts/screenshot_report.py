@@ -15,39 +15,29 @@ import sys
 import tempfile
 from pathlib import Path
 
-from placement.demand import ArrivalProcess, Lengths, WorkloadSpec
-from placement.report import (
-    Candidate,
-    Curves,
-    ReportTable,
-    attainment_curve,
-    cost_curve,
-    render_report,
-    replay_hour,
-    trade_offs,
-)
-from placement.simulation.settings import parse_config
+from placement.plan_inputs import parse_inputs
+from placement.plan_report import add_curves, plan_page
+from placement.search.results import PlanResult
+from placement.solver import solve
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-WIDTH, HEIGHT = 1280, 2080
+WIDTH, HEIGHT = 1280, 3000
 LIMIT_S = 60.0
 SCHEMES = {"light": 1, "dark": 0}
 """Blink's `preferredColorScheme`."""
 CONSOLE = re.compile(r":(?:ERROR|WARNING|INFO):CONSOLE[:(].*")
 """Chromium logs errors of scripts as INFO, too."""
-RATE = 24.0
-DESIGNS = (
-    (("prefill", 2, 2), ("decode", 3, 1)),
-    (("prefill", 1, 1), ("decode", 1, 1)),
-    (("prefill", 1, 2), ("decode", 2, 1)),
-    (("prefill", 3, 1), ("decode", 3, 1)),
-    (("prefill", 2, 2), ("decode", 2, 2)),
-    (("prefill", 4, 1), ("decode", 5, 1)),
-    (("prefill", 4, 2), ("decode", 6, 1)),
-    (("colocated", 5, 1),),
-    (("colocated", 7, 1),),
-)
-USD_PER_GPU_HOUR = 2.0
+EXAMPLE = {
+    "model": "facebook/opt-13b",
+    "latency": {"profile": "profiler-a100-80g.distserve.json"},
+    "cluster": {"nodes": [{"gpu": "a100_sxm", "nodes": 1, "gpus_per_node": 4}]},
+    "workload": {
+        "prompt_tokens": {"mean": 250, "cv": 1.2, "max": 1500},
+        "output_tokens": {"mean": 180, "cv": 0.8, "max": 500},
+    },
+    "slo": {"ttft_s": 0.2, "tpot_s": 0.1, "attainment": 0.9},
+    "search": {"duration_s": 300, "seeds": 3, "tp": [1, 2], "max_step_tokens": [512]},
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,54 +98,11 @@ def take_picture(browser: str, page: Path, picture: Path, scheme: str) -> None:
 
 
 def example_page() -> str:
-    """A plan for OPT-13B on A100s, from DistServe's published profile; seconds to make."""
-    workload = WorkloadSpec(
-        num_requests=round(RATE * 3660),
-        arrivals=ArrivalProcess(cv=1.5),
-        prompt_tokens=Lengths(mean=250, cv=1.2, max=1500),
-        output_tokens=Lengths(mean=180, cv=0.8, max=500),
-    ).generate()
-    candidates = [_candidate(*pools) for pools in DESIGNS]
-    candidates[0] = plan = dataclasses.replace(candidates[0], is_chosen=True)
-    sample = workload.head(6000)
-    curves = Curves(
-        slo=plan.config.slo,
-        attainment=attainment_curve(plan.config, sample, RATE),
-        cost=cost_curve(candidates, sample, [RATE * share / 5 for share in range(1, 9)]),
-        trade_offs=trade_offs(candidates, sample, RATE),
-        timeline=replay_hour(plan.config, workload, RATE),
-    )
-    table = ReportTable(
-        title="Pools",
-        header=("pool", "GPU", "replicas", "TP", "PP"),
-        rows=tuple(
-            (str(pool.role), pool.gpu, str(pool.replicas), str(pool.tp), str(pool.pp))
-            for pool in plan.config.pools
-        ),
-    )
-    return render_report(
-        {"curves": curves.to_json()},
-        title="OPT-13B on A100s",
-        lines=(f"{plan.label}: {plan.config.num_gpus} GPUs, ${plan.usd_per_hour:,.2f}/h.",),
-        tables=(table,),
-    )
-
-
-def _candidate(*pools: tuple[str, int, int]) -> Candidate:
-    """Pools are (role, replicas, tensor parallelism)."""
-    config = parse_config(
-        {
-            "latency": {"profile": "profiler-a100-80g.distserve.json", "model": "facebook/opt-13b"},
-            "pools": [
-                {"role": role, "replicas": replicas, "tp": tp, "link_gb_per_s": 25.0}
-                for role, replicas, tp in pools
-            ],
-            "slo": {"ttft_s": 0.2, "tpot_s": 0.1, "attainment": 0.9},
-        },
-        source="example",
-    )
-    label = " : ".join(f"{replicas} {role} TP{tp}" for role, replicas, tp in pools)
-    return Candidate(label=label, config=config, usd_per_hour=USD_PER_GPU_HOUR * config.num_gpus)
+    """A plan for OPT-13B on four A100s, from DistServe's published profile; seconds to make."""
+    inputs = parse_inputs(EXAMPLE, source="example")
+    result = solve(inputs)
+    assert isinstance(result, PlanResult)
+    return plan_page(add_curves(inputs, result, result.to_json()))
 
 
 def _run(browser: str, scheme: str, page: Path, *options: str) -> subprocess.CompletedProcess[str]:

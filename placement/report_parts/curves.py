@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pdserve.domain.errors import LocalFault
 from placement.demand import Workload
 from placement.simulate import simulate
 from placement.simulation.summary import attainment_interval, clean, judge_load
@@ -44,7 +45,7 @@ class CostPoint:
 
     rate: float
     usd_per_hour: float | None
-    usd_per_million_tokens: float | None = None  # output tokens
+    usd_per_million_tokens: float | None = None  # of prompts and answers together
     label: str = ""
 
 
@@ -133,33 +134,36 @@ def cost_curve(
     candidates: Sequence[Candidate], workload: Workload, rates: Sequence[float]
 ) -> tuple[CostPoint, ...]:
     """At each rate the cheapest candidate that keeps every promise, the first of equals."""
+    return tuple(cheapest_at(rate, candidates, workload) for rate in rates)
+
+
+def cheapest_at(rate: float, candidates: Sequence[Candidate], workload: Workload) -> CostPoint:
+    """One point of a cost curve; its cost is None where no candidate keeps the promises."""
     ordered = sorted(candidates, key=lambda each: each.usd_per_hour)
-    mean_output = float(np.mean(workload.output_tokens))
-    points = []
-    for rate in rates:
-        cheapest = next((each for each in ordered if _keeps(each, workload, rate)), None)
-        if cheapest is None:
-            points.append(CostPoint(rate=rate, usd_per_hour=None, label="none"))
-            continue
-        usd_per_hour = cheapest.usd_per_hour
-        points.append(
-            CostPoint(
-                rate=rate,
-                usd_per_hour=usd_per_hour,
-                usd_per_million_tokens=1e6 * usd_per_hour / (HOUR_S * rate * mean_output),
-                label=cheapest.label,
-            )
-        )
-    return tuple(points)
+    cheapest = next((each for each in ordered if _keeps(each, workload, rate)), None)
+    if cheapest is None:
+        return CostPoint(rate=rate, usd_per_hour=None, label="none")
+    num_tokens = rate * float(np.mean(workload.prompt_tokens + workload.output_tokens))
+    return CostPoint(
+        rate=rate,
+        usd_per_hour=cheapest.usd_per_hour,
+        usd_per_million_tokens=1e6 * cheapest.usd_per_hour / (HOUR_S * num_tokens),
+        label=cheapest.label,
+    )
 
 
 def trade_offs(
     candidates: Sequence[Candidate], workload: Workload, rate: float
 ) -> tuple[TradeOff, ...]:
-    """TTFT against TPOT of each candidate; the front holds those that no other beats in both."""
+    """TTFT against TPOT of each candidate that can hold every request.
+
+    The front holds those that no other beats in both.
+    """
     points = []
     for each in candidates:
-        result = simulate(replace(each.config, rate=rate), workload)
+        result = _simulated(each.config, workload, rate)
+        if result is None:
+            continue
         is_overloaded = judge_load(result).is_overloaded
         points.append(
             TradeOff(
@@ -209,9 +213,22 @@ def replay_hour(config: SimulationConfig, workload: Workload, rate: float | None
     )
 
 
+def _simulated(
+    config: SimulationConfig, workload: Workload, rate: float
+) -> SimulationResult | None:
+    """None where the design could not hold some request."""
+    try:
+        return simulate(replace(config, rate=rate), workload)
+    except LocalFault:
+        return None
+
+
 def _keeps(candidate: Candidate, workload: Workload, rate: float) -> bool:
     config = candidate.config
-    met = _met(config, simulate(replace(config, rate=rate), workload))
+    result = _simulated(config, workload, rate)
+    if result is None:
+        return False
+    met = _met(config, result)
     return all(
         len(share) == 0 or float(np.mean(share)) >= slo.attainment
         for slo, share in zip(config.slo, met, strict=True)

@@ -117,9 +117,10 @@ def _cost(curves: Curves) -> PageFigure:
     return PageFigure(
         name="cost",
         title="Cost against rate",
-        about="The cheapest plan that meets every objective at each rate; gaps: none does.",
+        about="The cheapest mix of these kinds of worker that meets every objective at each rate; "
+        "gaps: none does.",
         plot=_plot(figure),
-        header=("requests/s", "$/h", "$ per million output tokens", "plan"),
+        header=("requests/s", "$/h", "$ per million tokens", "plan"),
         rows=tuple(rows),
     )
 

@@ -1,6 +1,7 @@
 """The page around the figures: one file that needs nothing else, in light and in dark."""
 
 import json
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -62,6 +63,8 @@ draw();
 """
 WIDE = ("trade_offs", "timeline")
 LONG_CELL = 44
+NUMBER = re.compile(r"(-|[-+]?[\d.,]+( ?(%|ms))?( to [\d.]+%)?)?")
+"""Cells that stand on the right; a column is text as soon as one of its cells is."""
 
 
 def make_page(
@@ -130,7 +133,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_number(text: str) -> bool:
-    return not text or text[0] in "-+$≤≥<>~" or text[0].isdigit()
+    return NUMBER.fullmatch(text) is not None
 
 
 def _embedded(name: str, value: Any) -> str:

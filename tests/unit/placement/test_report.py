@@ -80,7 +80,7 @@ CURVES = Curves(
 
 
 def page_of(curves: Curves = CURVES, **options: Any) -> str:
-    return render_report({"plan": "p", "curves": curves.to_json()}, title="A plan", **options)
+    return render_report({"plan": "p", "report": curves.to_json()}, title="A plan", **options)
 
 
 def figures_of(page: str) -> dict[str, Any]:
@@ -99,14 +99,14 @@ def lines_of(figure: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_page_carries_the_json_that_is_printed() -> None:
-    content = {"plan": "p", "curves": CURVES.to_json()}
+    content = {"plan": "p", "report": CURVES.to_json()}
     printed = json.loads(json.dumps(content, allow_nan=False))
     assert read_report(page_of()) == printed
 
 
 def test_attainment_figure_is_the_json() -> None:
     page = page_of()
-    curve = read_report(page)["curves"]["attainment"]
+    curve = read_report(page)["report"]["attainment"]
     figure = figures_of(page)["attainment"]
     drawn = lines_of(figure)
     assert [trace["x"] for trace in drawn] == [curve["rates"]] * 2
@@ -121,7 +121,7 @@ def test_attainment_figure_is_the_json() -> None:
 
 def test_cost_figure_is_the_json_and_leaves_gaps() -> None:
     page = page_of()
-    points = read_report(page)["curves"]["cost"]
+    points = read_report(page)["report"]["cost"]
     [line] = lines_of(figures_of(page)["cost"])
     assert line["x"] == [point["rate"] for point in points]
     assert line["y"] == [4.0, None]
@@ -129,7 +129,7 @@ def test_cost_figure_is_the_json_and_leaves_gaps() -> None:
 
 def test_trade_off_figure_is_the_json_without_overloaded_designs() -> None:
     page = page_of()
-    points = read_report(page)["curves"]["trade_offs"]
+    points = read_report(page)["report"]["trade_offs"]
     [dots] = lines_of(figures_of(page)["trade_offs"])
     assert dots["x"] == [1e3 * points[0]["ttft_p90_s"]]
     assert dots["y"] == [1e3 * points[0]["tpot_p90_s"]]
@@ -138,7 +138,7 @@ def test_trade_off_figure_is_the_json_without_overloaded_designs() -> None:
 
 def test_timeline_figure_is_the_json() -> None:
     page = page_of()
-    line = read_report(page)["curves"]["timeline"]
+    line = read_report(page)["report"]["timeline"]
     rate, ttft, tpot, attainment = lines_of(figures_of(page)["timeline"])
     assert rate["x"] == [start_s / 60 for start_s in line["start_s"]]
     assert rate["y"] == line["rate"]
@@ -173,7 +173,7 @@ def test_tables_and_lines_are_shown_and_escaped() -> None:
 
 def test_names_cannot_end_the_embedded_script() -> None:
     page = page_of()
-    classes = read_report(page)["curves"]["attainment"]["classes"]
+    classes = read_report(page)["report"]["attainment"]["classes"]
     assert classes[1]["name"] == "</script><b>"
     assert "<b>" not in page.split("<script>")[0]
 
@@ -187,7 +187,7 @@ def test_page_needs_nothing_from_elsewhere() -> None:
 
 def test_numbers_that_json_lacks_become_null() -> None:
     curves = replace(CURVES, cost=(CostPoint(rate=1.0, usd_per_hour=float("inf")),))
-    assert read_report(page_of(curves))["curves"]["cost"][0]["usd_per_hour"] is None
+    assert read_report(page_of(curves))["report"]["cost"][0]["usd_per_hour"] is None
 
 
 def test_another_page_is_told() -> None:

@@ -91,8 +91,8 @@ def test_cost_grows_with_rate_until_nothing_is_enough() -> None:
     assert costs[1] is not None
     assert costs[1] > 6.0
     assert costs[2] is None
-    mean_output = float(workload().output_tokens.mean())
-    assert points[0].usd_per_million_tokens == pytest.approx(6e6 / (3600 * 5 * mean_output))
+    mean_tokens = float((workload().prompt_tokens + workload().output_tokens).mean())
+    assert points[0].usd_per_million_tokens == pytest.approx(6e6 / (3600 * 5 * mean_tokens))
 
 
 def test_front_holds_what_no_other_design_beats_in_both() -> None:
