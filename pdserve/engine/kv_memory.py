@@ -1,6 +1,7 @@
 """Paged KV memory that other processes on this host can read."""
 
 import contextlib
+import fcntl
 import mmap
 import os
 
@@ -22,8 +23,10 @@ class KvMemory:
         self.num_bytes = layout.block_bytes * num_blocks
         self.fd: int | None = None
         if hasattr(os, "memfd_create"):
-            self.fd = os.memfd_create("pdserve-kv", os.MFD_CLOEXEC)
+            self.fd = os.memfd_create("pdserve-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(self.fd, self.num_bytes)
+            # A file that shrank under a reader's map would kill the reader.
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
             self._map = mmap.mmap(self.fd, self.num_bytes)
         else:
             self._map = mmap.mmap(-1, self.num_bytes)

@@ -1,0 +1,41 @@
+"""KV memory: blocks where they should be, readable by others, gone when closed."""
+
+import os
+
+import pytest
+
+from pdserve.domain.ids import BlockId
+from pdserve.domain.layout import KvLayout, LayerKv
+from pdserve.engine.kv_memory import KvMemory
+
+LAYOUT = KvLayout(layers=(LayerKv(1, 8, 8),), block_size=4, dtype="float32", item_bytes=4)
+
+
+def test_blocks_lie_one_after_another_and_start_zeroed() -> None:
+    memory = KvMemory(LAYOUT, 3)
+    assert bytes(memory.bytes) == bytes(3 * LAYOUT.block_bytes)
+    memory.block(BlockId(1))[:] = b"\x07" * LAYOUT.block_bytes
+    assert bytes(memory.block(BlockId(0))) == bytes(LAYOUT.block_bytes)
+    assert bytes(memory.bytes[LAYOUT.block_bytes : 2 * LAYOUT.block_bytes]) == b"\x07" * (
+        LAYOUT.block_bytes
+    )
+    memory.close()
+
+
+def test_others_read_what_is_written_and_nobody_can_shrink_it() -> None:
+    memory = KvMemory(LAYOUT, 1)
+    memory.block(BlockId(0))[:4] = b"word"
+    assert memory.fd is not None
+    with open(f"/proc/self/fd/{memory.fd}", "rb") as reader:
+        assert reader.read(4) == b"word"
+    with pytest.raises(PermissionError):
+        os.ftruncate(memory.fd, 1)
+    memory.close()
+
+
+def test_close_gives_the_descriptor_back_and_can_be_repeated() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    memory = KvMemory(LAYOUT, 1)
+    memory.close()
+    memory.close()
+    assert set(os.listdir("/proc/self/fd")) <= before
