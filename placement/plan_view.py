@@ -232,6 +232,9 @@ def show(result: PlanResult, console: Console) -> None:
     changes = (*result.what_ifs, *result.sensitivity)
     if changes:
         console.print(_what_if_table("what if", changes))
+    if result.corrected is not None:
+        fixed = result.corrected
+        console.print(f"{fixed.what}: {fixed.design.label}; {fixed.why_not}")
     if result.judged is not None:
         _show_judged(result.judged, console)
     stats = result.stats

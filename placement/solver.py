@@ -50,6 +50,11 @@ def solve(inputs: PlanInputs, progress: Progress | None = None) -> PlanResult | 
         return explain_no_plan(problem, evaluator)
     stage = "asking what if"
     result = _describe(problem, evaluator, choice, choice.design)
+    if isinstance(result, PlanResult) and inputs.slo == "splitwise":
+        from placement.search.splitwise_question import corrected_plan
+
+        stage = "reading decode times as measured"
+        result = replace(result, corrected=corrected_plan(problem, evaluator))
     if isinstance(result, PlanResult) and given is not None:
         stage = "judging the given design"
         return replace(result, judged=_judge(problem, choice, given))
@@ -142,6 +147,7 @@ def _bare_result(
         sensitivity=(),
         spare=None,
         judged=None,
+        corrected=None,
         curves=(),
         stats=_stats(problem, evaluator, choice),
         inputs=_inputs_json(problem.inputs),
@@ -212,7 +218,7 @@ def _with_what_ifs(
     problem: Problem, evaluator: Evaluator, choice: Choice, result: PlanResult
 ) -> PlanResult:
     plain = evaluator if not evaluator.spare_workers else evaluator.with_traffic(problem.traffic)
-    asked = Questions(problem, plain, result.design, result.prediction.rate)
+    asked = Questions(problem, plain, result.design, result.prediction.rate, result.nodes)
     what_ifs = asked.losses() + asked.traffic_changes()
     closed = asked.closed_loop(result.prediction)
     if closed is not None:

@@ -85,7 +85,7 @@ class Bounds:
         """The least promise of a class that the best worker can keep, unloaded."""
         readers = [w for w in self.workers if w.role is not PoolRole.DECODE]
         writers = [w for w in self.workers if w.role is not PoolRole.PREFILL]
-        ttft = [(self._ttft_floor(w, slo), w.label) for w in readers]
+        ttft = [(self.ttft_floor(w, slo), w.label) for w in readers]
         tpot = [(self.times(w).floor_step_s, w.label) for w in writers]
         best_ttft, best_tpot = min(ttft), min(tpot)
         return Floor(
@@ -95,7 +95,8 @@ class Bounds:
             tpot_worker=best_tpot[1],
         )
 
-    def _ttft_floor(self, worker: Worker, slo: SloClass) -> float:
+    def ttft_floor(self, worker: Worker, slo: SloClass) -> float:
+        """The attainment's quantile of one worker's unloaded time to the first token."""
         latency_s = self.times(worker).latency_s + self._handoff_s
         # The attainment's quantile, from below: only so many prompts may fail.
         return float(np.quantile(latency_s, slo.attainment, method="lower"))
@@ -124,7 +125,7 @@ class Bounds:
         """Whether a worker can meet each class's promise unloaded, in its role."""
         for item in self.slo:
             reads = worker.role is not PoolRole.DECODE
-            if reads and self._ttft_floor(worker, item) > item.ttft_s:
+            if reads and self.ttft_floor(worker, item) > item.ttft_s:
                 return False
             writes = worker.role is not PoolRole.PREFILL
             if writes and self.times(worker).floor_step_s > item.tpot_s:

@@ -17,6 +17,8 @@ CALIBRATIONS = 2
 DINKELBACH_ROUNDS = 4
 RATE_MARGINS = (1.0, 1.1, 1.25, 1.45)
 CERTIFY_FACTOR = 1.015
+MAX_CELL_REQUESTS = 15_000
+LEAST_CELL_S = 120.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,12 +38,27 @@ def new_evaluator(problem: Problem, on_run: Callable[[int], None] | None = None)
         problem.judge,
         rules=problem.inputs.rules,
         slo=problem.slo,
-        horizon_s=search.duration_s,
+        horizon_s=_horizon_s(problem),
         num_seeds=search.seeds,
         pdserve=problem.pdserve,
         splitwise=problem.splitwise,
         on_run=on_run,
     )
+
+
+def _horizon_s(problem: Problem) -> float:
+    """The asked horizon; of the cells of a large cluster at most MAX_CELL_REQUESTS a trace."""
+    asked_s = problem.inputs.search.duration_s
+    if problem.num_cells == 1:
+        return asked_s
+    per_gpu = max(
+        space.single_estimate(worker) / worker.num_gpus
+        for space in problem.space.bounds.values()
+        for worker in problem.space.workers
+        if worker.role is PoolRole.COLOCATED or not problem.inputs.search.colocated
+    )
+    rate = problem.rate or 2 * per_gpu * problem.num_gpus
+    return min(asked_s, max(MAX_CELL_REQUESTS / rate, LEAST_CELL_S))
 
 
 def choose(problem: Problem, evaluator: Evaluator) -> Choice:

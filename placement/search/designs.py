@@ -8,6 +8,7 @@ from placement.simulation.values import (
     Pool,
     PoolRole,
     Rules,
+    Scheduler,
     SimulationConfig,
     SloClass,
     SplitwiseOptions,
@@ -182,10 +183,17 @@ class Design:
                 max_step_tokens=self.max_step_tokens,
                 max_num_requests=self.max_num_requests,
             ),
-            splitwise=splitwise,
+            splitwise=replace(
+                splitwise,
+                scheduler=Scheduler.TOKEN_JSQ if self.kind == "colocated" else splitwise.scheduler,
+            ),
         )
 
 
 def single_losses(design: Design) -> list[tuple[Worker, Design]]:
-    """The design without one worker, for each kind; one that cannot serve is among them."""
-    return [(worker, design.with_change(worker, -1)) for worker, _ in design.counts]
+    """The design without one worker, for each kind, the smallest pools first.
+
+    One that cannot serve is among them where a pool has a single worker.
+    """
+    ordered = sorted(design.counts, key=lambda item: (item[1], item[0].key))
+    return [(worker, design.with_change(worker, -1)) for worker, _ in ordered]

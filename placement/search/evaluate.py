@@ -30,6 +30,7 @@ MAX_SIMULATORS = 64
 SEARCH_REQUESTS = 9000
 LEAST_SEARCH_S = 150.0
 SEARCH_SEEDS = 2
+CLEARLY_LOST = -0.08  # one loss that misses by so much: the others need not be looked at
 
 
 def interval_of_mean(values: list[float]) -> tuple[float, float]:
@@ -142,7 +143,7 @@ class Evaluator:
             for after in losses:
                 margin = self.margin_as_is(after, rate, seed, horizon_s)
                 found.append(margin)
-                if margin.all < -0.5:
+                if margin.all < CLEARLY_LOST:
                     break
             worst = min(found, key=lambda item: item.all, default=LOST)
             return Margin(
@@ -169,6 +170,8 @@ class Evaluator:
         """Whether the promises are kept at a rate, on average; gives up early where it can."""
         total = 0.0
         best = 1.0 - min((item.attainment for item in self.slo), default=0.0)
+        if not self.slo:
+            best = 1.0
         for seed in range(num_seeds):
             total += self.margin(design, rate, seed, horizon_s).all
             left = num_seeds - seed - 1

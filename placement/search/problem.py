@@ -85,19 +85,7 @@ def new_problem(inputs: PlanInputs) -> Problem:
     pdserve = PdserveOptions(**inputs.pdserve.model_dump())
     bounded = slo or (_nominal_class(found.workers),)
     steps = inputs.search.max_step_tokens if inputs.rules is Rules.PDSERVE else (512,)
-    bounds = {
-        tokens: Bounds(
-            found.workers,
-            inputs.rules,
-            bounded,
-            sample,
-            gap_cv=traffic.gap_cv,
-            max_step_tokens=tokens,
-            max_batch=MAX_BATCH,
-            handoff_s=pdserve.handoff_s if inputs.rules is Rules.PDSERVE else 0.0,
-        )
-        for tokens in steps
-    }
+    bounds = {tokens: _bounds(inputs, found.workers, bounded, traffic, tokens) for tokens in steps}
     judge = class_judge(slo)
     if inputs.slo == "splitwise":
         judge = _splitwise_judge(inputs)
@@ -136,6 +124,30 @@ def new_problem(inputs: PlanInputs) -> Problem:
         num_cells=num_cells,
         num_unused_gpus=num_unused,
     )
+
+
+def _bounds(
+    inputs: PlanInputs,
+    workers: tuple[Worker, ...],
+    slo: tuple[SloClass, ...],
+    traffic: Traffic,
+    tokens: int,
+) -> Bounds:
+    return Bounds(
+        workers,
+        inputs.rules,
+        slo,
+        traffic.sample(),
+        gap_cv=traffic.gap_cv,
+        max_step_tokens=tokens,
+        max_batch=MAX_BATCH,
+        handoff_s=inputs.pdserve.handoff_s if inputs.rules is Rules.PDSERVE else 0.0,
+    )
+
+
+def bounds_of(problem: Problem, traffic: Traffic, tokens: int) -> Bounds:
+    """Bounds of the problem's workers for other requests."""
+    return _bounds(problem.inputs, problem.found.workers, problem.slo, traffic, tokens)
 
 
 def _cells(fleets: tuple[Fleet, ...], max_gpus: int) -> tuple[tuple[Fleet, ...], int, int]:

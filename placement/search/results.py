@@ -151,6 +151,7 @@ class PlanResult:
     sensitivity: tuple[WhatIf, ...]
     spare: Rival | None  # the cheapest that survives the loss of a worker
     judged: "PlanResult | None"  # the design that was asked about
+    corrected: Rival | None  # Splitwise's question with decode times as measured
     curves: tuple[Curve, ...]
     stats: SearchStats
     inputs: dict[str, Any] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from placement.search.results import PlanResult, Prediction, Rival
 from placement.simulation.values import PoolRole
 
 COARSE = 0.02
+CELL_COARSE = 0.05
 SEEDS = 2
 MAX_TRIALS = 3
 MAX_RUNNER_UPS = 3
@@ -79,7 +80,8 @@ def _neighbour_goodput(
     fits = problem.space.fits(other)
     is_better = fits and evaluator.holds(other, needed, evaluator.num_seeds)
     guess = choice.goodput.rate * other.num_gpus / design.num_gpus
-    rough = _rough_goodput(evaluator, other, guess)
+    coarse = COARSE if problem.num_cells == 1 else CELL_COARSE
+    rough = _rough_goodput(evaluator, other, guess, coarse)
     value = problem.value(other, rough.rate)
     margin = evaluator.margin(other, needed, 0)
     binding = "TTFT" if margin.ttft <= margin.tpot else "TPOT"
@@ -99,12 +101,14 @@ def _neighbour_goodput(
     )
 
 
-def _rough_goodput(evaluator: Evaluator, design: Design, guess: float) -> Goodput:
+def _rough_goodput(
+    evaluator: Evaluator, design: Design, guess: float, tolerance: float = COARSE
+) -> Goodput:
     return evaluator.goodput(
         design,
         guess,
         num_seeds=1,
-        tolerance=COARSE,
+        tolerance=tolerance,
         horizon_s=evaluator.search_horizon_s(max(guess, 1e-3)),
     )
 
@@ -291,10 +295,10 @@ def spare_plan(
     guarded = evaluator.with_traffic(problem.traffic)
     guarded.spare_workers = 1
     candidates = _with_spares(problem, result.design)
-    holding = [d for d in candidates if _survives(guarded, d, rate)]
-    if not holding:
+    candidates.sort(key=lambda d: (problem.price(d), d.num_gpus, d.key))
+    best = next((d for d in candidates if _survives(guarded, d, rate)), None)
+    if best is None:
         return None
-    best = min(holding, key=lambda d: (problem.price(d), d.num_gpus, d.key))
     fits = problem.space.fits(best)
     extra = best.num_gpus - result.design.num_gpus
     more_usd = best.usd_per_hour - result.design.usd_per_hour

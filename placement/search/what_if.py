@@ -1,13 +1,14 @@
 """The plan under changed circumstances: losses, bursts, other lengths and rates, closed loops."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from placement.search.designs import Design, Worker
 from placement.search.evaluate import Evaluator
 from placement.search.predict import predict
-from placement.search.problem import Problem
+from placement.search.problem import Problem, bounds_of
 from placement.search.results import Curve, Prediction, WhatIf
 from placement.simulate import Simulator
 from placement.simulation.summary import Verdict, attainment_interval
@@ -25,11 +26,24 @@ MAX_ADVICE = 6
 class Questions:
     """Asks what-ifs of one design at one rate; fewer seeds than the certificate."""
 
-    def __init__(self, problem: Problem, evaluator: Evaluator, design: Design, rate: float) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        evaluator: Evaluator,
+        design: Design,
+        rate: float,
+        nodes: tuple[dict[str, Any], ...] = (),
+    ) -> None:
         self.problem = problem
         self.evaluator = evaluator
         self.design = design
         self.rate = rate
+        self.nodes = nodes
+        self.seeds = SEEDS if problem.num_cells == 1 else 1
+        self.max_requests = MAX_REQUESTS
+        if problem.inputs.rules is Rules.PDSERVE:
+            self.max_requests = MAX_REQUESTS if problem.num_cells == 1 else MAX_REQUESTS // 2
+        self.max_advice = MAX_ADVICE if problem.num_cells == 1 else MAX_ADVICE // 2
 
     def losses(self) -> list[WhatIf]:
         """After any one worker is gone, and after any one node."""
@@ -46,15 +60,19 @@ class Questions:
         """What is left after the node whose loss takes the most of one pool."""
         if sum(fleet.nodes for fleet in self.problem.fleets) < 2:
             return None
+        by_label = {worker.label: worker for worker, _ in self.design.counts}
         worst: tuple[float, Design] | None = None
-        for fleet in self.problem.fleets:
-            for worker, count in self.design.counts:
-                if worker.gpu != fleet.gpu:
-                    continue
-                held = max(fleet.gpus_per_node // worker.num_gpus, 1)
-                lost = min(held, count)
-                if worst is None or lost / count > worst[0]:
-                    worst = (lost / count, self.design.with_change(worker, -lost))
+        for node in self.nodes:
+            left = self.design
+            share = 0.0
+            for name, count in node["workers"].items():
+                worker = by_label[name.split(" stage ")[0]]
+                held = dict(left.counts).get(worker, 0)
+                lost = min(count, held)
+                left = left.with_change(worker, -lost)
+                share = max(share, lost / dict(self.design.counts)[worker])
+            if worst is None or share > worst[0]:
+                worst = (share, left)
         return None if worst is None else worst[1]
 
     def traffic_changes(self) -> list[WhatIf]:
@@ -120,7 +138,7 @@ class Questions:
         return Curve(name="attainment", x="requests/s", y="attainment", points=tuple(points))
 
     def _horizon_s(self, rate: float) -> float:
-        return min(self.evaluator.horizon_s, max(MAX_REQUESTS / rate, 60.0))
+        return min(self.evaluator.horizon_s, max(self.max_requests / rate, 60.0))
 
     def _ask(
         self,
@@ -130,7 +148,7 @@ class Questions:
         rate: float | None = None,
     ) -> WhatIf:
         evaluator, rate = evaluator or self.evaluator, rate or self.rate
-        seeds = min(SEEDS, evaluator.num_seeds)
+        seeds = min(self.seeds, evaluator.num_seeds)
         found = predict(evaluator, design, rate, num_seeds=seeds, horizon_s=self._horizon_s(rate))
         advice = "" if found.is_kept else self._advice(evaluator, design, rate)
         percentiles = found.percentiles
@@ -147,11 +165,14 @@ class Questions:
         )
 
     def _advice(self, evaluator: Evaluator, design: Design, rate: float) -> str:
-        """Fewest workers of one kind more that keep the promises there."""
+        """Fewest workers more that keep the promises there, or why no number of them does."""
+        floor = self._floor(evaluator, design)
+        if floor:
+            return floor
         horizon_s = self._horizon_s(rate)
         added = design
         chosen: dict[Worker, int] = {}
-        for _ in range(MAX_ADVICE):
+        for _ in range(self.max_advice):
             worker = self._weak(evaluator, added, rate, horizon_s)
             if worker is None:
                 break
@@ -161,7 +182,30 @@ class Questions:
                 parts = [f"{count} {kind.label}" for kind, count in chosen.items()]
                 gpus = added.num_gpus - design.num_gpus
                 return f"add {' + '.join(parts)} ({gpus} GPUs)"
-        return f"more than {MAX_ADVICE} workers more are needed, or a lower rate"
+        return f"more than {self.max_advice} workers more are needed, or a lower rate"
+
+    def _floor(self, evaluator: Evaluator, design: Design) -> str:
+        """Whether the changed prompts are too long for any number of these workers."""
+        if evaluator.traffic is self.problem.traffic:
+            return ""
+        bounds = bounds_of(self.problem, evaluator.traffic, design.max_step_tokens)
+        readers = [w for w, _ in design.counts if w.role is not PoolRole.DECODE]
+        for item in self.problem.slo:
+            alone = min((bounds.ttft_floor(w, item), w.cut) for w in readers)
+            if alone[0] <= item.ttft_s:
+                continue
+            able = [
+                w
+                for w in self.problem.found.workers
+                if w.role is PoolRole.PREFILL and bounds.ttft_floor(w, item) <= item.ttft_s
+            ]
+            smallest = min(able, key=lambda w: (w.num_gpus, w.key), default=None)
+            to_do = f"prefill with {smallest.cut}" if smallest else "a longer promise"
+            return (
+                f"{alone[1]} alone needs {alone[0]:.2g} s for the p{item.attainment * 100:g} "
+                f"prompt, {item.ttft_s:g} s are promised: {to_do}"
+            )
+        return ""
 
     def _weak(
         self, evaluator: Evaluator, design: Design, rate: float, horizon_s: float
