@@ -26,6 +26,7 @@ Examples:
   pdserve status                             workers, load and KV blocks
   pdserve models                             what is served
   pdserve bench --trace azure-code           latency and goodput under a real request trace
+  pdserve plan --example                     what to ask the planner; then pdserve plan inputs.yaml
 
 Exit codes: 0 all went well; 1 the request or the cluster failed; 2 a setting or an option is wrong.
 """
