@@ -7,7 +7,7 @@ reads that form reads this one, and under `pdserve` in each entry what that form
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ TERMS = (
     "decode_token_s",
     "decode_context_token_s",
 )
+MIN_DECODE_SHARE = 0.2
 Phase = Literal["prefill", "decode"]
 
 
@@ -76,6 +77,19 @@ class Handoff:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Interference:
+    """What prompts and a decoding worker cost each other beside the steps that they take.
+
+    The decode worker owns a request: it forwards the prompt, lands and checks its KV and sends its
+    first token between its own steps, on the same cores.
+    """
+
+    busy_handoff_s: float = 0.0  # added to TTFT where the decode worker is in a step
+    stolen_s: float = 0.0  # decode time that one request takes from those under way
+    busy_prefill: float = 1.0  # time of a prefill step while others decode / alone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What the workers are bound by, as they report it; KV in tokens of one worker."""
 
@@ -96,11 +110,28 @@ class FittedProfile:
     decode: StepCoefficients
     handoff: Handoff
     limits: Limits
+    interference: Interference = Interference()
     residuals: tuple[Residual, ...] = ()
     foreign_cores: float | None = None  # busy with other programs while measuring; None: not known
 
     def coefficients(self, phase: Phase) -> StepCoefficients:
         return self.prefill if phase == "prefill" else self.decode
+
+    def under_load(self, rate: float, decode_busy: float) -> "FittedProfile":
+        """The profile with the mean interference at so many requests/s for each decode worker.
+
+        `decode_busy`: share of time in which it decodes. Poisson arrivals meet it busy as often.
+        """
+        found = self.interference
+        stretch = 1 / max(1 - rate * found.stolen_s, MIN_DECODE_SHARE)
+        slowed = 1 + decode_busy * (found.busy_prefill - 1)
+        handoff_s = self.handoff.handoff_s + decode_busy * found.busy_handoff_s
+        return replace(
+            self,
+            prefill=_stretched(self.prefill, slowed),
+            decode=_stretched(self.decode, stretch),
+            handoff=replace(self.handoff, handoff_s=handoff_s),
+        )
 
     def pools(self, *, num_prefill: int, num_decode: int) -> tuple[Pool, ...]:
         """The profiled cluster, with any number of workers, for the simulator."""
@@ -130,6 +161,10 @@ class FittedProfile:
             block_size=self.limits.block_size,
             handoff_s=self.handoff.handoff_s,
         )
+
+
+def _stretched(coefficients: StepCoefficients, factor: float) -> StepCoefficients:
+    return replace(coefficients, **{name: factor * getattr(coefficients, name) for name in TERMS})
 
 
 def fit_phase(points: Sequence[StepPoint], phase: Phase) -> StepCoefficients:
@@ -251,6 +286,7 @@ def read_profile(path: Path) -> FittedProfile:
             decode=StepCoefficients(**section["decode"]),
             handoff=Handoff(**section["handoff"]),
             limits=Limits(**section["limits"]),
+            interference=Interference(**section["interference"]),
             residuals=tuple(Residual(**each) for each in section["residuals"]),
             foreign_cores=section["foreign_cores"],
         )

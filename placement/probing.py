@@ -20,6 +20,7 @@ from pdserve.domain.messages import ClusterState, Role, WorkerHello
 from placement.fitting import (
     FittedProfile,
     Handoff,
+    Interference,
     Limits,
     Phase,
     StepPoint,
@@ -35,6 +36,8 @@ NUM_WINDOW_STEPS = 32
 MIN_WINDOW_STEPS = 6
 LONE_OUTPUT_TOKENS = 6
 BURST = 6
+BESIDE_PROMPT_TOKENS, BESIDE_OUTPUT_TOKENS = 256, 3
+BESIDE_ANSWER_PROMPT_TOKENS, BESIDE_TOKENS = 96, 600
 LOCAL_PREFILL_TOKENS = 64
 """Shorter prompts are read by the decode worker itself, by its default."""
 
@@ -162,12 +165,14 @@ class Prober:
             "prefill": fit_phase(points, "prefill"),
             "decode": fit_phase(points, "decode"),
         }
+        interference = await self._interference(answers, fitted["decode"])
         return FittedProfile(
             model=self.model.name,
             prefill=fitted["prefill"],
             decode=fitted["decode"],
             handoff=self._handoff(answers, handoff_s, fitted["decode"]),
             limits=self.limits,
+            interference=interference,
             residuals=compare(points, fitted, reported),
         )
 
@@ -249,6 +254,47 @@ class Prober:
             )
             for size, windows in by_size.items()
         ]
+
+    async def _interference(
+        self, alone: Mapping[int, Sequence[Answered]], decode: StepCoefficients
+    ) -> Interference:
+        """Prompts one after another while answers are decoded, beside the same prompts alone."""
+        length = min((n for n in alone if alone[n]), key=lambda n: abs(n - BESIDE_PROMPT_TOKENS))
+        self.advance(f"prompts of {length} tokens beside answers")
+        most = self.model.max_context_tokens - BESIDE_ANSWER_PROMPT_TOKENS
+        num_tokens = min(most, BESIDE_TOKENS)
+        busy: list[Answered] = []
+        stolen: list[float] = []
+        for _ in range(self.plan.num_rounds):
+            behind = [self._prompt(BESIDE_ANSWER_PROMPT_TOKENS) for _ in self.workers.decode]
+            tasks = [asyncio.create_task(self._ask(prompt, num_tokens)) for prompt in behind]
+            sent = []
+            while not any(task.done() for task in tasks):
+                sent.append(await self._ask(self._prompt(length), BESIDE_OUTPUT_TOKENS))
+            answers = list(await asyncio.gather(*tasks))
+            begin_s = max(each.token_s[1] for each in answers)
+            end_s = min(each.token_s[-1] for each in answers)
+            inside = [one for one in sent if begin_s <= one.sent_s and one.token_s[-1] <= end_s]
+            busy += [one for one in inside if one.was_handed_off]
+            for window in map(_window, ([each] for each in answers)):
+                if window is not None and inside:
+                    step_s, context = window
+                    own_s = decode.step_s(
+                        StepShape(num_decodes=1, num_decode_context_tokens=round(context))
+                    )
+                    per_prompt = (end_s - begin_s) / len(inside) * len(answers)
+                    stolen.append(max(0.0, 1 - own_s / step_s) * per_prompt)
+        if not busy or not stolen:
+            return Interference()
+        read_alone_s = statistics.median(one.finished.timeline.prefill_s for one in alone[length])
+        read_busy_s = statistics.median(one.finished.timeline.prefill_s for one in busy)
+        handoff_alone_s = statistics.median(one.handoff_s for one in alone[length])
+        handoff_busy_s = statistics.median(one.handoff_s for one in busy)
+        return Interference(
+            busy_handoff_s=max(0.0, handoff_busy_s - handoff_alone_s),
+            stolen_s=statistics.median(stolen),
+            busy_prefill=max(1.0, read_busy_s / read_alone_s),
+        )
 
     def _handoff(
         self, answers: Mapping[int, Sequence[Answered]], handoff_s: float, decode: StepCoefficients

@@ -21,6 +21,12 @@ def show_profile(profile: FittedProfile, console: Console) -> None:
         f"{handoff.link_latency_s * 1e3:.2f} ms after the prompt's last step, "
         f"and {_link_speed(handoff.link_bytes_per_s)}"
     )
+    beside = profile.interference
+    console.print(
+        f"beside decoding: reading takes {beside.busy_prefill:.2f} times as long, the handoff "
+        f"{beside.busy_handoff_s * 1e3:.2f} ms more; a request takes "
+        f"{beside.stolen_s * 1e3:.2f} ms from those that are decoded"
+    )
     console.print(
         f"limits: {limits.max_step_tokens} prompt tokens in a step, {limits.max_num_requests} "
         f"answers at once, KV for {limits.decode_kv_tokens:,} tokens in a decode worker"

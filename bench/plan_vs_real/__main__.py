@@ -32,7 +32,7 @@ from pdserve.client.inference import InferenceClient
 from pdserve.client.load import only_model, run_load
 from pdserve.client.values import Model
 from pdserve.config.processes import CoefficientSettings
-from placement.fitting import FittedProfile, error_summary
+from placement.fitting import FittedProfile, Interference, error_summary
 from placement.probing import ProbePlan
 from placement.simulation.values import SloClass
 
@@ -249,8 +249,9 @@ def _say_profile(
     p50, p90 = error_summary([each.error for each in profile.residuals])
     console.print(
         f"repetition {repetition + 1}: profiled, residuals p50 {p50:.1%} p90 {p90:.1%}, other "
-        f"programs {_cores(meter.foreign_cores())}; capacity {most:.1f} requests/s at TTFT "
-        f"{slo.ttft_s * 1e3:.0f} ms, TPOT {slo.tpot_s * 1e3:.1f} ms"
+        f"programs {_cores(meter.foreign_cores())}; {_beside(profile.interference)}; "
+        f"capacity {most:.1f} requests/s at TTFT {slo.ttft_s * 1e3:.0f} ms, "
+        f"TPOT {slo.tpot_s * 1e3:.1f} ms"
     )
 
 
@@ -264,6 +265,13 @@ def _say_run(console: Console, run: Run) -> None:
     console.print(
         f"  {run.share:.0%}: {run.rate:.1f}/s, {run.num_requests} requests; cores: {shares}, "
         f"others {_cores(run.foreign_cores)}; predicted / measured: {pairs}"
+    )
+
+
+def _beside(found: Interference) -> str:
+    return (
+        f"beside decoding reading x{found.busy_prefill:.2f}, handoff "
+        f"+{found.busy_handoff_s * 1e3:.1f} ms, {found.stolen_s * 1e3:.1f} ms taken by a request"
     )
 
 

@@ -12,11 +12,14 @@ from pdserve.client.workload import TraceRequest
 from pdserve.domain.latency import StepShape
 from placement.fitting import FittedProfile
 from placement.simulate import Simulator, attained
+from placement.simulation.trace import Times
 from placement.simulation.values import SimulationConfig, SloClass
 
 TARGET = 0.9
 NUM_CAPACITY_REQUESTS = 4000
-CAPACITY_STEPS = 12
+CAPACITY_STEPS = 9
+NUM_FIXED_POINT_ROUNDS = 3
+DECODE = 1  # number of the decode worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +51,7 @@ def objectives(profile: FittedProfile) -> SloClass:
 
 def predict(profile: FittedProfile, slo: SloClass, requests: Sequence[TraceRequest]) -> Figures:
     """What the simulator says of one prefill and one decode worker under rules pdserve."""
-    times = _simulator(profile, slo).run(to_trace(requests))
+    times = _simulate(profile, slo, requests)
     return Figures(
         ttft_p50_s=float(np.percentile(times.ttft_s, 50)),
         ttft_p90_s=float(np.percentile(times.ttft_s, 90)),
@@ -74,11 +77,10 @@ def measured(records: Sequence[RequestRecord], slo: SloClass) -> Figures:
 
 def capacity(profile: FittedProfile, slo: SloClass) -> float:
     """The highest rate at which the simulator sees the target attained, by bisection."""
-    simulator = _simulator(profile, slo)
 
     def is_attained(rate: float) -> bool:
         requests = draw_requests(NUM_CAPACITY_REQUESTS, rate, seed=0)
-        return attained(simulator.run(to_trace(requests)), slo) >= TARGET
+        return attained(_simulate(profile, slo, requests), slo) >= TARGET
 
     low, high = 0.0, 1.0
     while is_attained(high):
@@ -87,6 +89,18 @@ def capacity(profile: FittedProfile, slo: SloClass) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if is_attained(middle) else (low, middle)
     return low
+
+
+def _simulate(profile: FittedProfile, slo: SloClass, requests: Sequence[TraceRequest]) -> Times:
+    """Simulate until the interference belongs to the load that comes out."""
+    trace = to_trace(requests)
+    rate = (len(requests) - 1) / (requests[-1].arrival_s - requests[0].arrival_s)
+    times = _simulator(profile, slo).run(trace)
+    for _ in range(NUM_FIXED_POINT_ROUNDS):
+        end_s = float((times.arrival_s + times.e2e_s).max()) - requests[0].arrival_s
+        decode_busy = min(1.0, float(times.busy_s[DECODE]) / end_s)
+        times = _simulator(profile.under_load(rate, decode_busy), slo).run(trace)
+    return times
 
 
 def _simulator(profile: FittedProfile, slo: SloClass) -> Simulator:

@@ -12,6 +12,7 @@ from pdserve.domain.latency import StepCoefficients, StepShape
 from placement.fitting import (
     FittedProfile,
     Handoff,
+    Interference,
     Limits,
     StepPoint,
     compare,
@@ -188,6 +189,25 @@ def test_pools_carry_link_and_memory() -> None:
     assert (prefill.replicas, decode.replicas) == (2, 3)
     assert prefill.link.latency_s == PROFILE.handoff.link_latency_s
     assert decode.kv_tokens == PROFILE.limits.decode_kv_tokens
+
+
+def test_interference_grows_with_load() -> None:
+    beside = Interference(busy_handoff_s=0.004, stolen_s=0.01, busy_prefill=1.5)
+    profile = replace(PROFILE, interference=beside)
+    loaded = profile.under_load(20.0, 0.5)
+    assert loaded.handoff.handoff_s == pytest.approx(0.004 + 0.5 * 0.004)
+    assert loaded.prefill.fixed_s == pytest.approx(1.25 * PROFILE.prefill.fixed_s)
+    # 20 requests/s take 0.2 of the time from decoding.
+    assert loaded.decode.fixed_s == pytest.approx(PROFILE.decode.fixed_s / 0.8)
+    assert profile.under_load(0.0, 0.0).pools(num_prefill=1, num_decode=1)[0].replicas == 1
+    assert profile.under_load(0.0, 0.0).decode == PROFILE.decode
+
+
+def test_interference_never_stops_decoding() -> None:
+    profile = replace(PROFILE, interference=Interference(stolen_s=0.1))
+    assert profile.under_load(100.0, 1.0).decode.fixed_s == pytest.approx(
+        5 * PROFILE.decode.fixed_s
+    )
 
 
 def test_json_holds_no_numbers_that_json_lacks() -> None:

@@ -1,0 +1,60 @@
+"""`pdserve profile` on a real cluster whose steps take a known time."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from deploy.local import LocalCluster
+from deploy.profiling import profile_cluster
+from pdserve.config.cluster import ClusterSettings, DecodePool, PrefillPool, RouterPool
+from pdserve.config.processes import CoefficientSettings
+from pdserve.domain.errors import LocalFault
+from pdserve.domain.latency import StepShape
+from placement.fitting import read_profile, simulation_yaml, to_json, write_profile
+from placement.probing import ProbePlan
+from placement.simulation.settings import read_config
+
+TRUE = CoefficientSettings(
+    fixed_s=0.02, prefill_token_s=2e-4, decode_token_s=1e-3, decode_context_token_s=4e-6
+)
+
+
+def settings(num_prefill: int = 1) -> ClusterSettings:
+    return ClusterSettings(
+        engine="timed",
+        coefficients=TRUE,
+        router=RouterPool(port=0, internal_port=0),
+        prefill=PrefillPool(replicas=num_prefill),
+        decode=DecodePool(replicas=1),
+        log_level="error",
+    )
+
+
+async def test_profile_finds_the_times_that_the_engine_takes(tmp_path: Path) -> None:
+    heard: list[str] = []
+    async with LocalCluster.start(settings()) as cluster, asyncio.timeout(120):
+        plan = ProbePlan(num_rounds=1, max_batch=4)
+        profile = await profile_cluster(cluster.internal_address, plan, heard.append)
+    true = TRUE.to_coefficients()
+    prompt, batch = StepShape.of([(0, 400)]), StepShape.of((), [300] * 4)
+    # A busy machine only adds time, and steps are long enough that it adds little.
+    assert profile.prefill.step_s(prompt) == pytest.approx(true.step_s(prompt), rel=0.3)
+    assert profile.decode.step_s(batch) == pytest.approx(true.step_s(batch), rel=0.3)
+    assert 0 < profile.handoff.handoff_s < 0.2
+    assert profile.limits.decode_kv_tokens == 1024 * 16
+    assert {each.phase for each in profile.residuals} == {"prefill", "decode"}
+    assert any("prompts of" in text for text in heard)
+    json.dumps(to_json(profile), allow_nan=False)
+    write_profile(profile, tmp_path / "p.json")
+    assert read_profile(tmp_path / "p.json") == profile
+    (tmp_path / "sim.yaml").write_text(simulation_yaml(profile, "p.json"))
+    config = read_config(tmp_path / "sim.yaml")
+    assert config.pdserve.handoff_s == pytest.approx(profile.handoff.handoff_s, abs=1e-6)
+
+
+async def test_cluster_without_prefill_workers_is_told() -> None:
+    async with LocalCluster.start(settings(num_prefill=0)) as cluster:
+        with pytest.raises(LocalFault, match="no prefill worker"):
+            await profile_cluster(cluster.internal_address, ProbePlan(), lambda text: None)
