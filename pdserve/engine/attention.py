@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 
 ATTENTION_NAME = "pdserve_paged"
+_TEMPERATURE = "pdserve_temperature"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,19 @@ class AttentionCall:
     chunk: int = 0  # attend within position // chunk; 0 is everywhere (Llama 4)
     softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0 leaves them (Gemma 2)
     sinks: Tensor | None = None  # [heads]: a score that takes weight but has no value (gpt-oss)
+    temperature: "Temperature | None" = None  # a factor of each query by position (Llama 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Temperature:
+    """Queries grow with their position p: 1 + scale * log(1 + floor((p + 1) / span))."""
+
+    scale: float
+    span: float
+
+    def factors(self, positions: Tensor) -> Tensor:
+        """float32, one for each of `positions`."""
+        return torch.log1p(torch.floor((positions.float() + 1.0) / self.span)) * self.scale + 1.0
 
 
 class AttentionTarget(Protocol):
@@ -55,6 +69,20 @@ def attending(target: AttentionTarget) -> Iterator[None]:
         yield
     finally:
         _current.target = before
+
+
+def take_over_temperatures(model: Module) -> None:
+    """Have the temperature of Llama 4's layers applied by the target of their attention calls.
+
+    Their own code takes the place among the rows of a call for the position, unless it has the
+    library's cache, which would make all beyond `floor_scale` tokens wrong.
+    """
+    for module in model.modules():
+        layer: Any = module
+        if getattr(layer, "attn_temperature_tuning", None) and not getattr(layer, "use_rope", True):
+            temperature = Temperature(float(layer.attn_scale), float(layer.floor_scale))
+            setattr(layer, _TEMPERATURE, temperature)
+            layer.attn_temperature_tuning = False
 
 
 def register_attention() -> None:
@@ -96,6 +124,7 @@ def _paged_attention(
         chunk=_chunk(module, layer),
         softcap=float(softcap or 0),
         sinks=s_aux,
+        temperature=getattr(module, _TEMPERATURE, None),
     )
     return target.attend(call).unsqueeze(0), None
 

@@ -15,7 +15,13 @@ from torch import Tensor
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.ids import BlockId
 from pdserve.domain.layout import KvLayout, LayerKv
-from pdserve.engine.attention import ATTENTION_NAME, AttentionCall, attending, register_attention
+from pdserve.engine.attention import (
+    ATTENTION_NAME,
+    AttentionCall,
+    attending,
+    register_attention,
+    take_over_temperatures,
+)
 from pdserve.engine.model_shape import UNSUPPORTED, item_bytes
 
 _NUM_PROBE_TOKENS = 24
@@ -59,6 +65,7 @@ def probe_tokens(vocab_size: int) -> Tensor:
 def use_paged(model: Any) -> None:
     """Make `model` call our attention; what it calls really is for `discover_layout` to see."""
     register_attention()
+    take_over_temperatures(model)
     try:
         model.set_attn_implementation(ATTENTION_NAME)
     except Exception as error:  # the library's reasons are many, and are all this one

@@ -24,6 +24,23 @@ UNSUPPORTED: dict[str, str] = {
         _OWN_STATE,
     ),
 }
+_ENCODERS = frozenset(
+    (
+        *("albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta"),
+        *("deberta-v2", "distilbert", "electra", "ernie", "esm", "flaubert", "funnel", "ibert"),
+        *("layoutlm", "longformer", "luke", "megatron-bert", "mobilebert", "modernbert", "mpnet"),
+        *("mra", "nomic_bert", "nystromformer", "rembert", "roberta", "roberta-prelayernorm"),
+        *("roformer", "squeezebert", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso"),
+    )
+)
+_ENCODER_DECODERS = frozenset(
+    (
+        *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "encoder-decoder", "led"),
+        *("longt5", "m2m_100", "marian", "mbart", "moonshine", "mt5", "mvp", "nllb-moe", "pegasus"),
+        *("pegasus_x", "plbart", "prophetnet", "speech_to_text", "switch_transformers", "t5"),
+        *("t5gemma", "udop", "umt5", "whisper"),
+    )
+)
 _GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -47,11 +64,13 @@ def check_decoder_only(config: Mapping[str, Any]) -> None:
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise LocalFault("config.json names no model_type")
-    if config.get("is_encoder_decoder"):
+    if config.get("is_encoder_decoder", kind in _ENCODER_DECODERS):
         raise LocalFault(f"model type {kind} is an encoder-decoder; only decoders are served")
     names = [str(name) for name in config.get("architectures") or ()]
     if names and not any(name.endswith(_GENERATING) for name in names):
         raise LocalFault(f"model type {kind} ({names[0]}) does not generate text")
+    if kind in _ENCODERS and not config.get("is_decoder"):
+        raise LocalFault(f"model type {kind} is an encoder; it does not generate text")
     if kind in UNSUPPORTED:
         raise LocalFault(f"model type {kind} is not supported: {UNSUPPORTED[kind]}")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 
 _TYPICAL_ROWS = 64
-_QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
+_JOINABLE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def pack_linears(model: Module) -> int:
@@ -50,52 +50,63 @@ def pack_linears(model: Module) -> int:
     return len(linears)
 
 
-def _joined(model: Module, linears: list[Linear]) -> dict[Linear, Callable[[Tensor], Tensor]]:
-    """Forwards of the query, key and value projections that can be one product."""
+def _joined(model: Module, linears: list[Linear]) -> dict[Linear, "JoinedPart"]:
+    """Forwards of projections of the same rows that can be one product."""
     packed = set(linears)
-    forwards: dict[Linear, Callable[[Tensor], Tensor]] = {}
+    forwards: dict[Linear, JoinedPart] = {}
     for module in model.modules():
-        parts = [module._modules.get(name) for name in _QUERY_KEY_VALUE]
-        found = [part for part in parts if isinstance(part, Linear) and part in packed]
-        biases = {part.bias is None for part in found}
-        inputs = {part.in_features for part in found}
-        if len(found) == len(parts) and len(biases) == len(inputs) == 1:
-            product = _JoinedLinears(found)
-            forwards |= {part: product.part(index) for index, part in enumerate(found)}
+        for names in _JOINABLE:
+            parts = [module._modules.get(name) for name in names]
+            found = [part for part in parts if isinstance(part, Linear) and part in packed]
+            biases = {part.bias is None for part in found}
+            inputs = {part.in_features for part in found}
+            if len(found) == len(parts) and len(biases) == len(inputs) == 1:
+                product = JoinedLinears(found)
+                forwards |= {part: JoinedPart(product, at) for at, part in enumerate(found)}
     return forwards
 
 
-class _JoinedLinears:
-    """Several linear layers of the same rows as one product, computed when the first is called."""
+class JoinedLinears:
+    """Several linear layers of the same rows as one product: `run` gives them side by side."""
 
     def __init__(self, linears: list[Linear]) -> None:
         weight = torch.cat([linear.weight.detach() for linear in linears])
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-        self._run = _packed_forward(weight, torch.cat(biases) if biases else None)
-        self._sizes = [linear.out_features for linear in linears]
+        self.run = _packed_forward(weight, torch.cat(biases) if biases else None)
+        self.sizes = [linear.out_features for linear in linears]
         self._rows: Tensor | None = None
         self._results: tuple[Tensor, ...] = ()
 
-    def part(self, index: int) -> Callable[[Tensor], Tensor]:
-        """The forward of layer `index`; the last one lets go of rows and results."""
+    def part(self, index: int, rows: Tensor) -> Tensor:
+        """Layer `index` of `rows`, computed for all layers when one is asked for.
 
-        def forward(rows: Tensor) -> Tensor:
-            if rows is not self._rows:
-                self._rows, self._results = (
-                    rows,
-                    torch.split_with_sizes(self._run(rows), self._sizes, dim=-1),
-                )
-            result = self._results[index]
-            if index == len(self._sizes) - 1:
-                self._rows, self._results = None, ()
-            return result
+        The last layer lets go of rows and results.
+        """
+        if rows is not self._rows:
+            self._rows, self._results = (
+                rows,
+                torch.split_with_sizes(self.run(rows), self.sizes, dim=-1),
+            )
+        result = self._results[index]
+        if index == len(self.sizes) - 1:
+            self._rows, self._results = None, ()
+        return result
 
-        return forward
+
+class JoinedPart:
+    """The forward of one layer of a joined product."""
+
+    def __init__(self, product: JoinedLinears, index: int) -> None:
+        self.product = product
+        self._index = index
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.product.part(self._index, rows)
 
 
 def _packed_forward(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
-    run = torch.ops.mkldnn._linear_pointwise
+    run: Any = torch.ops.mkldnn._linear_pointwise.default
     bias = None if bias is None else bias.detach()
 
     def forward(rows: Tensor) -> Tensor:

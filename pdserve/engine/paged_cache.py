@@ -1,5 +1,7 @@
 """Attention over the paged KV cache: K and V of each layer go to their blocks and are read back."""
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -56,6 +58,7 @@ class PagedStep:
         self._batch = batch
         self._blocks = torch.from_numpy(batch.row_blocks)
         self._offsets = torch.from_numpy(batch.row_offsets)
+        self._positions = torch.from_numpy(batch.positions)
         self._tables = torch.from_numpy(batch.tables)
         is_compiled = np.zeros(len(batch.lengths), dtype=np.bool_)
         if cache.compiled is not None:
@@ -69,6 +72,9 @@ class PagedStep:
 
     def attend(self, call: AttentionCall) -> Tensor:
         self._store(call)
+        if call.temperature is not None:
+            factors = call.temperature.factors(self._positions).to(call.query.dtype)
+            call = replace(call, query=call.query * factors[:, None])
         heads, rows, _ = call.query.shape
         out = call.query.new_empty(rows, heads, call.value.shape[-1])
         if len(self._rows):
@@ -81,15 +87,22 @@ class PagedStep:
     def _store(self, call: AttentionCall) -> None:
         """Write the rows' K and V to their slots."""
         cache, batch = self._cache, self._batch
-        parts = (call.key.transpose(0, 1), call.value.transpose(0, 1))
+        parts = (call.key.transpose(0, 1), call.value.transpose(0, 1))  # [rows, kv_heads, head_dim]
         if cache.compiled is None:
             slots = (self._blocks, self._offsets)
             cache.keys[call.layer].index_put_(slots, parts[0])
             cache.values[call.layer].index_put_(slots, parts[1])
             return
         for part, offset in zip(parts, cache.offsets[call.layer], strict=True):
+            rows, kv_heads, head_dim = part.shape
+            width = kv_heads * head_dim
+            if part.stride()[1:] != (head_dim, 1):
+                part = part.contiguous()
+            stride = part.stride(0)
             cache.compiled.store(
-                part.reshape(-1).numpy(),
+                part.as_strided(((rows - 1) * stride + width,), (1,)).numpy(),
+                stride,
+                width,
                 cache.memory,
                 cache.block_values,
                 offset,

@@ -11,7 +11,9 @@ from pdserve.domain.ids import BlockId
 from pdserve.domain.sampling import SamplingParams
 from pdserve.engine.attention import attending
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
+from pdserve.engine.fused_mlp import fuse_mlps
 from pdserve.engine.fused_norm import fuse_norms
+from pdserve.engine.fused_rotary import fuse_rotary
 from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_probe import (
@@ -80,6 +82,8 @@ class PagedModel:
         layout = discover_layout(model, block_size=block_size, dtype=dtype)
         pack_linears(model)
         fuse_norms(model)
+        fuse_mlps(model)
+        fuse_rotary(model)
         self._model = model
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         scratch = KvMemory(layout, len(tokens))

@@ -114,6 +114,18 @@ def test_tokens_and_logits_equal_those_of_transformers(name: str) -> None:
         assert difference < MAX_LOGIT_DIFFERENCE
 
 
+def test_temperature_of_llama4_follows_positions_not_rows() -> None:
+    model = tiny_model("llama4_text")
+    for module in model.modules():
+        if hasattr(module, "floor_scale"):
+            module.floor_scale, module.attn_scale = 10, 0.7
+    prompts = [[(7 * place + length) % 158 + 2 for place in range(length)] for length in (40, 3)]
+    expected = [generated(model, prompt) for prompt in prompts]
+    paged = PagedModel(model, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, dtype="float32")
+    assert [each.output for each in run_all(paged, prompts)] == expected
+    paged.close()
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_model_that_cannot_be_served_is_refused_with_its_name(name: str) -> None:
     model = tiny_model(name)

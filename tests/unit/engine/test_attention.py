@@ -21,8 +21,8 @@ torch.set_num_threads(1)
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 40
-HEADS = 6
-LAYERS = (LayerKv(2, 8, 8), LayerKv(3, 12, 5), LayerKv(6, 8, 8))
+HEADS = 12  # 6 (4 and 2 more), 4, 2 and 1 for each KV head
+LAYERS = (LayerKv(2, 8, 8), LayerKv(3, 12, 5), LayerKv(6, 8, 8), LayerKv(12, 20, 20))
 VARIANTS: dict[str, dict[str, object]] = {
     "plain": {},
     "window": {"window": 7},

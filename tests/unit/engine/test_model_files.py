@@ -113,6 +113,23 @@ def test_fault_is_named(model_dir: Path, fault: str) -> None:
         ModelFiles.open(model_dir)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "t5"}, "t5 is an encoder-decoder"),
+        ({"model_type": "bert", "is_decoder": False}, "bert is an encoder; it does not generate"),
+        ({"model_type": "roberta", "architectures": None}, "roberta is an encoder"),
+        ({"model_type": "t5", "architectures": ["T5EncoderModel"]}, "t5 is an encoder-decoder"),
+    ],
+)
+def test_wrong_kind_of_model_is_named_before_files_that_are_missing(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LocalFault, match=message):
+        ModelFiles.open(tmp_path)
+
+
 def test_unknown_directory_lists_the_packaged_models() -> None:
     with pytest.raises(LocalFault, match=r"no model directory at .*\(packaged models: demo"):
         ModelFiles.open("no-such-model")

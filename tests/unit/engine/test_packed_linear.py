@@ -1,8 +1,13 @@
-import torch
-from torch import Tensor
-from torch.nn import Embedding, Linear, Module
+from typing import Any
 
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import GELU, Embedding, Linear, Module, SiLU
+
+from pdserve.engine.fused_mlp import fuse_mlps
 from pdserve.engine.fused_norm import fuse_norms
+from pdserve.engine.fused_rotary import fuse_rotary
 from pdserve.engine.packed_linear import pack_linears
 
 torch.set_num_threads(1)
@@ -82,3 +87,50 @@ def test_norm_is_fused_only_if_that_changes_nothing() -> None:
     assert fuse_norms(plain) == 1
     assert torch.allclose(plain(rows), expected, atol=1e-6)
     assert fuse_norms(OffsetRMSNorm(0.01)) == 0
+
+
+class Gated(Module):
+    def __init__(self, activation: Module) -> None:
+        super().__init__()
+        self.gate_proj = Linear(16, 40)
+        self.up_proj = Linear(16, 40)
+        self.down_proj = Linear(40, 16)
+        self.act_fn = activation
+
+    def forward(self, rows: Tensor) -> Tensor:
+        result: Tensor = self.down_proj(self.act_fn(self.gate_proj(rows)) * self.up_proj(rows))
+        return result
+
+
+@torch.inference_mode()
+def test_gated_layer_is_fused_only_if_that_changes_nothing() -> None:
+    for activation, num_fused in ((SiLU(), 1), (GELU(), 0)):
+        model = Gated(activation)
+        inputs = [30 * torch.randn(1, count, 16) for count in (1, 3, 70)]
+        expected = [model(rows) for rows in inputs]
+        pack_linears(model)
+        assert fuse_mlps(model) == num_fused
+        for rows, result in zip(inputs, expected, strict=True):
+            assert torch.allclose(model(rows), result, rtol=1e-5, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_rotary_embedding_is_fused_for_every_layout_of_rows() -> None:
+    modeling: Any = transformers.models.llama.modeling_llama
+    config = transformers.LlamaConfig(
+        hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=8
+    )
+    attention = modeling.LlamaAttention(config, 0)
+    assert fuse_rotary(attention) == 1
+    rotary = attention.forward.__func__.__globals__["apply_rotary_pos_emb"]
+    assert rotary is not modeling.apply_rotary_pos_emb
+    joined, cos, sin = torch.randn(1, 5, 80), torch.randn(1, 5, 8), torch.randn(1, 5, 8)
+    query, key, _ = (
+        part.unflatten(2, (-1, 8)) for part in torch.split(joined, [48, 16, 16], dim=-1)
+    )
+    scattered = torch.randn(1, 2, 5, 8)  # heads first
+    for other in (key.transpose(1, 2), scattered):
+        results = rotary(query.transpose(1, 2), other, cos, sin)
+        expected = modeling.apply_rotary_pos_emb(query.transpose(1, 2), other, cos, sin)
+        for result, right in zip(results, expected, strict=True):
+            assert torch.allclose(result, right, atol=1e-6)
