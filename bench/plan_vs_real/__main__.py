@@ -12,8 +12,10 @@ router and workers, the profile and the host's own times, and a busy machine dis
 import argparse
 import asyncio
 import json
+import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -34,6 +36,7 @@ from pdserve.client.values import Model
 from pdserve.config.processes import CoefficientSettings
 from placement.fitting import FittedProfile, Interference, error_summary
 from placement.probing import ProbePlan
+from placement.simulation.summary import clean
 from placement.simulation.values import SloClass
 
 SHARES = (0.3, 0.6, 0.9)
@@ -65,7 +68,7 @@ class Run:
     num_requests: int
     predicted: Figures
     measured: Figures
-    num_failed: int
+    failures: Mapping[str, int]  # by reason
     foreign_cores: float | None
     own_cores: Mapping[str, float]
 
@@ -81,7 +84,9 @@ class Row:
 
     @property
     def error(self) -> float:
-        return self.predicted / self.measured - 1 if self.measured else float("inf")
+        """predicted / measured - 1; infinite where nothing was answered."""
+        is_known = math.isfinite(self.measured) and self.measured != 0
+        return self.predicted / self.measured - 1 if is_known else math.inf
 
 
 def main() -> None:
@@ -151,7 +156,7 @@ async def _measure(
         num_requests=len(requests),
         predicted=predicted,
         measured=measured(records, slo),
-        num_failed=sum(not record.is_ok for record in records),
+        failures=Counter(record.failure for record in records if not record.is_ok),
         foreign_cores=meter.foreign_cores(),
         own_cores={name: (after[name] - before[name]) / duration_s for name in after},
     )
@@ -198,7 +203,7 @@ def judge(runs: list[Run], rows: list[Row], console: Console, json_file: Path | 
     console.print(
         f"{len(rows) - len(bad)} of {len(rows)} figures within {LIMIT:.0%}; "
         f"absolute error p50 {p50:.1%}, p90 {p90:.1%}; "
-        f"{sum(run.num_failed for run in runs)} requests failed"
+        f"{sum(sum(run.failures.values()) for run in runs)} requests failed"
     )
     is_judged = busy <= MAX_FOREIGN_CORES
     if not is_judged:
@@ -214,7 +219,7 @@ def judge(runs: list[Run], rows: list[Row], console: Console, json_file: Path | 
             "rows": [{**asdict(row), "error": row.error} for row in rows],
             "runs": [asdict(run) for run in runs],
         }
-        json_file.write_text(json.dumps(content, indent=1) + "\n")
+        json_file.write_text(json.dumps(clean(content), indent=1, allow_nan=False) + "\n")
     return int(is_judged and bool(bad))
 
 
@@ -266,6 +271,8 @@ def _say_run(console: Console, run: Run) -> None:
         f"  {run.share:.0%}: {run.rate:.1f}/s, {run.num_requests} requests; cores: {shares}, "
         f"others {_cores(run.foreign_cores)}; predicted / measured: {pairs}"
     )
+    for reason, count in run.failures.items():
+        console.print(f"  {count} requests failed: {reason}")
 
 
 def _beside(found: Interference) -> str:
