@@ -263,10 +263,20 @@ class Prober:
         self.advance(f"prompts of {length} tokens beside answers")
         most = self.model.max_context_tokens - BESIDE_ANSWER_PROMPT_TOKENS
         num_tokens = min(most, BESIDE_TOKENS)
+        # Its own tokens after the first make the others' steps longer: the step model knows that.
+        joined_s = (BESIDE_OUTPUT_TOKENS - 1) * (
+            decode.decode_token_s + decode.decode_context_token_s * length
+        )
         busy: list[Answered] = []
         stolen: list[float] = []
         for _ in range(self.plan.num_rounds):
             behind = [self._prompt(BESIDE_ANSWER_PROMPT_TOKENS) for _ in self.workers.decode]
+            # The same answers undisturbed, at the same moment of a machine that others use as well.
+            quiet = await asyncio.gather(*(self._ask(prompt, num_tokens) for prompt in behind))
+            steps_s = [found[0] for each in quiet if (found := _window([each])) is not None]
+            if not steps_s:
+                continue
+            alone_s = statistics.median(steps_s)
             tasks = [asyncio.create_task(self._ask(prompt, num_tokens)) for prompt in behind]
             sent = []
             while not any(task.done() for task in tasks):
@@ -278,12 +288,9 @@ class Prober:
             busy += [one for one in inside if one.was_handed_off]
             for window in map(_window, ([each] for each in answers)):
                 if window is not None and inside:
-                    step_s, context = window
-                    own_s = decode.step_s(
-                        StepShape(num_decodes=1, num_decode_context_tokens=round(context))
-                    )
-                    per_prompt = (end_s - begin_s) / len(inside) * len(answers)
-                    stolen.append(max(0.0, 1 - own_s / step_s) * per_prompt)
+                    per_prompt_s = (end_s - begin_s) / len(inside) * len(answers)
+                    share = 1 - alone_s / window[0]
+                    stolen.append(max(0.0, share * per_prompt_s - joined_s))
         if not busy or not stolen:
             return Interference()
         read_alone_s = statistics.median(one.finished.timeline.prefill_s for one in alone[length])
