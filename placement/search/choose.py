@@ -15,10 +15,11 @@ from placement.simulation.values import PoolRole
 MAX_CERTIFICATIONS = 6
 CALIBRATIONS = 2
 DINKELBACH_ROUNDS = 4
+MAX_FORMER = 4
 RATE_MARGINS = (1.0, 1.1, 1.25, 1.45)
 CERTIFY_FACTOR = 1.015
-MAX_CELL_REQUESTS = 15_000
-LEAST_CELL_S = 120.0
+MAX_CELL_REQUESTS = 9_000
+LEAST_CELL_S = 80.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -113,7 +114,10 @@ def certify(space: Space, contest: Contest) -> None:
 def _better_neighbour(space: Space, contest: Contest, design: Design) -> Design | None:
     goal = contest.best_value * (1 + contest.tolerance)
     evaluator = contest.evaluator
-    for _, other in space.neighbours(design):
+    # Those that led before may have been measured badly on few traces.
+    others = [other for _, other in space.neighbours(design)]
+    others += [other for other, _ in contest.tally.trail[-MAX_FORMER:] if other != design]
+    for other in others:
         if not space.fits(other):
             continue
         rate = goal / max(contest.value(other, 1.0), 1e-12)

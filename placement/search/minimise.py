@@ -16,6 +16,7 @@ from placement.simulation.values import PoolRole
 Price = Callable[[Design], float]
 EPSILON = 1e-9
 GUESS_SLACK = 1.5  # a pair of cuts is left out where its guess costs so much more than the best
+SMALL_JOBS, SMALL_SLACK = 80, 4.0  # so few pairs may be looked at more closely
 
 
 class Bargain:
@@ -44,8 +45,9 @@ class Bargain:
                 guess = self._guess_pair(reader, writer)
                 jobs.append((guess, len(jobs), self._pair_job(reader, writer)))
         self.tally.listed += len(jobs)
+        slack = SMALL_SLACK if len(jobs) <= SMALL_JOBS else GUESS_SLACK
         for guess, _, job in sorted(jobs, key=lambda item: item[:2]):
-            if guess <= self.best_price * GUESS_SLACK:
+            if guess <= self.best_price * slack:
                 job()
             else:
                 self.tally.by_estimate += 1

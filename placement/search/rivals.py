@@ -1,11 +1,11 @@
 """The designs beside the plan: neighbours, the best of other kinds, one with a spare."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from placement.search.choose import Choice
 from placement.search.designs import Design, Worker
-from placement.search.evaluate import Evaluator, Goodput
+from placement.search.evaluate import CLEARLY_LOST, Evaluator, Goodput
 from placement.search.maximise import Contest
 from placement.search.minimise import Bargain
 from placement.search.problem import Problem
@@ -14,6 +14,8 @@ from placement.simulation.values import PoolRole
 
 COARSE = 0.02
 CELL_COARSE = 0.05
+EDGE = 0.03
+MAX_KINDS = 3
 SEEDS = 2
 MAX_TRIALS = 3
 MAX_RUNNER_UPS = 3
@@ -292,6 +294,9 @@ def spare_plan(
     does where it fits.
     """
     rate = result.prediction.rate
+    if not problem.is_at_rate:
+        # At the very edge a spare of the other kind alone can cost a promise.
+        rate *= 1 - EDGE
     guarded = evaluator.with_traffic(problem.traffic)
     guarded.spare_workers = 1
     candidates = _with_spares(problem, result.design)
@@ -315,16 +320,20 @@ def spare_plan(
 
 def _survives(guarded: Evaluator, design: Design, rate: float) -> bool:
     horizon_s = guarded.search_horizon_s(rate)
-    return guarded.margin(design, rate, 0, horizon_s).all >= 0 and guarded.holds(
-        design, rate, min(SEEDS, guarded.num_seeds), horizon_s
-    )
+    if guarded.margin(design, rate, 0, horizon_s).all < CLEARLY_LOST:
+        return False
+    num_seeds = min(SEEDS, guarded.num_seeds)
+    return guarded.holds(design, rate, num_seeds, horizon_s)
 
 
 def _with_spares(problem: Problem, design: Design) -> list[Design]:
     """The design itself, with a spare of one kind, of two, of all."""
     kinds = [worker for worker, _ in design.counts]
+    masks: Iterable[int] = range(2 ** len(kinds))
+    if len(kinds) > MAX_KINDS:
+        masks = [0, *(1 << index for index in range(len(kinds))), 2 ** len(kinds) - 1]
     found = []
-    for mask in range(2 ** len(kinds)):
+    for mask in masks:
         changed = design
         for index, worker in enumerate(kinds):
             if mask >> index & 1:

@@ -1,0 +1,1 @@
+"""Benchmarks of the planner: speed, optimality, Splitwise's question."""

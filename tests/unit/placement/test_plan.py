@@ -1,0 +1,96 @@
+"""`plan.yaml`: it round-trips, and refuses what it does not know."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdserve.domain.errors import LocalFault
+from placement.plan import Plan, format_plan, parse_plan, plan_of, read_plan, write_plan
+from placement.search.results import PlanResult
+from placement.solver import solve
+from tests.support.plan_inputs import small_inputs
+
+PREDICTION: dict[str, Any] = {
+    "rate": 4.0,
+    "goodput": 3.8,
+    "goodput_per_gpu": 0.95,
+    "attainment": 0.95,
+    "attainment_interval": [0.93, 0.97],
+    "ttft_s": {"p50": 0.1},
+    "tpot_s": {"p50": 0.02},
+    "usd_per_hour": 7.2,
+    "usd_per_million_tokens": 0.4,
+    "watts": 1600.0,
+    "horizon_s": 600.0,
+    "num_seeds": 5,
+    "step_time_error": 0.05,
+}
+LIMITS: dict[str, Any] = {
+    "max_step_tokens": 512,
+    "max_num_requests": 64,
+    "max_num_waiting": 8,
+    "max_wait_s": 0.2,
+    "max_rate": 4.0,
+}
+
+
+def data(**changes: Any) -> dict[str, Any]:
+    pools = [{"role": "colocated", "gpu": "a100_sxm", "tp": 2, "replicas": 2}]
+    plan = {"version": 1, "model": "m", "rules": "pdserve", "pools": pools}
+    return {**plan, "limits": LIMITS, "prediction": PREDICTION, **changes}
+
+
+pools: st.SearchStrategy[list[dict[str, Any]]] = st.lists(
+    st.builds(
+        dict,
+        role=st.just("colocated"),
+        gpu=st.sampled_from(["a100_sxm", "h100_sxm"]),
+        tp=st.sampled_from([1, 2, 4, 8]),
+        pp=st.integers(1, 4),
+        replicas=st.integers(1, 1000),
+        nodes=st.lists(st.sampled_from(["a100_sxm:0", "h100_sxm:12"]), max_size=3),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(pools=pools, cells=st.integers(1, 100), rate=st.floats(0.001, 1e6))
+def test_written_plan_reads_back_equal(pools: list[Any], cells: int, rate: float) -> None:
+    prediction = {**PREDICTION, "rate": rate}
+    plan = parse_plan(data(pools=pools, cells=cells, prediction=prediction), source="x")
+    assert parse_plan(yaml.safe_load(format_plan(plan)), source="y") == plan
+
+
+def test_solved_plan_reads_back_equal(tmp_path: Path) -> None:
+    result = solve(small_inputs())
+    assert isinstance(result, PlanResult)
+    plan = plan_of(result)
+    write_plan(plan, tmp_path / "plan.yaml")
+    assert read_plan(tmp_path / "plan.yaml") == plan
+    assert plan.num_gpus == result.design.num_gpus
+    assert plan.limits.max_num_requests == result.design.max_num_requests
+    assert sum(len(pool.nodes) for pool in plan.pools) == result.design.num_workers
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"version": 2}, "version 2 is not known here"),
+        ({"pools": []}, "pools"),
+        ({"pools": [{"role": "prefill", "gpu": "a", "tp": 1, "replicas": 1}]}, "needs prefill and"),
+        ({"limit": {}}, "did you mean limits"),
+    ],
+)
+def test_bad_plan_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(LocalFault) as caught:
+        parse_plan(data(**changes), source="plan.yaml")
+    assert words in caught.value.message
+
+
+def test_plan_counts_its_cells() -> None:
+    assert Plan.model_validate(data(cells=3)).num_gpus == 12

@@ -1,0 +1,136 @@
+"""The solver's answers, and its refusals."""
+
+import json
+
+import pytest
+
+from pdserve.domain.errors import LocalFault
+from placement.search.results import NoPlan, PlanResult
+from placement.solver import solve
+from tests.support.plan_inputs import small_inputs
+
+
+def plan(**changes: object) -> PlanResult:
+    result = solve(small_inputs(**changes))
+    assert isinstance(result, PlanResult), result
+    return result
+
+
+def at_rate(rate: float, **workload: object) -> dict[str, object]:
+    base = small_inputs().workload.model_dump(mode="json", exclude_none=True)
+    return {**base, "rate": rate, **workload}
+
+
+def test_plan_keeps_its_promise_and_no_neighbour_is_better() -> None:
+    result = plan()
+    assert result.prediction.is_kept
+    assert result.prediction.attainment >= 0.9
+    assert result.design.num_gpus <= 4
+    assert result.neighbours
+    assert not any(rival.is_better for rival in result.neighbours)
+    low, high = result.goodput_interval
+    assert low <= result.goodput <= high
+
+
+def test_both_kinds_compete_and_the_verdict_names_the_loser() -> None:
+    result = plan()
+    other = "disaggregated" if result.design.kind == "colocated" else "colocated"
+    assert any(rival.design.kind == other for rival in result.runner_ups)
+    assert result.disaggregation.startswith(
+        ("disaggregation", "colocated and", "disaggregated and")
+    )
+
+
+def test_kind_that_is_switched_off_is_not_searched() -> None:
+    result = plan(search={"colocated": False})
+    assert result.design.kind == "disaggregated"
+    assert "not searched" in result.disaggregation
+
+
+def test_answer_is_plain_json_and_the_same_twice() -> None:
+    first, second = (json.dumps(plan().to_json(), allow_nan=False) for _ in range(2))
+    assert first == second
+
+
+def test_cheapest_plan_at_a_rate_holds_and_fewer_workers_do_not() -> None:
+    result = plan(objective={"goal": "cost"}, workload=at_rate(4.0))
+    assert result.prediction.is_kept
+    assert result.prediction.rate == 4.0
+    fewer = [r for r in result.neighbours if r.design.num_gpus < result.design.num_gpus]
+    assert all(rival.goodput == 0.0 for rival in fewer)
+
+
+def test_spare_worker_costs_more_and_survives_a_loss() -> None:
+    plain = plan(objective={"goal": "gpus"}, workload=at_rate(2.0))
+    spared = plan(objective={"goal": "gpus", "spare_workers": 1}, workload=at_rate(2.0))
+    assert spared.design.num_gpus > plain.design.num_gpus
+    for worker, _ in spared.design.counts:
+        assert spared.design.with_change(worker, -1).is_complete
+
+
+def test_rate_beyond_the_cluster_names_the_nearest_that_can() -> None:
+    result = solve(small_inputs(objective={"goal": "cost"}, workload=at_rate(60.0)))
+    assert isinstance(result, NoPlan)
+    assert "beyond this cluster of 4 GPUs" in result.reason
+    assert 0 < result.best_rate < 60
+    assert any(line.startswith("rate:") for line in result.nearest)
+    assert any(line.startswith("cluster:") for line in result.nearest)
+
+
+@pytest.mark.parametrize(
+    ("slo", "words"),
+    [
+        ({"ttft_s": 0.01, "tpot_s": 0.1}, "ttft_s 0.01 is below the floor"),
+        ({"ttft_s": 1.0, "tpot_s": 0.001}, "tpot_s 0.001 is below the floor"),
+    ],
+)
+def test_promise_below_physics_names_the_floor_and_what_sets_it(
+    slo: dict[str, float], words: str
+) -> None:
+    with pytest.raises(LocalFault) as caught:
+        solve(small_inputs(slo=slo))
+    assert words in caught.value.message
+    assert "a100_sxm TP" in caught.value.message
+
+
+def test_unknown_gpu_gets_the_nearest_name() -> None:
+    cluster = {"nodes": [{"gpu": "a100_smx", "nodes": 1}]}
+    with pytest.raises(LocalFault, match="did you mean a100_sxm"):
+        solve(small_inputs(cluster=cluster))
+
+
+def test_model_that_fits_nowhere_is_refused_with_the_reason() -> None:
+    inputs = small_inputs(
+        model="Llama-3.1-70B",
+        rules="pdserve",
+        latency=None,
+        cluster={"nodes": [{"gpu": "l4", "nodes": 1, "gpus_per_node": 2}]},
+    )
+    with pytest.raises(LocalFault, match="fits no worker of this cluster") as caught:
+        solve(inputs)
+    assert "GiB" in caught.value.message
+
+
+def test_given_design_that_cannot_be_is_refused() -> None:
+    design = [{"role": "prefill", "tp": 3}, {"role": "decode", "tp": 1}]
+    with pytest.raises(LocalFault, match="no prefill worker TP3"):
+        solve(small_inputs(design=design))
+
+
+def test_given_design_is_judged_beside_the_plan() -> None:
+    design = [{"role": "prefill", "tp": 2}, {"role": "decode", "tp": 2}]
+    result = plan(design=design)
+    assert result.judged is not None
+    assert result.judged.design.label == "1 prefill TP2 + 1 decode TP2"
+    value = result.judged.goodput / result.judged.design.num_gpus
+    assert result.goodput / result.design.num_gpus >= value * 0.98
+
+
+def test_classes_are_kept_one_by_one() -> None:
+    classes = [
+        {"name": "chat", "ttft_s": 0.25, "tpot_s": 0.08, "share": 0.7},
+        {"name": "bulk", "ttft_s": 2.0, "tpot_s": 0.2, "attainment": 0.99, "share": 0.3},
+    ]
+    result = plan(slo=classes)
+    assert [item.name for item in result.prediction.classes] == ["chat", "bulk"]
+    assert result.prediction.margin >= 0
