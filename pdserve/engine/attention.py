@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 
 ATTENTION_NAME = "pdserve_paged"
-_TEMPERATURE = "pdserve_temperature"
+_TEMPERATURE, _CHUNK = "pdserve_temperature", "pdserve_chunk"  # attributes of attention modules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,21 +121,28 @@ def _paged_attention(
         value=value[0],
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         window=int(sliding_window or 0),
-        chunk=_chunk(module, layer),
+        chunk=_chunk(module),
         softcap=float(softcap or 0),
         sinks=s_aux,
-        temperature=getattr(module, _TEMPERATURE, None),
+        temperature=vars(module).get(_TEMPERATURE),
     )
     return target.attend(call).unsqueeze(0), None
 
 
-def _chunk(module: Module, layer: int) -> int:
-    """Chunked attention is said only by the mask, which is not built, and by the config."""
-    config: Any = getattr(module, "config", None)
-    kinds = getattr(config, "layer_types", None)
-    if not kinds or kinds[layer] != "chunked_attention":
-        return 0
-    return int(config.attention_chunk_size)
+def _chunk(module: Module) -> int:
+    """Chunked attention is said only by the mask, which is not built, and by the config.
+
+    Remembered, because configs of the library are slow to read.
+    """
+    remembered: int | None = vars(module).get(_CHUNK)
+    if remembered is None:
+        layer: Any = module
+        config: Any = getattr(layer, "config", None)
+        kinds: Any = getattr(config, "layer_types", None)
+        is_chunked = bool(kinds) and kinds[layer.layer_idx] == "chunked_attention"
+        remembered = int(config.attention_chunk_size) if is_chunked else 0
+        setattr(module, _CHUNK, remembered)
+    return remembered
 
 
 def visible(call: AttentionCall, queries: Tensor, keys: Tensor) -> Tensor:

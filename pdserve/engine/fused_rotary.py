@@ -86,9 +86,24 @@ def _rotary(plain: _Rotary) -> _Rotary:
         if not (is_ours and _fits(query, cos) and _fits(key, cos) and sin.shape == cos.shape):
             return plain(query, key, cos, sin, *others, **options)
         cosines, sines = cos.view(-1).numpy(), sin.view(-1).numpy()
+        if _is_beside(query, key):
+            shape = (1, query.shape[1] + key.shape[1], *query.shape[2:])
+            both = rotate(query.as_strided(shape, query.stride()), cosines, sines)
+            return both[:, : query.shape[1]], both[:, query.shape[1] :]
         return rotate(query, cosines, sines), rotate(key, cosines, sines)
 
     return apply
+
+
+def _is_beside(query: Tensor, key: Tensor) -> bool:
+    """Each row's key follows its query in memory, as a joined projection leaves them."""
+    width = query.shape[1] * query.shape[3]
+    return (
+        query.stride() == key.stride()
+        and query.stride(2) >= width + key.shape[1] * key.shape[3]
+        and query.data_ptr() + width * query.element_size() == key.data_ptr()
+        and query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+    )
 
 
 def _fits(part: Tensor, cos: Tensor) -> bool:

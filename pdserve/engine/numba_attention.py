@@ -276,6 +276,7 @@ def _first_seen(end: int, window: int, chunk: int) -> int:
 
 def _decode_attention(
     query: Floats,
+    query_stride: int,
     memory: Floats,
     block_values: int,
     k_offset: int,
@@ -292,7 +293,8 @@ def _decode_attention(
 ) -> None:
     """Attend each of `rows` to its sequence up to its own position; writes their rows of `out`.
 
-    query: [all rows, heads, k_head_dim] and out: [all rows, heads, v_head_dim], both flat
+    query: [all rows, heads, k_head_dim], rows `query_stride` values apart
+    out: [all rows, heads, v_head_dim], flat like `query`
     memory: all KV memory; a block has `block_values` values, this layer's K and V begin at
     `k_offset` and `v_offset` in it; sizes: block_size, heads, kv_heads, k_head_dim, v_head_dim,
     window, chunk (as in `AttentionCall`); positions, table_firsts: [rows]; sinks: [heads], or empty
@@ -316,7 +318,7 @@ def _decode_attention(
             else:
                 ahead = tables[table + first_block] * block_values + v_offset
             _score_block(
-                query, row * heads * k_dim, memory, base, (kv_heads, groups, k_dim), factor,
+                query, row * query_stride, memory, base, (kv_heads, groups, k_dim), factor,
                 scores, low - first, high - low, most, ahead,
             )  # fmt: skip
         for head in range(heads):
@@ -377,9 +379,8 @@ def compile_attention() -> CompiledAttention:
     attend, store = compile_function(_decode_attention), compile_function(_store_rows)
     floats, ints = np.zeros(8, dtype=np.float32), np.zeros(1, dtype=np.int64)
     sizes = (1, 1, 1, 4, 4, 0, 0)
-    attend(
-        floats[:4], floats, 8, 0, 4, sizes, ints, ints, ints, ints, 1.0, 0.0, floats[:0], floats[:4]
-    )
+    rows = (ints, ints, ints, ints)
+    attend(floats[:4], 4, floats, 8, 0, 4, sizes, *rows, 1.0, 0.0, floats[:0], floats[:4])
     store(floats[:4], 4, 4, floats, 8, 0, 1, ints, ints)
     return CompiledAttention(attend, store)
 

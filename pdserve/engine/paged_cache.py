@@ -94,15 +94,11 @@ class PagedStep:
             cache.values[call.layer].index_put_(slots, parts[1])
             return
         for part, offset in zip(parts, cache.offsets[call.layer], strict=True):
-            rows, kv_heads, head_dim = part.shape
-            width = kv_heads * head_dim
-            if part.stride()[1:] != (head_dim, 1):
-                part = part.contiguous()
-            stride = part.stride(0)
+            values, stride = _flat_rows(part)
             cache.compiled.store(
-                part.as_strided(((rows - 1) * stride + width,), (1,)).numpy(),
+                values,
                 stride,
-                width,
+                part.shape[1] * part.shape[2],
                 cache.memory,
                 cache.block_values,
                 offset,
@@ -117,7 +113,7 @@ class PagedStep:
         kv_heads, _, k_head_dim = call.key.shape
         heads, v_head_dim = call.query.shape[0], call.value.shape[-1]
         cache.compiled.attend(
-            call.query.transpose(0, 1).reshape(-1).numpy(),
+            *_flat_rows(call.query.transpose(0, 1)),
             cache.memory,
             cache.block_values,
             *cache.offsets[call.layer],
@@ -150,3 +146,12 @@ class PagedStep:
             for part in (self._cache.keys, self._cache.values)
         )
         return attend_dense(call, query, key, value, start, seen)
+
+
+def _flat_rows(part: Tensor) -> tuple[npt.NDArray[np.float32], int]:
+    """[rows, heads, head_dim] as flat values, and how far apart its rows are there."""
+    rows, heads, head_dim = part.shape
+    if part.stride()[1:] != (head_dim, 1):
+        part = part.contiguous()
+    stride = part.stride(0)
+    return part.as_strided(((rows - 1) * stride + heads * head_dim,), (1,)).numpy(), stride

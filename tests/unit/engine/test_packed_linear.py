@@ -132,3 +132,9 @@ def test_rotary_embedding_is_fused_for_every_layout_of_rows() -> None:
         expected = modeling.apply_rotary_pos_emb(query.transpose(1, 2), other, cos, sin)
         for result, right in zip(results, expected, strict=True):
             assert torch.allclose(result, right, atol=1e-6)
+    results = rotary(query.transpose(1, 2)[:, :2], query.transpose(1, 2)[:, 3:], cos, sin)
+    expected = modeling.apply_rotary_pos_emb(
+        query.transpose(1, 2)[:, :2], query.transpose(1, 2)[:, 3:], cos, sin
+    )
+    for result, right in zip(results, expected, strict=True):  # beside each other, with a gap
+        assert torch.allclose(result, right, atol=1e-6)
