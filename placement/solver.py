@@ -18,9 +18,16 @@ from placement.search.evaluate import Evaluator
 from placement.search.nearest import explain_no_plan
 from placement.search.predict import economy, predict
 from placement.search.problem import Problem, new_problem
-from placement.search.results import NoPlan, PlanResult, Prediction, Rival, SearchStats
+from placement.search.results import (
+    NoPlan,
+    PlanResult,
+    Prediction,
+    Rival,
+    SearchStats,
+    WhatIf,
+)
 from placement.search.rivals import find_neighbours, find_runner_ups, one_gpu_more, spare_plan
-from placement.search.what_if import Questions
+from placement.search.what_if import BURST_CV, HEAVY_CV, Questions
 from placement.simulation.values import PoolRole, Rules
 
 MIN_GAIN = 0.01
@@ -251,7 +258,37 @@ def _judge(problem: Problem, choice: Choice, given: Design) -> PlanResult:
         raise LocalFault(f"design: {placed.reason}")
     own = replace(choice, goodput=goodput, design=given)
     result = _bare_result(problem, evaluator, own, given, prediction, placed)
-    return _with_what_ifs(problem, evaluator, own, result) if problem.slo else result
+    if not problem.slo:
+        return result
+    result = _with_what_ifs(problem, evaluator, own, result)
+    planned = tuple(_with_plan(problem, item) for item in result.what_ifs)
+    return replace(result, what_ifs=planned)
+
+
+def _with_plan(problem: Problem, item: WhatIf) -> WhatIf:
+    """For traffic that breaks the given design at the asked rate: the plan that is made for it."""
+    inputs = problem.inputs
+    workload = inputs.workload
+    prompts = workload.prompt_tokens
+    if item.is_kept or problem.rate is None:
+        return item
+    if item.name.startswith("bursts"):
+        workload = workload.model_copy(update={"cv": BURST_CV, "arrivals": "drawn"})
+    elif item.name.startswith("prompt length") and prompts is not None:
+        spread = prompts.model_copy(update={"cv": HEAVY_CV, "distribution": "lognormal"})
+        workload = workload.model_copy(update={"prompt_tokens": spread})
+    else:
+        return item
+    advice = f"{item.advice}; " if item.advice else ""
+    try:
+        changed = new_problem(inputs.model_copy(update={"workload": workload}))
+        found = choose(changed, new_evaluator(changed)).design
+    except LocalFault as error:
+        return replace(item, advice=f"{advice}no plan for it: {error.message}")
+    if found is None:
+        return replace(item, advice=f"{advice}this cluster holds no plan for it")
+    cost = f"{found.num_gpus} GPUs, {found.usd_per_hour:.2f} USD/h"
+    return replace(item, advice=f"{advice}the plan for it: {found.label} ({cost})")
 
 
 def _stats(problem: Problem, evaluator: Evaluator, choice: Choice) -> SearchStats:

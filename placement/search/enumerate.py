@@ -271,7 +271,8 @@ def _modelled_pool(
     if room == 0:
         weights = spec.weight_bytes(parallelism) / 2**30
         raise LocalFault(
-            f"weights need {weights:.0f} GiB on each GPU, which has {gpu.memory_gib:.0f} GiB"
+            f"weights need {weights:.0f} GiB on each GPU, which has {gpu.memory_gib:.0f} GiB, "
+            "a tenth of it and 3.5 GiB kept for the runtime"
         )
     model = composed_latency(spec, gpu, parallelism)
     timing = StepTiming.of_model(
