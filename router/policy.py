@@ -10,7 +10,7 @@ Each part comes from the worker's own step coefficients (`pdserve.domain.latency
 from dataclasses import dataclass
 
 from pdserve.domain.latency import StepShape
-from router.cluster_view import ClusterView, Life, RequestShape, WorkerView
+from router.cluster_view import ClusterView, Health, Life, RequestShape, WorkerView
 
 MAX_NUM_PREFILL_TARGETS = 3
 HANDOFF_S = 0.002
@@ -56,16 +56,19 @@ def choose_pair(
 
     A decode worker where the request would have to wait for blocks or for a place in the batch
     comes after all where it would not. Pure and total: same view, same answer; ties go to the
-    smallest worker ids. `excluded` has already failed this request.
+    smallest worker ids. `excluded` has already failed this request. Where no decode worker is
+    healthy a suspect one is taken: on a busy machine it is late, not dead, and if it is dead the
+    request is told so within moments.
     """
     readers = [
         worker for worker in view.prefill if worker.is_usable and worker.life not in excluded
     ]
-    candidates = [
-        _pair_at(decode, readers, shape)
-        for decode in view.decode
-        if decode.is_usable and decode.life not in excluded and _fits(decode, shape)
+    fitting = [
+        worker for worker in view.decode if worker.life not in excluded and _fits(worker, shape)
     ]
+    usable = [worker for worker in fitting if worker.is_usable]
+    suspect = [worker for worker in fitting if worker.health is Health.SUSPECT]
+    candidates = [_pair_at(decode, readers, shape) for decode in usable or suspect]
     if not candidates:
         return NoWorkers()
     best = min(candidates, key=lambda pair: _cost(pair, shape))

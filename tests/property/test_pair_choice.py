@@ -96,13 +96,14 @@ def test_choice_is_total_deterministic_and_never_an_excluded_worker(
     assert choice == choose_pair(view, shape, excluded=excluded)
     mirrored = replace(view, prefill=view.prefill[::-1], decode=view.decode[::-1])
     assert choice == choose_pair(mirrored, shape, excluded=excluded)
-    possible = [
+    fitting = [
         worker
         for worker in view.decode
-        if worker.is_usable
-        and worker.life not in excluded
+        if worker.life not in excluded
         and shape.num_blocks(worker.hello.block_size) <= worker.hello.num_blocks
     ]
+    possible = [worker for worker in fitting if worker.is_usable]
+    possible = possible or [worker for worker in fitting if worker.health is Health.SUSPECT]
     if not possible:
         assert choice == NoWorkers()
         return

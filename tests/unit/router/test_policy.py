@@ -130,6 +130,13 @@ def test_suspect_and_draining_workers_get_nothing(health: Health) -> None:
     assert chosen(choose_pair(view, SHAPE)) == ("d1", ["p1"])
 
 
+def test_suspect_decode_worker_is_taken_where_there_is_no_healthy_one() -> None:
+    suspect = make_worker("d0", health=Health.SUSPECT)
+    draining = make_worker("d1", health=Health.DRAINING)
+    assert chosen(choose_pair(make_view(suspect, draining), SHAPE)) == ("d0", [])
+    assert choose_pair(make_view(draining), SHAPE) == NoWorkers()
+
+
 def test_decode_worker_without_a_stream_gets_nothing() -> None:
     assert choose_pair(make_view(make_worker("d0", health=Health.JOINING)), SHAPE) == NoWorkers()
 
