@@ -1,6 +1,5 @@
 """The search itself: from a problem to the best design, certified, or to what comes nearest."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -80,7 +79,7 @@ def most_goodput(
     if problem.space.is_listable:
         contest.run()
     if len(problem.fleets) > 1 or not problem.space.is_listable:
-        _consider_programs(problem, contest, value)
+        _consider_programs(problem, contest)
     contest.climb()
     if is_certified and contest.best is not None:
         certify(problem.space, contest)
@@ -170,16 +169,12 @@ def _gpus(problem: Problem) -> dict[str, int]:
     return {fleet.gpu: fleet.num_gpus for fleet in problem.fleets}
 
 
-def _consider_programs(
-    problem: Problem, contest: Contest, value: Callable[[Design, float], float]
-) -> None:
+def _consider_programs(problem: Problem, contest: Contest) -> None:
     """Designs of the integer program, its rates corrected by what their simulation shows."""
     from placement.search.program import solve_mix
 
     space, gpus = problem.space, _gpus(problem)
-    is_per_gpu = value(Design(counts=()), 1.0) == value(Design(counts=()), 1.0) and (
-        problem.inputs.objective.goal == "goodput_per_gpu"
-    )
+    is_per_gpu = problem.inputs.objective.goal == "goodput_per_gpu"
     for tokens in space.bounds:
         rates = _single_rates(space, tokens)
         for _ in range(1 + CALIBRATIONS):
@@ -248,6 +243,6 @@ def _consider_cheap_programs(problem: Problem, bargain: Bargain) -> None:
                 price=lambda worker: problem.price(Design(counts=((worker, 1),))),
                 rate=problem.rate * margin,
             )
-            if counts is not None and math.isfinite(bargain.rate):
+            if counts is not None:
                 designs.append(space.design(counts, tokens))
     bargain.consider(designs)
