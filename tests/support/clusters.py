@@ -11,7 +11,7 @@ from pdserve.config.base import Settings
 from pdserve.config.processes import EngineSettings, LogLevel, RouterSettings, WorkerSettings
 from pdserve.config.timers import Timers
 from pdserve.domain.latency import StepCoefficients
-from pdserve.domain.messages import ClusterState
+from pdserve.domain.messages import ClusterState, WorkerState
 
 START_S = 60.0
 QUICK_TIMERS = Timers(
@@ -42,18 +42,26 @@ class TaskCluster:
             return await admin.cluster_state()
 
     async def idle_state(self) -> ClusterState:
-        """The state once every worker has reported no request and no block in use.
+        """The state once every worker has reported, after this call, no request and no block in use.
 
-        Raises `TimeoutError` if that does not come; also checks that blocks always add up.
+        Raises `TimeoutError` if that does not come.
         """
+        reported = {worker.hello.worker_id: worker.load.sequence for worker in await self.workers()}
         async with asyncio.timeout(10):
             while True:
                 state = await self.state()
-                if all(worker.load.kv.is_idle for worker in state.workers) and (
-                    state.num_in_flight == 0
-                ):
+                # The next report may have been made before the call; the one after it was not.
+                is_fresh = all(
+                    worker.load.sequence >= reported[worker.hello.worker_id] + 2
+                    for worker in state.workers
+                )
+                is_idle = all(worker.load.kv.is_idle for worker in state.workers)
+                if is_fresh and is_idle and state.num_in_flight == 0:
                     return state
                 await asyncio.sleep(QUICK_TIMERS.heartbeat_s / 2)
+
+    async def workers(self) -> tuple[WorkerState, ...]:
+        return (await self.state()).workers
 
 
 @contextlib.asynccontextmanager
