@@ -42,7 +42,7 @@ class TaskCluster:
             return await admin.cluster_state()
 
     async def idle_state(self) -> ClusterState:
-        """The state once every worker has reported, after this call, no request and no block in use.
+        """The state once every worker has reported, after this call, that nothing is in use.
 
         Raises `TimeoutError` if that does not come.
         """
