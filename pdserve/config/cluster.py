@@ -14,13 +14,18 @@ from pdserve.config.processes import (
     CoefficientSettings,
     EngineSettings,
     LogLevel,
+    MaxNumWaiting,
+    MaxWaitS,
     RouterSettings,
+    SloClasses,
     TransportName,
     WorkerSettings,
+    router_metrics_port,
 )
 from pdserve.config.timers import Timers
 
 Role = Literal["prefill", "decode"]
+MAX_PORT = 65535
 
 
 def _is_loopback(host: str) -> bool:
@@ -40,10 +45,19 @@ class RouterPool(Settings):
     internal_port: int = Field(
         7451, ge=0, le=65535, description="workers and `pdserve status`; 0 picks a free port"
     )
+    metrics_port: int | None = Field(
+        default_factory=router_metrics_port,
+        ge=0,
+        le=65535,
+        description="Prometheus; 0 (the default where port is 0) picks a free one; null: none",
+    )
     max_num_requests: int = Field(1024, ge=1, description="in flight at once; more are refused")
     max_num_attempts: int = Field(
         3, ge=1, le=10, description="tries at one request when workers die under it"
     )
+    max_num_waiting: MaxNumWaiting = None
+    max_wait_s: MaxWaitS = None
+    slo: SloClasses = ()
 
     @field_validator("host", mode="after")
     @classmethod
@@ -61,6 +75,16 @@ class WorkerPool(Settings):
     max_num_requests: int = Field(64, ge=1, description="computed at once by each worker")
     max_num_waiting: int = Field(256, ge=0, description="queued at each worker; more are refused")
     max_step_tokens: int = Field(512, ge=1, description="prompt tokens in one engine step at most")
+    metrics_port: int | None = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Prometheus: the first worker's, the others count up; 0: free ones; null: none",
+    )
+
+    def nth_metrics_port(self, index: int) -> int | None:
+        """Of the pool's worker number `index`."""
+        return self.metrics_port + index if self.metrics_port else self.metrics_port
 
 
 class PrefillPool(WorkerPool):
@@ -115,13 +139,31 @@ class ClusterSettings(Settings):
             raise ValueError("engine: timed needs coefficients")
         if self.router.port and self.router.port == self.router.internal_port:
             raise ValueError("router.port and router.internal_port must differ")
+        self._check_metrics_ports()
         return self
+
+    def _check_metrics_ports(self) -> None:
+        ports = [self.router.port, self.router.internal_port, self.router.metrics_port]
+        for pool in (self.prefill, self.decode):
+            ports += [pool.nth_metrics_port(index) for index in range(pool.replicas)]
+        given = [port for port in ports if port]
+        if max(given, default=0) > MAX_PORT:
+            raise ValueError(f"metrics_port plus replicas must stay within {MAX_PORT}")
+        if len(set(given)) < len(given):
+            raise ValueError(
+                "a metrics_port must differ from all other ports; the workers of a pool take one "
+                "each, counted up from the first"
+            )
 
     def router_settings(self) -> RouterSettings:
         return RouterSettings(
             host=self.router.host,
             port=self.router.port,
             internal_port=self.router.internal_port,
+            metrics_port=self.router.metrics_port,
+            max_num_waiting=self.router.max_num_waiting,
+            max_wait_s=self.router.max_wait_s,
+            slo=self.router.slo,
             model=self.model,
             model_name=self.model_name,
             max_num_requests=self.router.max_num_requests,
@@ -160,7 +202,8 @@ class ClusterSettings(Settings):
                 coefficients=self.coefficients,
             ),
             transports=self.transports,
-            **pool.model_dump(exclude={"replicas", "num_blocks"}),
+            metrics_port=pool.nth_metrics_port(index),
+            **pool.model_dump(exclude={"replicas", "num_blocks", "metrics_port"}),
             timers=self.timers,
             log_level=self.log_level,
         )

@@ -1,8 +1,8 @@
 """What one process is told at its start: a JSON or YAML object, checked before any work."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pdserve.config.base import Settings
 from pdserve.config.timers import Timers
@@ -47,6 +47,43 @@ class EngineSettings(Settings):
         return self
 
 
+class SloClassSettings(Settings):
+    """What requests of one class are promised, and how many of them must get it."""
+
+    name: str = Field(pattern=r"^[!-~]([ -~]{0,62}[!-~])?$", description="what clients ask for")
+    ttft_s: float = Field(gt=0, description="request received to first token sent")
+    tpot_s: float = Field(gt=0, description="mean gap between tokens after the first")
+    attainment: float = Field(0.9, gt=0, le=1, description="share of requests that must meet both")
+
+
+def _have_own_names(slo: tuple[SloClassSettings, ...]) -> tuple[SloClassSettings, ...]:
+    if len({each.name for each in slo}) < len(slo):
+        raise ValueError("each class needs a name of its own")
+    return slo
+
+
+SloClasses = Annotated[
+    tuple[SloClassSettings, ...],
+    Field(
+        max_length=16, description="classes of requests and what they are promised; first: default"
+    ),
+    AfterValidator(_have_own_names),
+]
+MaxNumWaiting = Annotated[
+    int | None,
+    Field(ge=0, description="without a first token yet; more are refused; 0 or null: no limit"),
+]
+MaxWaitS = Annotated[
+    float | None,
+    Field(ge=0, description="predicted wait that is refused; 0 or null: timers.queue_s"),
+]
+
+
+def router_metrics_port(earlier: dict[str, Any]) -> int:
+    """A router whose port is picked by the system may not be the only one: no port is fixed."""
+    return 0 if earlier.get("port") == 0 else 7452
+
+
 class RouterSettings(Settings):
     """One router."""
 
@@ -54,9 +91,18 @@ class RouterSettings(Settings):
     host: str = "127.0.0.1"
     port: int = Field(7450, ge=0, le=65535, description="public service; 0 picks a free one")
     internal_port: int = Field(7451, ge=0, le=65535, description="workers and operators")
+    metrics_port: int | None = Field(
+        default_factory=router_metrics_port,
+        ge=0,
+        le=65535,
+        description="Prometheus; 0 (the default where port is 0) picks a free one; null: none",
+    )
     model: str = "demo"
     model_name: str = Field("", description="name that clients ask for; empty: the model's own")
     max_num_requests: int = Field(1024, ge=1, description="in flight at once; more are refused")
+    max_num_waiting: MaxNumWaiting = None
+    max_wait_s: MaxWaitS = None
+    slo: SloClasses = ()
     max_prompt_chars: int = Field(2_000_000, ge=1)
     max_num_attempts: int = Field(3, ge=1, le=10)
     timers: Timers = Timers()
@@ -70,6 +116,9 @@ class WorkerSettings(Settings):
     worker_id: str = Field(min_length=1, max_length=64)
     host: str = "127.0.0.1"
     port: int = Field(0, ge=0, le=65535)
+    metrics_port: int | None = Field(
+        0, ge=0, le=65535, description="Prometheus; 0 picks a free one; null: none"
+    )
     routers: tuple[str, ...] = Field((), description="host:port of each router's internal service")
     engine: EngineSettings = EngineSettings()
     transports: tuple[TransportName, ...] = Field(("shm", "tcp"), min_length=1)
