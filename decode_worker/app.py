@@ -102,12 +102,12 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
         decoding = asyncio.create_task(decode_loop.run())
         stack.push_async_callback(end_task, decoding)
         hello = worker_hello(settings, spec, coefficients, epoch=epoch, address=server.address)
-        report_now = await stack.enter_async_context(registered(settings, hello, service.load))
+        registrations = await stack.enter_async_context(registered(settings, hello, service.load))
         log.info("worker.ready", role=settings.role, address=server.address, epoch=epoch)
         on_ready(address=server.address, internal_address=server.address)
         await run_until(stop, decoding)
         service.is_draining = True
-        report_now()
+        registrations.report_now()
         await server.set_ready(False)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timers.drain_s):

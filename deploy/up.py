@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import typer
-import yaml
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
@@ -18,8 +17,9 @@ from deploy.local import LocalCluster
 from deploy.processes import describe_exit
 from pdserve.cli.problems import ClusterFailed
 from pdserve.cli.running import EXIT_INTERRUPTED
+from pdserve.config.base import parse_assignment
 from pdserve.config.cluster import ClusterSettings, read_cluster_settings
-from pdserve.domain.errors import LocalFault, PdserveError
+from pdserve.domain.errors import PdserveError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DEFAULT_PORTS = (7450, 7451)
@@ -29,7 +29,7 @@ def settings_of(
     path: Path | None, flags: Mapping[str, object], assignments: Sequence[str]
 ) -> ClusterSettings:
     """The file's settings, then `assignments` (name=value), then the flags that were given."""
-    given = dict(map(_parse_assignment, assignments))
+    given = dict(map(parse_assignment, assignments))
     given |= {name: value for name, value in flags.items() if value is not None}
     return read_cluster_settings(path, given)
 
@@ -178,13 +178,3 @@ class _Up:
 
     def _print(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
-
-
-def _parse_assignment(text: str) -> tuple[str, object]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise LocalFault(f"--set {text}: expected NAME=VALUE, such as router.port=7500")
-    try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise LocalFault(f"--set {text}: the value is not YAML") from None

@@ -90,7 +90,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
         membership = worker_hello(
             settings, engine.spec, coefficients, epoch=epoch, address=server.address
         )
-        report_now = await stack.enter_async_context(
+        registrations = await stack.enter_async_context(
             registered(
                 settings,
                 membership,
@@ -101,7 +101,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
         on_ready(address=server.address, internal_address=server.address)
         await run_until(stop, reading)
         service.is_draining = True
-        report_now()
+        registrations.report_now()
         await server.set_ready(False)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timers.drain_s):

@@ -1,9 +1,9 @@
 """Reading settings: one place turns a bad file into a message that says what to do."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -29,6 +29,37 @@ def parse_settings(kind: type[S], data: object, *, source: str) -> S:
     except ValidationError as error:
         lines = [_explain(kind, dict(issue)) for issue in error.errors(include_url=False)]
         raise LocalFault(f"{source}: " + "; ".join(lines)) from None
+
+
+def parse_assignment(text: str) -> tuple[str, object]:
+    """`router.port=7500` as name and YAML value; raises `LocalFault` for anything else."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise LocalFault(f"--set {text}: expected NAME=VALUE, such as timers.drain_s=5")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise LocalFault(f"--set {text}: the value is not YAML") from None
+
+
+def lay_over(data: object, assignments: Iterable[tuple[str, object]]) -> object:
+    """`data` with `("router.port", 7500)` laid over it; what is no mapping stays for parsing."""
+    if not isinstance(data, Mapping):
+        return data
+    laid = dict(data)
+    for name, value in assignments:
+        _put(laid, name.split("."), value)
+    return laid
+
+
+def _put(data: dict[str, object], path: list[str], value: object) -> None:
+    for part in path[:-1]:
+        nested = data.get(part, {})
+        if not isinstance(nested, Mapping):
+            return  # the file's value has the wrong type: parsing says so
+        data[part] = dict(nested)
+        data = cast(dict[str, object], data[part])
+    data[path[-1]] = value
 
 
 def read_yaml(path: Path) -> object:

@@ -1,15 +1,15 @@
 """One file for a whole cluster on one machine: a router, a prefill pool and a decode pool."""
 
-import ipaddress
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from pdserve.config.base import Settings, parse_settings, read_yaml
+from pdserve.config.base import Settings, lay_over, parse_settings, read_yaml
+from pdserve.config.binding import check_binding
 from pdserve.config.processes import (
     CoefficientSettings,
     EngineSettings,
@@ -28,19 +28,11 @@ Role = Literal["prefill", "decode"]
 MAX_PORT = 65535
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 class RouterPool(Settings):
     """The router."""
 
-    host: str = Field("127.0.0.1", description="loopback only, until pdserve speaks TLS")
+    host: str = Field("127.0.0.1", description="loopback, or any address with insecure")
+    insecure: bool = Field(False, description="let other machines in, without TLS and login")
     port: int = Field(7450, ge=0, le=65535, description="clients; 0 picks a free port")
     internal_port: int = Field(
         7451, ge=0, le=65535, description="workers and `pdserve status`; 0 picks a free port"
@@ -59,12 +51,10 @@ class RouterPool(Settings):
     max_wait_s: MaxWaitS = None
     slo: SloClasses = ()
 
-    @field_validator("host", mode="after")
-    @classmethod
-    def _loopback_only(cls, host: str) -> str:
-        if not _is_loopback(host):
-            raise ValueError("must be a loopback address: the ports have neither TLS nor login")
-        return host
+    @model_validator(mode="after")
+    def _check_binding(self) -> Self:
+        check_binding(self.host, insecure=self.insecure)
+        return self
 
 
 class WorkerPool(Settings):
@@ -158,6 +148,7 @@ class ClusterSettings(Settings):
     def router_settings(self) -> RouterSettings:
         return RouterSettings(
             host=self.router.host,
+            insecure=self.router.insecure,
             port=self.router.port,
             internal_port=self.router.internal_port,
             metrics_port=self.router.metrics_port,
@@ -190,6 +181,7 @@ class ClusterSettings(Settings):
             role=role,
             worker_id=f"{role}-{index}",
             host=self.router.host,
+            insecure=self.router.insecure,
             routers=(router,),
             engine=EngineSettings(
                 model=self.model,
@@ -217,11 +209,7 @@ def read_cluster_settings(path: Path | None, flags: dict[str, object]) -> Cluste
     data = read_yaml(path) if path is not None else {}
     data = {} if data is None else data  # a file of comments only
     source = str(path) if path is not None else "settings"
-    if not isinstance(data, dict):
-        return parse_settings(ClusterSettings, data, source=source)
-    for name, value in flags.items():
-        _put(data, name.split("."), value)
-    return parse_settings(ClusterSettings, data, source=source)
+    return parse_settings(ClusterSettings, lay_over(data, flags.items()), source=source)
 
 
 def example_yaml() -> str:
@@ -248,12 +236,3 @@ def _example_lines(settings: BaseModel, indent: str = "") -> Iterator[str]:
         written = yaml.safe_dump(shown, default_flow_style=True).removesuffix("...\n").strip()
         text = f"{name}: {written}" if value is not None else f"# {name}:"
         yield f"{indent}{text:<28}  # {comment}" if comment else f"{indent}{text}"
-
-
-def _put(data: dict[str, object], path: list[str], value: object) -> None:
-    for part in path[:-1]:
-        nested = data.setdefault(part, {})
-        if not isinstance(nested, dict):
-            return  # the file's value has the wrong type: parsing says so
-        data = nested
-    data[path[-1]] = value

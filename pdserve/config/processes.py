@@ -1,10 +1,11 @@
 """What one process is told at its start: a JSON or YAML object, checked before any work."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from pdserve.config.base import Settings
+from pdserve.config.binding import check_advertised, check_binding
 from pdserve.config.timers import Timers
 from pdserve.domain.latency import StepCoefficients
 
@@ -35,16 +36,21 @@ class EngineSettings(Settings):
     device: str = "cpu"
     block_size: int = Field(16, ge=1, le=1024, description="tokens in a KV block")
     num_blocks: int = Field(1024, ge=1, description="KV blocks of this worker")
+    tp: int = Field(1, ge=1, description="tensor parallel ranks of a stage")
+    pp: int = Field(1, ge=1, description="pipeline stages")
     prefix_reuse: bool = True
     coefficients: CoefficientSettings | None = Field(
         None, description="step times; left out: measured at start (torch), required by timed"
     )
 
     @model_validator(mode="after")
-    def _timed_needs_coefficients(self) -> "EngineSettings":
+    def _timed_needs_coefficients(self) -> Self:
         if self.engine == "timed" and self.coefficients is None:
             raise ValueError("engine: timed needs coefficients")
         return self
+
+
+INSECURE = "listen on addresses that others can reach, without TLS and login"
 
 
 class SloClassSettings(Settings):
@@ -89,6 +95,7 @@ class RouterSettings(Settings):
 
     router_id: str = "router-0"
     host: str = "127.0.0.1"
+    insecure: bool = Field(False, description=INSECURE)
     port: int = Field(7450, ge=0, le=65535, description="public service; 0 picks a free one")
     internal_port: int = Field(7451, ge=0, le=65535, description="workers and operators")
     metrics_port: int | None = Field(
@@ -108,6 +115,11 @@ class RouterSettings(Settings):
     timers: Timers = Timers()
     log_level: LogLevel = "info"
 
+    @model_validator(mode="after")
+    def _check_binding(self) -> Self:
+        check_binding(self.host, insecure=self.insecure)
+        return self
+
 
 class WorkerSettings(Settings):
     """One prefill or decode worker."""
@@ -115,11 +127,15 @@ class WorkerSettings(Settings):
     role: Literal["prefill", "decode"]
     worker_id: str = Field(min_length=1, max_length=64)
     host: str = "127.0.0.1"
+    insecure: bool = Field(False, description=INSECURE)
     port: int = Field(0, ge=0, le=65535)
     metrics_port: int | None = Field(
         0, ge=0, le=65535, description="Prometheus; 0 picks a free one; null: none"
     )
-    routers: tuple[str, ...] = Field((), description="host:port of each router's internal service")
+    routers: tuple[str, ...] = Field(
+        (),
+        description="host:port of routers' internal services; all addresses of a name are taken",
+    )
     engine: EngineSettings = EngineSettings()
     transports: tuple[TransportName, ...] = Field(("shm", "tcp"), min_length=1)
     max_num_requests: int = Field(64, ge=1, description="computed at once")
@@ -134,3 +150,9 @@ class WorkerSettings(Settings):
     cpus: tuple[int, ...] = Field((), description="CPU affinity; empty: all")
     timers: Timers = Timers()
     log_level: LogLevel = "info"
+
+    @model_validator(mode="after")
+    def _check_binding(self) -> Self:
+        check_binding(self.host, insecure=self.insecure)
+        check_advertised(self.host)
+        return self

@@ -19,6 +19,11 @@ def open_engine(settings: EngineSettings) -> Engine:
             coefficients=settings.coefficients.to_coefficients(),
             dtype=settings.dtype,
         )
+    if settings.tp * settings.pp > 1:
+        raise LocalFault(
+            f"engine: torch serves on one rank; got tp {settings.tp}, pp {settings.pp}: plan "
+            "with search: {tp: [1], pp: [1]}, or use engine: timed"
+        )
     try:
         from pdserve.engine.torch_engine import TorchEngine
     except ModuleNotFoundError as error:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import uvloop
 import yaml
 
-from pdserve.config.base import Settings, parse_settings, read_yaml
+from pdserve.config.base import Settings, lay_over, parse_assignment, parse_settings, read_yaml
 from pdserve.domain.errors import LocalFault, PdserveError
 
 S = TypeVar("S", bound=Settings)
@@ -33,6 +33,14 @@ def run_process(kind: type[S], serve: ServeProcess[S], doc: str) -> None:
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--settings", required=True, help="YAML or JSON file; - reads stdin")
     parser.add_argument(
+        "--set",
+        dest="assignments",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a field over the file's, such as engine.num_blocks=2048; may be repeated",
+    )
+    parser.add_argument(
         "--exit-with-parent", action="store_true", help="drain when the starting process dies"
     )
     arguments = parser.parse_args()
@@ -46,7 +54,8 @@ def run_process(kind: type[S], serve: ServeProcess[S], doc: str) -> None:
         _print_line(ready=True, pid=os.getpid(), **addresses)
 
     try:
-        settings = parse_settings(kind, _read(arguments.settings), source="settings")
+        given = lay_over(_read(arguments.settings), map(parse_assignment, arguments.assignments))
+        settings = parse_settings(kind, given, source="settings")
         uvloop.run(_serve_until_signal(serve, settings, on_ready))
     except (PdserveError, ExceptionGroup) as group:
         error = _first_known(group)

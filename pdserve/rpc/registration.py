@@ -36,6 +36,7 @@ class Registration:
         self._load = load
         self._timers = timers
         self._rng = rng
+        self.is_registered = False
         self._is_due = asyncio.Event()
 
     def report_now(self) -> None:
@@ -68,11 +69,11 @@ class Registration:
 
     async def _report(self, link: RegisterLink) -> bool:
         """Say hello, then report; returns whether the router had taken the registration."""
-        is_registered = False
+        was_registered = False
         try:
             await link.send(self._hello)
             reply = await receive_hello(link, self._timers.connect_s)
-            is_registered = True
+            self.is_registered = was_registered = True
             log.info("router.joined", router_id=reply.router_id, router=self._router_address)
             while True:
                 await link.send(self._load())
@@ -82,4 +83,6 @@ class Registration:
                         await self._is_due.wait()
         except WorkerLost as error:
             log.warning("router.lost", router=self._router_address, why=str(error))
-        return is_registered
+        finally:
+            self.is_registered = False
+        return was_registered

@@ -12,6 +12,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from pdserve.config.binding import is_loopback
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import LocalFault, PdserveError
 from pdserve.rpc.channels import server_options
@@ -58,6 +59,12 @@ class RpcServer:
             raise LocalFault(
                 f"cannot listen on {host}:{port}: the port is in use, or the host is not this "
                 "machine's; choose another port"
+            )
+        if not is_loopback(host):
+            log.warning(
+                "binding.insecure",
+                address=f"{host}:{bound}",
+                advice="no TLS, no login: only trusted machines may reach this port",
             )
         await server.start()
         started = cls(server, health_servicer, f"{host}:{bound}")

@@ -13,6 +13,7 @@ from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, WorkerId
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import Role, WorkerHello, WorkerLoad
 from pdserve.rpc.registration import Registration
+from pdserve.rpc.router_names import RouterRegistrations
 
 
 def draw_epoch() -> Epoch:
@@ -59,11 +60,10 @@ def worker_hello(
 @contextlib.asynccontextmanager
 async def registered(
     settings: WorkerSettings, hello: WorkerHello, load: Callable[[int], WorkerLoad]
-) -> AsyncIterator[Callable[[], None]]:
+) -> AsyncIterator[RouterRegistrations]:
     """Stay registered with every router of the settings for as long as the block runs.
 
-    `load` is given a sequence number that only grows. The block gets a function that has the load
-    reported at once.
+    `load` is given a sequence number that only grows.
     """
     sequence = 0
 
@@ -73,22 +73,14 @@ async def registered(
         return load(sequence)
 
     rng = random.Random(hello.epoch)
-    registrations = [
-        Registration(address, hello, next_load, settings.timers, rng)
-        for address in settings.routers
-    ]
-    tasks = [asyncio.create_task(registration.run()) for registration in registrations]
-
-    def report_now() -> None:
-        for registration in registrations:
-            registration.report_now()
-
+    registrations = RouterRegistrations(
+        settings.routers,
+        lambda address: Registration(address, hello, next_load, settings.timers, rng),
+    )
     try:
-        yield report_now
+        yield registrations
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await registrations.close()
 
 
 async def run_until(stop: asyncio.Event, work: asyncio.Task[None]) -> None:

@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pdserve.config.base import parse_settings
+from pdserve.config.base import lay_over, parse_assignment, parse_settings
 from pdserve.config.cluster import ClusterSettings, example_yaml, read_cluster_settings
+from pdserve.config.processes import RouterSettings, WorkerSettings
 from pdserve.domain.errors import LocalFault
 
 
@@ -40,9 +41,43 @@ def test_bad_settings_are_named_with_their_field(data: object, said: str) -> Non
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
-def test_only_loopback_hosts_are_accepted(host: str) -> None:
-    assert "router.host: " in problem({"router": {"host": host}})
-    assert "loopback" in problem({"router": {"host": host}})
+def test_other_hosts_than_loopback_need_the_insecure_flag(host: str) -> None:
+    assert "host must be a loopback address" in problem({"router": {"host": host}})
+    assert "insecure: true" in problem({"router": {"host": host}})
+    open_router = {"router": {"host": host, "insecure": True}}
+    settings = parse_settings(ClusterSettings, open_router, source="c")
+    assert settings.router_settings().insecure
+
+
+@pytest.mark.parametrize("kind", [RouterSettings, WorkerSettings])
+def test_no_process_listens_to_others_unasked(kind: type[RouterSettings | WorkerSettings]) -> None:
+    about = {"role": "decode", "worker_id": "w"} if kind is WorkerSettings else {}
+    with pytest.raises(LocalFault, match="insecure: true"):
+        parse_settings(kind, {**about, "host": "10.0.0.1"}, source="s")
+    parse_settings(kind, {**about, "host": "10.0.0.1", "insecure": True}, source="s")
+
+
+def test_a_worker_tells_peers_an_address_that_they_can_dial() -> None:
+    data = {"role": "decode", "worker_id": "w", "host": "0.0.0.0", "insecure": True}
+    with pytest.raises(LocalFault, match="give one address of this machine"):
+        parse_settings(WorkerSettings, data, source="s")
+
+
+def test_assignments_are_laid_over_and_leave_the_data_as_it_was() -> None:
+    data = {"timers": {"drain_s": 1.0}, "role": "decode"}
+    assignments = [parse_assignment("timers.drain_s=5"), parse_assignment("engine.model=demo")]
+    assert lay_over(data, assignments) == {
+        "timers": {"drain_s": 5},
+        "role": "decode",
+        "engine": {"model": "demo"},
+    }
+    assert data == {"timers": {"drain_s": 1.0}, "role": "decode"}
+
+
+@pytest.mark.parametrize("text", ["drain_s", "=5", "a=[1"])
+def test_what_is_no_assignment_is_refused(text: str) -> None:
+    with pytest.raises(LocalFault, match="--set"):
+        parse_assignment(text)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])

@@ -1,0 +1,113 @@
+"""A worker's registrations with all routers behind names: DNS is asked again and again, since
+routers come and go."""
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+
+import structlog
+
+from pdserve.rpc.registration import Registration
+
+log = structlog.get_logger(__name__)
+
+RESOLVE_S = 1.0
+"""A router that has just come waits for its workers this much longer."""
+
+Resolve = Callable[[str], Awaitable[frozenset[str]]]
+"""From host:port to all addresses behind the name; raises `OSError` where it has none."""
+
+
+class RouterRegistrations:
+    """Owns one `Registration` for each address of each router name, until closed."""
+
+    def __init__(
+        self,
+        routers: Sequence[str],
+        make: Callable[[str], Registration],
+        *,
+        resolve: Resolve | None = None,
+        resolve_s: float = RESOLVE_S,
+    ) -> None:
+        self._make = make
+        self._resolve = resolve if resolve is not None else resolve_address
+        self._resolve_s = resolve_s
+        self._running: dict[str, tuple[Registration, asyncio.Task[None]]] = {}
+        self._watchers = [asyncio.create_task(self._watch(router)) for router in routers]
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether at least one router has this worker."""
+        return any(registration.is_registered for registration, _ in self._running.values())
+
+    def report_now(self) -> None:
+        """Have the load reported to every router at once."""
+        for registration, _ in self._running.values():
+            registration.report_now()
+
+    async def close(self) -> None:
+        """End all registrations; routers see their streams end."""
+        await _cancel(self._watchers)
+        await _cancel([task for _, task in self._running.values()])
+
+    async def _watch(self, router: str) -> None:
+        if _is_literal(router):
+            self._start(router)
+            return
+        known: frozenset[str] = frozenset()
+        is_failing = False
+        while True:
+            try:
+                found = await self._resolve(router)
+                is_failing = False
+            except OSError as error:
+                found = known  # a name server that is down says nothing about the routers
+                if not is_failing:
+                    log.warning("router.unresolved", router=router, why=str(error))
+                is_failing = True
+            for address in sorted(found - known):
+                self._start(address)
+            known = found | {address for address in known - found if not await self._ended(address)}
+            await asyncio.sleep(self._resolve_s)
+
+    def _start(self, address: str) -> None:
+        registration = self._make(address)
+        self._running[address] = (registration, asyncio.create_task(registration.run()))
+
+    async def _ended(self, address: str) -> bool:
+        """End the registration at an address that the name has no more, unless the router still
+        holds it: one that drains leaves the name before its last answer."""
+        registration, task = self._running[address]
+        if registration.is_registered:
+            return False
+        del self._running[address]
+        await _cancel([task])
+        return True
+
+
+async def resolve_address(router: str) -> frozenset[str]:
+    """All addresses of host:port, by the system's resolver."""
+    host, _, port = router.rpartition(":")
+    found = await asyncio.get_running_loop().getaddrinfo(
+        host, int(port), type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+    )
+    hosts = {str(address[0]) for *_, address in found}
+    return frozenset(f"[{each}]:{port}" if ":" in each else f"{each}:{port}" for each in hosts)
+
+
+def _is_literal(router: str) -> bool:
+    """Whether host:port needs no name server."""
+    host = router.rpartition(":")[0].strip("[]")
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(host)
+        return True
+    return False
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
