@@ -1,5 +1,6 @@
 """`plan.yaml`: what to run, the limits that protect its prediction, and that prediction."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -7,7 +8,10 @@ import yaml
 from pydantic import Field, model_validator
 
 from pdserve.config.base import Settings, parse_settings, read_yaml
+from pdserve.config.processes import CoefficientSettings
 from pdserve.domain.errors import LocalFault
+from placement.linear_steps import linear_steps
+from placement.search.designs import Design, Worker
 from placement.search.results import PlanResult
 from placement.simulation.settings import SloSettings
 from placement.simulation.values import PoolRole
@@ -25,6 +29,10 @@ class PlanPool(Settings):
     pp: int = Field(1, ge=1)
     ep: int = Field(1, ge=1)
     replicas: int = Field(ge=1)
+    kv_tokens: int = Field(0, ge=0, description="KV memory of one worker; 0: not known")
+    step_times: CoefficientSettings | None = Field(
+        None, description="of one worker, seconds; what `up --engine timed` runs on"
+    )
     nodes: tuple[str, ...] = Field((), description="gpu:node of the first cell, one a worker")
 
 
@@ -62,6 +70,7 @@ class Plan(Settings):
     version: Literal[1] = 1
     model: str
     rules: str
+    block_size: int = Field(16, ge=1, le=1024, description="tokens in a KV block")
     cells: int = Field(1, ge=1, description="copies of the pools below, each with its share")
     pools: tuple[PlanPool, ...] = Field(min_length=1)
     slo: tuple[SloSettings, ...] = ()
@@ -99,6 +108,7 @@ def plan_of(result: PlanResult) -> Plan:
     return Plan(
         model=str(result.inputs.get("model", "")),
         rules=str(result.inputs.get("rules", "pdserve")),
+        block_size=_block_size(result),
         cells=result.num_cells,
         pools=tuple(
             PlanPool(
@@ -108,6 +118,8 @@ def plan_of(result: PlanResult) -> Plan:
                 pp=worker.pp,
                 ep=worker.ep,
                 replicas=count,
+                kv_tokens=worker.pool.kv_tokens,
+                step_times=_step_times(worker, design),
                 nodes=_nodes_of(result, worker.label),
             )
             for worker, count in design.counts
@@ -140,6 +152,20 @@ def plan_of(result: PlanResult) -> Plan:
         ),
         sources=result.sources,
     )
+
+
+def _step_times(worker: Worker, design: Design) -> CoefficientSettings:
+    found = linear_steps(
+        replace(worker.pool, role=worker.role),
+        max_step_tokens=design.max_step_tokens,
+        max_num_requests=design.max_num_requests,
+    )
+    return CoefficientSettings(**{name: _rounded(value) for name, value in asdict(found).items()})
+
+
+def _block_size(result: PlanResult) -> int:
+    limits = result.inputs.get("pdserve")
+    return int(limits.get("block_size", 16)) if isinstance(limits, dict) else 16
 
 
 def _share(result: PlanResult, name: str) -> float:
