@@ -1,0 +1,93 @@
+"""What runs: one router and its workers, the same value for every place that they may run in."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pdserve.config.cluster import ClusterSettings
+from pdserve.config.processes import RouterSettings, WorkerSettings
+from placement.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedWorker:
+    """A worker, and what it needs of a machine. Its routers are named by the place it runs in."""
+
+    settings: WorkerSettings
+    gpu: str = ""  # a type of `pdserve gpus`; empty: none, it computes on the CPU
+    gpus_per_node: int = 0  # of that type, usually
+    node: str = ""  # "h200_sxm:0" where the plan puts it; empty: anywhere
+
+    @property
+    def name(self) -> str:
+        return self.settings.worker_id
+
+    @property
+    def num_gpus(self) -> int:
+        """All its ranks together; 0 without GPUs."""
+        return self.settings.engine.tp * self.settings.engine.pp if self.gpu else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """A cluster as it will be started, wherever that is."""
+
+    router: RouterSettings
+    workers: tuple[PlacedWorker, ...]
+    start_s: float = 120.0
+    log_dir: str = ""
+    plan: Plan | None = None
+    notes: tuple[str, ...] = ()  # how it differs from the plan, for people
+
+    def of_role(self, role: str) -> tuple[PlacedWorker, ...]:
+        return tuple(worker for worker in self.workers if worker.settings.role == role)
+
+    @property
+    def drain_s(self) -> float:
+        return self.router.timers.drain_s
+
+    def pinned_to(self, cpus: Sequence[int]) -> "Deployment":
+        """The same with each worker on cores of its own, as far as they go.
+
+        Where there are fewer cores than workers, each role has its share of them, so that reading
+        prompts never takes the cores of decoding. Needs two cores or more to do anything.
+        """
+        by_name: dict[str, tuple[int, ...]] = {}
+        pools = [pool for pool in (self.of_role("prefill"), self.of_role("decode")) if pool]
+        for pool, share in zip(pools, _shares(cpus, [len(pool) for pool in pools]), strict=True):
+            own = _shares(share, [1] * len(pool))
+            for worker, cores in zip(pool, own, strict=True):
+                by_name[worker.name] = tuple(cores)
+        return replace(
+            self,
+            workers=tuple(
+                replace(
+                    worker,
+                    settings=worker.settings.model_copy(update={"cpus": by_name[worker.name]}),
+                )
+                for worker in self.workers
+            ),
+        )
+
+
+def deployment_of_cluster(settings: ClusterSettings) -> Deployment:
+    """A cluster file's cluster."""
+    return Deployment(
+        router=settings.router_settings(),
+        workers=tuple(PlacedWorker(settings=each) for each in settings.worker_settings("")),
+        start_s=settings.start_s,
+        log_dir=settings.log_dir,
+    )
+
+
+def _shares(cpus: Sequence[int], weights: Sequence[int]) -> list[Sequence[int]]:
+    """Cores in proportion to the weights, at least one each; all for all where they are too few."""
+    if len(cpus) < len(weights):
+        return [cpus] * len(weights)
+    total, shares, first = sum(weights), [], 0
+    for index, weight in enumerate(weights):
+        num_left = len(weights) - index - 1
+        wanted = max(1, round(weight / total * len(cpus)))
+        last = min(first + wanted, len(cpus) - num_left) if num_left else len(cpus)
+        shares.append(cpus[first:last])
+        first = last
+    return shares
