@@ -6,28 +6,32 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from random import Random
 
 import structlog
 
-from pdserve.config.processes import RouterSettings
+from pdserve.config.processes import RouterSettings, SloClassSettings
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch
-from pdserve.domain.messages import ClusterState, PeerHello
+from pdserve.domain.messages import ClusterState, PeerHello, Role
 from pdserve.engine.model_files import resolve_model_dir
 from pdserve.engine.tokenizer import Tokenizer
+from pdserve.observe.exposition import serve_metrics
 from pdserve.observe.logging import configure_logging
+from pdserve.observe.prometheus import ClassPromise, RouterMetrics, RouterNow
 from pdserve.rpc.channels import MAX_INTERNAL_MESSAGE_BYTES, MAX_PUBLIC_MESSAGE_BYTES
 from pdserve.rpc.links import connect_decode, membership_service
 from pdserve.rpc.process import OnReady
 from pdserve.rpc.server import RpcServer
-from router.cluster_view import Ledger
+from router.cluster_view import Health, Ledger
 from router.dispatch import Dispatcher, DispatchLimits, Encode
 from router.grpc_api import inference_service
 from router.in_flight import InFlight
 from router.membership import Membership
 from router.registrations import Registrations
+from router.slo import SloBook, SloClass, SloResult
 
 log = structlog.get_logger(__name__)
 
@@ -38,6 +42,7 @@ class Router:
 
     public: RpcServer
     internal: RpcServer
+    metrics_address: str  # empty: no metrics
     dispatcher: Dispatcher
     membership: Membership
     ledger: Ledger
@@ -54,7 +59,11 @@ async def serve(settings: RouterSettings, on_ready: OnReady, stop: asyncio.Event
     configure_logging(level=settings.log_level)
     structlog.contextvars.bind_contextvars(router_id=settings.router_id)
     async with open_router(settings) as router:
-        on_ready(address=router.public.address, internal_address=router.internal.address)
+        on_ready(
+            address=router.public.address,
+            internal_address=router.internal.address,
+            metrics_address=router.metrics_address,
+        )
         await stop.wait()
         log.info("router.draining", num_in_flight=len(router.in_flight))
         await router.drain(settings.timers.drain_s)
@@ -71,6 +80,8 @@ async def open_router(settings: RouterSettings) -> AsyncIterator[Router]:
     ledger = Ledger()
     in_flight = InFlight(max_num_requests=settings.max_num_requests)
     membership = Membership(timers=settings.timers, ledger=ledger, tokenizer_hash=tokenizer.digest)
+    slo = SloBook([_slo_class(each) for each in settings.slo])
+    metrics = _router_metrics(settings, slo)
     me = PeerHello(
         peer_id=settings.router_id,
         epoch=Epoch(rng.getrandbits(63)),
@@ -91,23 +102,42 @@ async def open_router(settings: RouterSettings) -> AsyncIterator[Router]:
             ledger=ledger,
             links=registrations.links,
             in_flight=in_flight,
+            slo=slo,
+            watch=metrics,
             encode=_in_thread(executor, tokenizer),
             timers=settings.timers,
             limits=DispatchLimits(
+                max_num_waiting=settings.max_num_waiting,
+                max_wait_s=settings.max_wait_s,
                 max_num_attempts=settings.max_num_attempts,
                 max_prompt_chars=settings.max_prompt_chars,
             ),
             clock=clock,
             rng=rng,
         )
-        async with await _start_public(settings, dispatcher) as public:
+        metrics.now = _router_now(membership, ledger, in_flight, clock)
+        async with (
+            serve_metrics(metrics, settings.host, settings.metrics_port) as metrics_address,
+            await _start_public(settings, dispatcher) as public,
+        ):
             state = _cluster_state(
-                settings.router_id, model_name, public.address, membership, in_flight, clock
+                ClusterState(
+                    router_id=settings.router_id,
+                    model_name=model_name,
+                    public_address=public.address,
+                    uptime_s=0.0,
+                ),
+                membership,
+                ledger,
+                in_flight,
+                slo,
+                clock,
             )
             async with await _start_internal(settings, registrations, state) as internal:
                 yield Router(
                     public=public,
                     internal=internal,
+                    metrics_address=metrics_address,
                     dispatcher=dispatcher,
                     membership=membership,
                     ledger=ledger,
@@ -144,29 +174,67 @@ def _in_thread(executor: ThreadPoolExecutor, tokenizer: Tokenizer) -> Encode:
     return encode
 
 
+def _slo_class(settings: SloClassSettings) -> SloClass:
+    return SloClass(
+        name=settings.name,
+        ttft_s=settings.ttft_s,
+        tpot_s=settings.tpot_s,
+        target=settings.attainment,
+    )
+
+
+def _router_metrics(settings: RouterSettings, slo: SloBook) -> RouterMetrics:
+    return RouterMetrics(
+        settings.router_id,
+        promises=[
+            ClassPromise(name=each.name, ttft_s=each.ttft_s, tpot_s=each.tpot_s, target=each.target)
+            for each in slo.classes
+        ],
+        slo_results=tuple(SloResult),
+        worker_labels=tuple(product(Role, Health)),
+    )
+
+
+def _router_now(
+    membership: Membership, ledger: Ledger, in_flight: InFlight, clock: Callable[[], float]
+) -> Callable[[], RouterNow]:
+    def now() -> RouterNow:
+        view = membership.view(clock())
+        return RouterNow(
+            num_in_flight=len(in_flight),
+            num_waiting=ledger.num_unread,
+            workers=[
+                (worker.hello.role, worker.health) for worker in (*view.prefill, *view.decode)
+            ],
+            is_draining=in_flight.is_draining,
+        )
+
+    return now
+
+
 def _cluster_state(
-    router_id: str,
-    model_name: str,
-    public_address: str,
+    start: ClusterState,
     membership: Membership,
+    ledger: Ledger,
     in_flight: InFlight,
+    slo: SloBook,
     clock: Callable[[], float],
 ) -> Callable[[], ClusterState]:
     started_s = clock()
 
     def state() -> ClusterState:
         counts = in_flight.counts
-        return ClusterState(
-            router_id=router_id,
-            model_name=model_name,
-            public_address=public_address,
+        return replace(
+            start,
             uptime_s=clock() - started_s,
             num_in_flight=len(in_flight),
+            num_waiting=ledger.num_unread,
             num_completed=counts.completed,
             num_failed=counts.failed,
             num_cancelled=counts.cancelled,
             num_refused=counts.refused,
             workers=membership.worker_states(clock()),
+            slo=slo.states(),
         )
 
     return state

@@ -76,6 +76,11 @@ class Ledger:
         return self._assigned.get(worker_id, NOTHING)
 
     @property
+    def num_unread(self) -> int:
+        """Attempts that wait for their first token."""
+        return len(self._reading)
+
+    @property
     def is_empty(self) -> bool:
         return not (self._assigned or self._decoding or self._reading)
 

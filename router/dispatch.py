@@ -8,13 +8,14 @@ enter ─▶ tokenise ─▶ check ─▶ choose + reserve + submit ─▶ relay
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from random import Random
 
 import structlog
 
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import (
+    BadRequest,
     PdserveError,
     PeerFault,
     Reason,
@@ -22,15 +23,14 @@ from pdserve.domain.errors import (
 )
 from pdserve.domain.ids import AttemptId, RequestId, WorkerId
 from pdserve.domain.messages import PrefillTarget, RequestOutput, Submit
-from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, PhaseTimeline
+from pdserve.observe.watch import RouterWatch
 from router.admission import ServedModel, check_call, check_label, check_token_ids
-from router.cluster_view import Ledger, Life, RequestShape
+from router.cluster_view import Ledger
 from router.decode_links import DecodeLink, Inbox
 from router.failures import (
     blamed_lives,
     error_of,
-    interrupted,
     interrupted_by_drain,
     no_workers,
     outcome_of,
@@ -39,8 +39,10 @@ from router.failures import (
 )
 from router.in_flight import InFlight, Outcome
 from router.membership import Membership
-from router.policy import NoWorkers, Overloaded, Pair, choose_pair
+from router.policy import MIN_RETRY_AFTER_S, NoWorkers, Overloaded, Pair, choose_pair
+from router.records import Record, Visit
 from router.requests import Chunk, ChunkSink, Finished, GenerateCall, Usage
+from router.slo import SloBook
 
 log = structlog.get_logger(__name__)
 
@@ -55,50 +57,17 @@ Encode = Callable[[str], Awaitable[tuple[int, ...]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchLimits:
+    """`max_num_waiting` and `max_wait_s` turn away new requests only; None or 0: no such limit.
+
+    They are those of a plan, by the rule that its simulation has: the pair is chosen, then the
+    request is refused if so many have no first token yet, or if it would wait longer at its reader.
+    """
+
+    max_num_waiting: int | None = None
+    max_wait_s: float | None = None
     max_num_attempts: int = 3
     max_prompt_chars: int = 2_000_000
     max_num_buffered_tokens: int = MAX_NUM_BUFFERED_TOKENS
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Record:
-    """What the router knows of one request in flight: the authority on it."""
-
-    request_id: RequestId  # unlike the client's label, never used twice
-    label: str
-    received_s: float
-    deadline_s: float
-    send: ChunkSink
-    take_back: Callable[[], None] | None
-    patience: asyncio.Timeout
-    token_ids: tuple[int, ...] = ()
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    num_delivered: int = 0
-    submitted_s: float = 0.0
-    first_token_s: float | None = None
-    failed_lives: set[Life] = field(default_factory=set)
-    verdict: PdserveError | None = None
-
-    def stop(self, verdict: PdserveError) -> None:
-        """End the request with `verdict` wherever it waits; the first verdict stands."""
-        if self.verdict is None and not self.patience.expired():
-            self.verdict = verdict
-            self.patience.reschedule(0.0)
-
-    def start_again(self) -> None:
-        """Forget what was sent; raises `PdserveError` where that has left the process."""
-        if self.num_delivered and self.take_back is None:
-            raise interrupted(self.num_delivered)
-        if self.take_back is not None:
-            self.take_back()
-        self.num_delivered = 0
-        self.first_token_s = None
-
-    @property
-    def shape(self) -> RequestShape:
-        return RequestShape(
-            num_prompt_tokens=len(self.token_ids), max_tokens=self.sampling.max_tokens
-        )
 
 
 class Dispatcher:
@@ -112,6 +81,8 @@ class Dispatcher:
         ledger: Ledger,
         links: Mapping[WorkerId, DecodeLink],
         in_flight: InFlight,
+        slo: SloBook,
+        watch: RouterWatch,
         encode: Encode,
         timers: Timers,
         limits: DispatchLimits,
@@ -123,6 +94,8 @@ class Dispatcher:
         self._ledger = ledger
         self._links = links
         self._in_flight = in_flight
+        self._slo = slo
+        self._watch = watch
         self._encode = encode
         self._timers = timers
         self._limits = limits
@@ -147,26 +120,26 @@ class Dispatcher:
         `take_back` forgets what was sent, where that has not left the process: the request can
         then start again at any time.
         """
-        received_s = self._clock()
-        check_label(call.label)
-        self._in_flight.enter(call.label, received_s)
-        self._is_idle.clear()
-        outcome, reason = Outcome.FAILED, ""
+        visit = Visit(received_s=self._clock(), reason=Reason.INTERNAL)
         try:
-            finished = await self._run_until_deadline(call, send, take_back, received_s)
-            outcome, reason = Outcome.COMPLETED, finished.reason
+            check_label(call.label)
+            visit.promise = self._slo.find(call.slo_class)
+            self._in_flight.enter(call.label, visit.received_s)
+            visit.has_entered = True
+            self._is_idle.clear()
+            finished = await self._run_until_deadline(call, send, take_back, visit)
+            visit.finished = finished
+            visit.outcome, visit.reason = Outcome.COMPLETED, finished.reason
         except asyncio.CancelledError:
-            outcome, reason = Outcome.CANCELLED, Reason.CANCELLED
+            visit.outcome, visit.reason = Outcome.CANCELLED, Reason.CANCELLED
             raise
         except PdserveError as error:
-            outcome, reason = outcome_of(error), error.reason
+            visit.outcome, visit.reason = outcome_of(error), error.reason
+            if isinstance(error, BadRequest):
+                visit.promise = None  # nothing was promised to it
             raise
         finally:
-            self._records.pop(call.label, None)
-            self._in_flight.leave(call.label, outcome, self._clock())
-            if not len(self._in_flight):
-                self._is_idle.set()
-            log.info("request.ended", request_id=call.label, outcome=outcome, reason=reason)
+            self._end(visit, call.label)
         return finished
 
     async def drain(self, drain_s: float) -> None:
@@ -181,12 +154,26 @@ class Dispatcher:
             async with asyncio.timeout(LAST_WORD_S):
                 await self._is_idle.wait()
 
+    def _end(self, visit: Visit, label: str) -> None:
+        """Count a request that ended, however early, and give its place back if it had one."""
+        now_s = self._clock()
+        if visit.has_entered:
+            self._records.pop(label, None)
+            self._in_flight.leave(label, visit.outcome, now_s)
+            if not len(self._in_flight):
+                self._is_idle.set()
+            log.info("request.ended", request_id=label, outcome=visit.outcome, reason=visit.reason)
+        seen, result = visit.seen(now_s), None
+        if visit.promise is not None:
+            result = self._slo.count(visit.promise, visit.outcome, seen)
+        self._watch.request_ended(visit.end(result, seen))
+
     async def _run_until_deadline(
         self,
         call: GenerateCall,
         send: ChunkSink,
         take_back: Callable[[], None] | None,
-        received_s: float,
+        visit: Visit,
     ) -> Finished:
         budget_s = self._timers.request_s if call.deadline_s is None else call.deadline_s
         record = None
@@ -195,13 +182,13 @@ class Dispatcher:
                 record = Record(
                     request_id=RequestId(f"{call.label}.{self._rng.getrandbits(64):016x}"),
                     label=call.label,
-                    received_s=received_s,
-                    deadline_s=received_s + budget_s,
+                    received_s=visit.received_s,
+                    deadline_s=visit.received_s + budget_s,
                     send=send,
                     take_back=take_back,
                     patience=patience,
                 )
-                self._records[call.label] = record
+                self._records[call.label] = visit.record = record
                 await self._prepare(record, call)
                 return await self._try_workers(record)
         except TimeoutError:
@@ -234,6 +221,7 @@ class Dispatcher:
                 return await self._relay(record, attempt, pair)
             except PeerFault as error:
                 fault = error
+                self._watch.attempt_failed(error.reason)
                 log.warning(
                     "attempt.failed",
                     request_id=record.label,
@@ -247,20 +235,31 @@ class Dispatcher:
         raise shown_to_client(fault)
 
     def _choose(self, record: Record, fault: PeerFault | None) -> Pair:
+        limits, is_new = self._limits, fault is None
+        max_wait_s = self._timers.queue_s
+        if is_new and limits.max_wait_s:
+            max_wait_s = min(max_wait_s, limits.max_wait_s)
         choice = choose_pair(
             self._membership.view(self._clock()),
             record.shape,
             excluded=frozenset(record.failed_lives),
-            max_wait_s=self._timers.queue_s,
+            max_wait_s=max_wait_s,
         )
         match choice:
             case NoWorkers():
                 raise no_workers() if fault is None else shown_to_client(fault)
             case Overloaded():
                 raise Refused(
-                    f"requests would wait longer than {self._timers.queue_s:g} s",
+                    f"requests would wait longer than {max_wait_s:g} s",
                     retry_after_s=choice.retry_after_s,
                 )
+        num_waiting = self._ledger.num_unread
+        if is_new and limits.max_num_waiting and num_waiting >= limits.max_num_waiting:
+            raise Refused(
+                f"{num_waiting} requests wait for their first token; the limit is "
+                f"{limits.max_num_waiting}",
+                retry_after_s=max(choice.wait_s, MIN_RETRY_AFTER_S),
+            )
         return choice
 
     async def _relay(self, record: Record, attempt: int, pair: Pair) -> Finished:
@@ -329,8 +328,9 @@ class Dispatcher:
         # Counted before it is sent: what may have reached the client is never sent again.
         record.num_delivered += len(output.tokens)
         await record.send(chunk)
+        record.last_token_s = self._clock()
         if record.first_token_s is None:
-            record.first_token_s = self._clock()
+            record.first_token_s = record.last_token_s
 
     def _finish(self, record: Record, attempt: int, end: Completed) -> Finished:
         now_s = self._clock()

@@ -189,6 +189,7 @@ def _call_from_proto(request: pb.GenerateRequest, label: str, context: Context) 
         model=request.model,
         label=label,
         deadline_s=context.time_remaining(),
+        slo_class=request.slo_class,
     )
 
 

@@ -28,6 +28,11 @@ class Pair:
     step_s: float
 
     @property
+    def wait_s(self) -> float:
+        """Until the prompts that are ahead of this one have been read."""
+        return _queue_s(self.reader)
+
+    @property
     def reader(self) -> WorkerView:
         """The worker that is expected to read the prompt."""
         return self.prefill_targets[0] if self.prefill_targets else self.decode
@@ -72,9 +77,8 @@ def choose_pair(
     if not candidates:
         return NoWorkers()
     best = min(candidates, key=lambda pair: _cost(pair, shape))
-    wait_s = _queue_s(best.reader)
-    if wait_s > max_wait_s:
-        return Overloaded(max(wait_s - max_wait_s, MIN_RETRY_AFTER_S))
+    if best.wait_s > max_wait_s:
+        return Overloaded(max(best.wait_s - max_wait_s, MIN_RETRY_AFTER_S))
     return best
 
 

@@ -17,6 +17,7 @@ class GenerateCall:
     model: str = ""
     label: str = ""  # the client's name for it, for logs and DUPLICATE_ID
     deadline_s: float | None = None  # budget left when it was received
+    slo_class: str = ""  # empty: the router's first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -216,6 +216,32 @@ class WorkerState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SloState:
+    """One SLO class of a router: what it promises, and how its requests ended."""
+
+    name: str
+    ttft_s: float
+    tpot_s: float
+    target: float  # share that must meet both
+    num_met: int = 0
+    num_missed_ttft: int = 0
+    num_missed_tpot: int = 0
+    num_missed_both: int = 0
+    num_failed: int = 0
+    num_refused: int = 0
+
+    @property
+    def num_judged(self) -> int:
+        missed = self.num_missed_ttft + self.num_missed_tpot + self.num_missed_both
+        return self.num_met + missed + self.num_failed + self.num_refused
+
+    @property
+    def attainment(self) -> float | None:
+        """The share that met both; None before the first request."""
+        return self.num_met / self.num_judged if self.num_judged else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterState:
     router_id: str
     model_name: str
@@ -226,4 +252,6 @@ class ClusterState:
     num_failed: int = 0
     num_cancelled: int = 0
     num_refused: int = 0
+    num_waiting: int = 0
     workers: tuple[WorkerState, ...] = field(default_factory=tuple)
+    slo: tuple[SloState, ...] = ()

@@ -50,7 +50,9 @@ _CLUSTER_FIELDS = (
     "num_failed",
     "num_cancelled",
     "num_refused",
+    "num_waiting",
 )
+_SLO_FIELDS = tuple(m.SloState.__dataclass_fields__)
 
 
 def hello_to_proto(hello: m.WorkerHello) -> pb.WorkerHello:
@@ -137,8 +139,9 @@ def cluster_to_proto(state: m.ClusterState) -> pb.ClusterState:
         )
         for worker in state.workers
     ]
+    slo = [pb.SloState(**{name: getattr(each, name) for name in _SLO_FIELDS}) for each in state.slo]
     return pb.ClusterState(
-        workers=workers, **{name: getattr(state, name) for name in _CLUSTER_FIELDS}
+        workers=workers, slo=slo, **{name: getattr(state, name) for name in _CLUSTER_FIELDS}
     )
 
 
@@ -153,6 +156,9 @@ def cluster_from_proto(message: pb.ClusterState) -> m.ClusterState:
         )
         for worker in message.workers
     )
+    slo = tuple(
+        m.SloState(**{name: getattr(each, name) for name in _SLO_FIELDS}) for each in message.slo
+    )
     return m.ClusterState(
-        workers=workers, **{name: getattr(message, name) for name in _CLUSTER_FIELDS}
+        workers=workers, slo=slo, **{name: getattr(message, name) for name in _CLUSTER_FIELDS}
     )

@@ -141,7 +141,7 @@ class GetClusterRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ClusterState(_message.Message):
-    __slots__ = ("router_id", "model_name", "workers", "num_in_flight", "num_completed", "num_failed", "num_cancelled", "num_refused", "public_address", "uptime_s")
+    __slots__ = ("router_id", "model_name", "workers", "num_in_flight", "num_completed", "num_failed", "num_cancelled", "num_refused", "public_address", "uptime_s", "slo", "num_waiting")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +152,8 @@ class ClusterState(_message.Message):
     NUM_REFUSED_FIELD_NUMBER: _ClassVar[int]
     PUBLIC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    SLO_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     model_name: str
     workers: _containers.RepeatedCompositeFieldContainer[WorkerState]
@@ -162,7 +164,33 @@ class ClusterState(_message.Message):
     num_refused: int
     public_address: str
     uptime_s: float
-    def __init__(self, router_id: _Optional[str] = ..., model_name: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerState, _Mapping]]] = ..., num_in_flight: _Optional[int] = ..., num_completed: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_cancelled: _Optional[int] = ..., num_refused: _Optional[int] = ..., public_address: _Optional[str] = ..., uptime_s: _Optional[float] = ...) -> None: ...
+    slo: _containers.RepeatedCompositeFieldContainer[SloState]
+    num_waiting: int
+    def __init__(self, router_id: _Optional[str] = ..., model_name: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerState, _Mapping]]] = ..., num_in_flight: _Optional[int] = ..., num_completed: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_cancelled: _Optional[int] = ..., num_refused: _Optional[int] = ..., public_address: _Optional[str] = ..., uptime_s: _Optional[float] = ..., slo: _Optional[_Iterable[_Union[SloState, _Mapping]]] = ..., num_waiting: _Optional[int] = ...) -> None: ...
+
+class SloState(_message.Message):
+    __slots__ = ("name", "ttft_s", "tpot_s", "target", "num_met", "num_missed_ttft", "num_missed_tpot", "num_missed_both", "num_failed", "num_refused")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    NUM_MET_FIELD_NUMBER: _ClassVar[int]
+    NUM_MISSED_TTFT_FIELD_NUMBER: _ClassVar[int]
+    NUM_MISSED_TPOT_FIELD_NUMBER: _ClassVar[int]
+    NUM_MISSED_BOTH_FIELD_NUMBER: _ClassVar[int]
+    NUM_FAILED_FIELD_NUMBER: _ClassVar[int]
+    NUM_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    ttft_s: float
+    tpot_s: float
+    target: float
+    num_met: int
+    num_missed_ttft: int
+    num_missed_tpot: int
+    num_missed_both: int
+    num_failed: int
+    num_refused: int
+    def __init__(self, name: _Optional[str] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., target: _Optional[float] = ..., num_met: _Optional[int] = ..., num_missed_ttft: _Optional[int] = ..., num_missed_tpot: _Optional[int] = ..., num_missed_both: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_refused: _Optional[int] = ...) -> None: ...
 
 class WorkerState(_message.Message):
     __slots__ = ("hello", "load", "health", "silence_s", "num_assigned")

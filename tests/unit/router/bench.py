@@ -11,6 +11,7 @@ from pdserve.domain.ids import PROTOCOL_VERSION, Epoch
 from pdserve.domain.messages import Cancel, PeerHello, RequestOutput, StepOutputs, Submit
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, FinishReason, PhaseTimeline, SampledToken
+from pdserve.observe.watch import RequestEnd, RouterWatch
 from pdserve.rpc.streams import MemoryStream, iterate, memory_stream_pair
 from router.cluster_view import Ledger
 from router.decode_links import DecodeLink, LinkTarget
@@ -18,6 +19,7 @@ from router.dispatch import Dispatcher, DispatchLimits
 from router.in_flight import InFlight
 from router.membership import Membership
 from router.requests import Chunk, GenerateCall
+from router.slo import SloBook, SloClass
 from tests.unit.router.builders import make_hello
 
 TIMERS = Timers(suspect_s=1e6, dead_s=2e6)
@@ -90,6 +92,20 @@ class PlayedWorker:
             self.open.pop((message.request_id, message.attempt), None)
 
 
+class HeardEnds(RouterWatch):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.ends: list[RequestEnd] = []
+        self.failed_attempts: list[str] = []
+
+    def request_ended(self, end: RequestEnd) -> None:
+        self.ends.append(end)
+
+    def attempt_failed(self, reason: str) -> None:
+        self.failed_attempts.append(reason)
+
+
 class Bench:
     """The dispatcher and what it works on."""
 
@@ -97,6 +113,8 @@ class Bench:
         self.ledger = Ledger()
         self.in_flight = InFlight(max_num_requests=100)
         self.membership = Membership(timers=TIMERS, ledger=self.ledger)
+        self.slo = SloBook((SloClass(name="fast", ttft_s=1.0, tpot_s=0.1),))
+        self.watch = HeardEnds()
         self.workers = {name: PlayedWorker(name) for name in names}
         self.links: dict[Any, DecodeLink] = {}
         self.received: dict[str, list[int]] = {}
@@ -108,6 +126,8 @@ class Bench:
             ledger=self.ledger,
             links=self.links,
             in_flight=self.in_flight,
+            slo=self.slo,
+            watch=self.watch,
             encode=self._encode,
             timers=TIMERS,
             limits=limits,
@@ -122,12 +142,14 @@ class Bench:
         max_tokens: int = 8,
         deadline_s: float | None = None,
         can_take_back: bool = False,
+        slo_class: str = "",
     ) -> "asyncio.Task[Any]":
         call = GenerateCall(
             prompt=(1, 2, 3),
             sampling=SamplingParams(max_tokens=max_tokens),
             label=label,
             deadline_s=deadline_s,
+            slo_class=slo_class,
         )
         received = self.received[label] = []
 
