@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import grpc.aio
 import structlog
 
-from pdserve.domain.errors import WorkerLost
+from pdserve.domain.errors import Reason, WorkerLost
 from pdserve.rpc.streams import Mailbox
 
 Out = TypeVar("Out")
@@ -41,6 +41,7 @@ class GrpcStream(Generic[Out, In]):
         self.peer = peer
         self.num_bad_messages = 0
         self._why_over = "closed the stream"
+        self._reason_over: Reason | None = None
         self._read = read
         self._write = write
         self._encode = encode
@@ -52,7 +53,7 @@ class GrpcStream(Generic[Out, In]):
 
     async def send(self, message: Out) -> None:
         if not await self._outgoing.put(message):
-            raise WorkerLost(f"{self.peer} {self._why_over}")
+            raise self._lost()
 
     def try_send(self, message: Out) -> bool:
         return self._outgoing.try_put(message)
@@ -60,7 +61,7 @@ class GrpcStream(Generic[Out, In]):
     async def receive(self) -> In:
         message = await self._incoming.take()
         if message is None:
-            raise WorkerLost(f"{self.peer} {self._why_over}")
+            raise self._lost()
         return message
 
     async def close(self) -> None:
@@ -79,6 +80,9 @@ class GrpcStream(Generic[Out, In]):
     def abort(self) -> None:
         self._outgoing.end()
         self._incoming.end()
+
+    def _lost(self) -> WorkerLost:
+        return WorkerLost(f"{self.peer} {self._why_over}", reason=self._reason_over)
 
     async def _pump_out(self) -> None:
         try:
@@ -103,6 +107,8 @@ class GrpcStream(Generic[Out, In]):
                 await self._incoming.put(value)
         except grpc.aio.AioRpcError as error:  # our own peers' status, for the log
             self._why_over = f"ended the stream: {error.details() or error.code().name}"
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                self._reason_over = Reason.INCOMPATIBLE_PEER
         except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as error:
             self._why_over = f"broke the stream ({type(error).__name__})"
         except Exception as error:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import structlog
 
 from pdserve.config.timers import Timers
-from pdserve.domain.errors import WorkerLost
+from pdserve.domain.errors import Reason, WorkerLost
 from pdserve.domain.messages import WorkerHello, WorkerLoad
 from pdserve.rpc.links import RegisterLink, connect_membership
 from pdserve.rpc.streams import receive_hello
@@ -30,13 +30,16 @@ class Registration:
         load: Callable[[], WorkerLoad],
         timers: Timers,
         rng: random.Random,
+        on_refused: Callable[[str], None] = lambda why: None,
     ) -> None:
         self._router_address = router_address
         self._hello = hello
         self._load = load
         self._timers = timers
         self._rng = rng
+        self._on_refused = on_refused
         self.is_registered = False
+        self.has_registered = False
         self._is_due = asyncio.Event()
 
     def report_now(self) -> None:
@@ -69,11 +72,10 @@ class Registration:
 
     async def _report(self, link: RegisterLink) -> bool:
         """Say hello, then report; returns whether the router had taken the registration."""
-        was_registered = False
         try:
             await link.send(self._hello)
             reply = await receive_hello(link, self._timers.connect_s)
-            self.is_registered = was_registered = True
+            self.is_registered = self.has_registered = True
             log.info("router.joined", router_id=reply.router_id, router=self._router_address)
             while True:
                 await link.send(self._load())
@@ -82,7 +84,11 @@ class Registration:
                     async with asyncio.timeout(max(reply.heartbeat_s, MIN_HEARTBEAT_S)):
                         await self._is_due.wait()
         except WorkerLost as error:
-            log.warning("router.lost", router=self._router_address, why=str(error))
+            if error.reason is Reason.INCOMPATIBLE_PEER:
+                log.error("router.refused", router=self._router_address, why=error.message)
+                self._on_refused(error.message)
+            else:
+                log.warning("router.lost", router=self._router_address, why=error.message)
         finally:
-            self.is_registered = False
+            was_registered, self.is_registered = self.is_registered, False
         return was_registered

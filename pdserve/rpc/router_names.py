@@ -4,11 +4,15 @@ routers come and go."""
 import asyncio
 import contextlib
 import ipaddress
+import random
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
+from pdserve.config.timers import Timers
+from pdserve.domain.errors import LocalFault
+from pdserve.domain.messages import WorkerHello, WorkerLoad
 from pdserve.rpc.registration import Registration
 
 log = structlog.get_logger(__name__)
@@ -21,17 +25,28 @@ Resolve = Callable[[str], Awaitable[frozenset[str]]]
 
 
 class RouterRegistrations:
-    """Owns one `Registration` for each address of each router name, until closed."""
+    """Owns one `Registration` for each address of each router name, until closed.
+
+    `refused` fails where a router will never have this worker and none has had it before: most
+    likely they are of different versions, and it should end and say so.
+    """
 
     def __init__(
         self,
         routers: Sequence[str],
-        make: Callable[[str], Registration],
+        hello: WorkerHello,
+        load: Callable[[], WorkerLoad],
+        timers: Timers,
+        rng: random.Random,
         *,
         resolve: Resolve | None = None,
         resolve_s: float = RESOLVE_S,
     ) -> None:
-        self._make = make
+        self.refused: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._hello = hello
+        self._load = load
+        self._timers = timers
+        self._rng = rng
         self._resolve = resolve if resolve is not None else resolve_address
         self._resolve_s = resolve_s
         self._running: dict[str, tuple[Registration, asyncio.Task[None]]] = {}
@@ -49,6 +64,7 @@ class RouterRegistrations:
 
     async def close(self) -> None:
         """End all registrations; routers see their streams end."""
+        self.refused.cancel()
         await _cancel(self._watchers)
         await _cancel([task for _, task in self._running.values()])
 
@@ -73,8 +89,20 @@ class RouterRegistrations:
             await asyncio.sleep(self._resolve_s)
 
     def _start(self, address: str) -> None:
-        registration = self._make(address)
+        registration = Registration(
+            address, self._hello, self._load, self._timers, self._rng, on_refused=self._on_refused
+        )
         self._running[address] = (registration, asyncio.create_task(registration.run()))
+
+    def _on_refused(self, why: str) -> None:
+        was_registered = any(each.has_registered for each, _ in self._running.values())
+        if not self.refused.done() and not was_registered:
+            self.refused.set_exception(
+                LocalFault(
+                    f"{why}: router and workers must be of one version and serve one model; this "
+                    f"worker speaks protocol {self._hello.protocol_version}"
+                )
+            )
 
     async def _ended(self, address: str) -> bool:
         """End the registration at an address that the name has no more, unless the router still

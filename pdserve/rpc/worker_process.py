@@ -6,13 +6,13 @@ import os
 import random
 import secrets
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from pdserve.config.processes import WorkerSettings
 from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, WorkerId
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import Role, WorkerHello, WorkerLoad
-from pdserve.rpc.registration import Registration
 from pdserve.rpc.router_names import RouterRegistrations
 
 
@@ -72,10 +72,8 @@ async def registered(
         sequence += 1
         return load(sequence)
 
-    rng = random.Random(hello.epoch)
     registrations = RouterRegistrations(
-        settings.routers,
-        lambda address: Registration(address, hello, next_load, settings.timers, rng),
+        settings.routers, hello, next_load, settings.timers, random.Random(hello.epoch)
     )
     try:
         yield registrations
@@ -83,13 +81,15 @@ async def registered(
         await registrations.close()
 
 
-async def run_until(stop: asyncio.Event, work: asyncio.Task[None]) -> None:
+async def run_until(stop: asyncio.Event, *work: asyncio.Future[None]) -> None:
     """Wait for `stop`; if `work`, which never ends by itself, fails before, raise its error."""
     stopped = asyncio.create_task(stop.wait())
+    ends: list[asyncio.Future[Any]] = [stopped, *work]
     try:
-        await asyncio.wait([stopped, work], return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            work.result()
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for each in work:
+            if each.done():
+                each.result()
     finally:
         stopped.cancel()
 
