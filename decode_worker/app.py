@@ -22,6 +22,7 @@ from pdserve.engine.calibration import measure_coefficients
 from pdserve.engine.model_files import resolve_model_dir
 from pdserve.engine.opening import open_engine
 from pdserve.engine.tokenizer import Tokenizer
+from pdserve.engine.watched import WatchedEngine
 from pdserve.observe.logging import configure_logging
 from pdserve.rpc.channels import MAX_INTERNAL_MESSAGE_BYTES
 from pdserve.rpc.links import connect_prefill, decode_service
@@ -48,7 +49,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
     timers = settings.timers
     epoch = draw_epoch()
     async with contextlib.AsyncExitStack() as stack:
-        engine = open_engine(settings.engine)
+        engine = WatchedEngine(open_engine(settings.engine), clock)
         stack.callback(engine.close)
         coefficients = await measure_coefficients(engine, settings.engine.coefficients)
         spec = engine.spec
@@ -97,15 +98,19 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             [decode_service(service.handle)],
             timers,
             max_message_bytes=MAX_INTERNAL_MESSAGE_BYTES,
+            is_ready=False,
         )
+        server.health.live_while = lambda: engine.step_age_s < timers.stuck_s
         stack.push_async_callback(server.close)
         decoding = asyncio.create_task(decode_loop.run())
         stack.push_async_callback(end_task, decoding)
         hello = worker_hello(settings, spec, coefficients, epoch=epoch, address=server.address)
         registrations = await stack.enter_async_context(registered(settings, hello, service.load))
+        server.health.ready_while = lambda: registrations.is_registered
+        await server.set_ready(True)
         log.info("worker.ready", role=settings.role, address=server.address, epoch=epoch)
         on_ready(address=server.address, internal_address=server.address)
-        await run_until(stop, decoding)
+        await run_until(stop, decoding, registrations.refused)
         service.is_draining = True
         registrations.report_now()
         await server.set_ready(False)
@@ -117,7 +122,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
 
 
 def _open_transports(settings: WorkerSettings) -> tuple[Transport, ...]:
-    transports = open_transports(settings.transports, settings.host)
+    transports = open_transports(settings.transports, settings.host, settings.kv_port)
     if settings.corrupt_kv_blocks == 0:
         return transports
     log.warning("drill.enabled", corrupt_kv_blocks=settings.corrupt_kv_blocks)

@@ -13,6 +13,7 @@ from pdserve.domain.messages import HandoffHello
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.calibration import measure_coefficients
 from pdserve.engine.opening import open_engine
+from pdserve.engine.watched import WatchedEngine
 from pdserve.observe.logging import configure_logging
 from pdserve.rpc.channels import MAX_INTERNAL_MESSAGE_BYTES
 from pdserve.rpc.links import prefill_service
@@ -41,7 +42,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
     timers = settings.timers
     epoch = draw_epoch()
     async with contextlib.AsyncExitStack() as stack:
-        engine = open_engine(settings.engine)
+        engine = WatchedEngine(open_engine(settings.engine), clock)
         stack.callback(engine.close)
         coefficients = await measure_coefficients(engine, settings.engine.coefficients)
         pool = BlockPool(settings.engine.num_blocks, reuse_prefixes=settings.engine.prefix_reuse)
@@ -56,7 +57,8 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             clock=clock,
         )
         regions = []
-        for transport in open_transports(settings.transports, settings.host):
+        transports = open_transports(settings.transports, settings.host, settings.kv_port)
+        for transport in transports:
             region_server = await transport.serve(engine.kv, loop.senders.may_read)
             stack.push_async_callback(region_server.close)
             regions.append(region_server.region)
@@ -83,7 +85,9 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             [prefill_service(service.handle)],
             timers,
             max_message_bytes=MAX_INTERNAL_MESSAGE_BYTES,
+            is_ready=False,
         )
+        server.health.live_while = lambda: engine.step_age_s < timers.stuck_s
         stack.push_async_callback(server.close)
         reading = asyncio.create_task(loop.run())
         stack.push_async_callback(end_task, reading)
@@ -97,9 +101,11 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
                 lambda sequence: loop.load(sequence, is_draining=service.is_draining),
             )
         )
+        server.health.ready_while = lambda: registrations.is_registered
+        await server.set_ready(True)
         log.info("worker.ready", role=settings.role, address=server.address, epoch=epoch)
         on_ready(address=server.address, internal_address=server.address)
-        await run_until(stop, reading)
+        await run_until(stop, reading, registrations.refused)
         service.is_draining = True
         registrations.report_now()
         await server.set_ready(False)

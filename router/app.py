@@ -120,6 +120,7 @@ async def open_router(settings: RouterSettings) -> AsyncIterator[Router]:
             serve_metrics(metrics, settings.host, settings.metrics_port) as metrics_address,
             await _start_public(settings, dispatcher) as public,
         ):
+            public.health.ready_while = _once_it_can_serve(membership, clock)
             state = _cluster_state(
                 ClusterState(
                     router_id=settings.router_id,
@@ -165,6 +166,23 @@ async def _start_internal(
         settings.timers,
         max_message_bytes=MAX_INTERNAL_MESSAGE_BYTES,
     )
+
+
+def _once_it_can_serve(membership: Membership, clock: Callable[[], float]) -> Callable[[], bool]:
+    """False until a decode worker is at hand: a router that has just come sends nobody away.
+
+    True ever after: with no worker left clients need this router's word for it.
+    """
+    has_served = False
+
+    def check() -> bool:
+        nonlocal has_served
+        has_served = has_served or any(
+            worker.health is Health.ALIVE for worker in membership.view(clock()).decode
+        )
+        return has_served
+
+    return check
 
 
 def _in_thread(executor: ThreadPoolExecutor, tokenizer: Tokenizer) -> Encode:

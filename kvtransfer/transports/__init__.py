@@ -8,21 +8,21 @@ from kvtransfer.transports.tcp import TcpTransport
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.messages import RemoteRegion
 
-_MAKERS: dict[str, Callable[[str], Transport]] = {
-    ShmTransport.name: lambda host: ShmTransport(),
-    TcpTransport.name: TcpTransport,
+_MAKERS: dict[str, Callable[[str, int], Transport]] = {
+    ShmTransport.name: lambda host, port: ShmTransport(),
+    TcpTransport.name: lambda host, port: TcpTransport(host, port=port),
 }
 
 
-def open_transports(names: Sequence[str], host: str) -> tuple[Transport, ...]:
-    """The named transports, in order of preference; `host` is where network ones listen.
+def open_transports(names: Sequence[str], host: str, port: int = 0) -> tuple[Transport, ...]:
+    """The named transports, in order of preference; `host` and `port` are where tcp listens.
 
     Raises `LocalFault` for a name that there is no transport of.
     """
     unknown = [name for name in names if name not in _MAKERS]
     if unknown:
         raise LocalFault(f"no transport {unknown[0]!r}; there are {', '.join(_MAKERS)}")
-    return tuple(_MAKERS[name](host) for name in names)
+    return tuple(_MAKERS[name](host, port) for name in names)
 
 
 def choose(

@@ -114,7 +114,7 @@ def _is_quiet(sock: socket.socket) -> bool:
 
 
 class TcpTransport:
-    """Serves on `host`, a free port; readers are told `advertised_host` (default: the same).
+    """Serves on `host` and `port` (0: a free one); readers are told `advertised_host`, or `host`.
 
     A read fails when nothing moves for `idle_timeout_s`, or after `total_timeout_s` in all.
     """
@@ -125,6 +125,7 @@ class TcpTransport:
         self,
         host: str = "127.0.0.1",
         *,
+        port: int = 0,
         advertised_host: str | None = None,
         idle_timeout_s: float = 2.0,
         total_timeout_s: float = 30.0,
@@ -132,6 +133,7 @@ class TcpTransport:
         max_num_served_connections: int = 256,
     ) -> None:
         self._host = host
+        self._port = port
         self._advertised_host = advertised_host or host
         self._idle_timeout_s = idle_timeout_s
         self._total_timeout_s = total_timeout_s
@@ -144,10 +146,12 @@ class TcpTransport:
         self._peers: dict[_Address, _Connections] = {}
 
     async def serve(self, memory: KvMemory, may_read: MayRead) -> TcpRegionServer:
+        """Listen; raises `LocalFault` where the port cannot be had."""
         return TcpRegionServer(
             memory,
             may_read,
             host=self._host,
+            port=self._port,
             advertised_host=self._advertised_host,
             limits=self._limits,
         )

@@ -20,6 +20,7 @@ from kvtransfer.transports.tcp_frames import (
     decode_request_header,
     encode_reply,
 )
+from pdserve.domain.errors import LocalFault
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
 from pdserve.engine.kv_memory import KvMemory
@@ -27,6 +28,15 @@ from pdserve.engine.kv_memory import KvMemory
 log = structlog.get_logger()
 
 _ACCEPT_PAUSE_S = 0.1
+
+
+def _listen(host: str, port: int, family: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        raise LocalFault(
+            f"cannot serve KV on {host}:{port}: {error.strerror}; choose another kv_port"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +61,7 @@ class TcpRegionServer:
         may_read: MayRead,
         *,
         host: str,
+        port: int,
         advertised_host: str,
         limits: ServerLimits,
     ) -> None:
@@ -63,7 +74,7 @@ class TcpRegionServer:
         self._num_connections = 0
         self._new: dict[asyncio.Task[None], None] = {}
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family, backlog=128)
+        self._listener = _listen(host, port, family)
         self._listener.setblocking(False)
         self.region = RemoteRegion(
             transport="tcp",

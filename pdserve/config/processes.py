@@ -132,6 +132,7 @@ class WorkerSettings(Settings):
     metrics_port: int | None = Field(
         0, ge=0, le=65535, description="Prometheus; 0 picks a free one; null: none"
     )
+    kv_port: int = Field(0, ge=0, le=65535, description="tcp transport; 0 picks a free one")
     routers: tuple[str, ...] = Field(
         (),
         description="host:port of routers' internal services; all addresses of a name are taken",

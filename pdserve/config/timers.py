@@ -18,6 +18,7 @@ class Timers(Settings):
     queue_s: float = Field(10.0, gt=0, description="a request waits in a worker's queue at most")
     request_s: float = Field(600.0, gt=0, description="a request without a deadline gets this one")
     drain_s: float = Field(30.0, gt=0, description="running requests may finish after SIGTERM")
+    stuck_s: float = Field(60.0, gt=0, description="one engine step this long: not live any more")
     keepalive_s: float = Field(1.0, gt=0, description="HTTP/2 pings go out this often")
     keepalive_timeout_s: float = Field(
         1.5, gt=0, description="a ping unanswered for this long ends the connection"

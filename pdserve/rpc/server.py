@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from pdserve.config.binding import is_loopback
@@ -17,6 +17,7 @@ from pdserve.config.timers import Timers
 from pdserve.domain.errors import LocalFault, PdserveError
 from pdserve.rpc.channels import server_options
 from pdserve.rpc.errors import abort
+from pdserve.rpc.health import ProcessHealth
 from pdserve.rpc.links import AddService
 
 log = structlog.get_logger(__name__)
@@ -25,9 +26,9 @@ log = structlog.get_logger(__name__)
 class RpcServer:
     """A started server. Readiness off first, then `close`."""
 
-    def __init__(self, server: grpc.aio.Server, health_servicer: Any, address: str) -> None:
+    def __init__(self, server: grpc.aio.Server, health: ProcessHealth, address: str) -> None:
         self._server = server
-        self._health = health_servicer
+        self.health = health
         self.address = address
 
     @classmethod
@@ -39,13 +40,14 @@ class RpcServer:
         timers: Timers,
         *,
         max_message_bytes: int,
+        is_ready: bool = True,
     ) -> "RpcServer":
         """Bind and serve; raises `LocalFault` naming the address if it is taken."""
         server = grpc.aio.server(
             interceptors=(OpaqueErrors(),),
             options=server_options(timers, max_message_bytes=max_message_bytes),
         )
-        health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        health_servicer = ProcessHealth()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         names = [add(server) for add in services]
         reflection.enable_server_reflection(
@@ -68,12 +70,11 @@ class RpcServer:
             )
         await server.start()
         started = cls(server, health_servicer, f"{host}:{bound}")
-        await started.set_ready(True)
+        await started.set_ready(is_ready)
         return started
 
     async def set_ready(self, is_ready: bool) -> None:
-        status = health_pb2.HealthCheckResponse
-        await self._health.set("", status.SERVING if is_ready else status.NOT_SERVING)
+        await self.health.set_ready(is_ready)
 
     async def close(self, grace_s: float = 0.0) -> None:
         await self._server.stop(grace_s)
