@@ -44,6 +44,7 @@ class Plan:
     prompt_tokens: int = 128
     output_tokens: int = 32
     slo: Slo = field(default_factory=Slo)
+    slo_class: str = ""
     timeout_s: float = 120.0
     seed: int = 0
 
@@ -89,6 +90,7 @@ async def measure(
             fitted,
             seed=plan.seed,
             timeout_s=plan.timeout_s,
+            slo_class=plan.slo_class,
             progress=advance,
         )
     return summarise(records, plan.slo, duration_s), model

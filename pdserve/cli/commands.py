@@ -28,6 +28,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs."
 ModelName = Annotated[
     str, typer.Option("--model", "-m", help="Name of the model; left out: the only one served.")
 ]
+SloClassName = Annotated[
+    str, typer.Option(help="One of the router's SLO classes; left out: its first.")
+]
 
 
 def generate(
@@ -64,6 +67,7 @@ def generate(
     logprobs: Annotated[
         int | None, typer.Option(min=0, help="Show each token's log-probability and N others.")
     ] = None,
+    slo_class: SloClassName = "",
     timeout: Annotated[
         float | None, typer.Option(min=0.001, help="Give up after this many seconds.")
     ] = None,
@@ -100,6 +104,7 @@ def generate(
         prompt=prompt,
         sampling=sampling,
         model=model,
+        slo_class=slo_class,
         timeout_s=timeout,
         is_token_ids=token_ids,
         as_json=as_json,
@@ -162,6 +167,7 @@ def bench(
     slo_tpot: Annotated[
         float | None, typer.Option(min=0.0, help="Objective: mean seconds between tokens.")
     ] = None,
+    slo_class: SloClassName = "",
     timeout: Annotated[
         float, typer.Option(min=0.001, help="A request fails after this many seconds.")
     ] = 120.0,
@@ -193,6 +199,7 @@ def bench(
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         slo=Slo(ttft_s=slo_ttft, tpot_s=slo_tpot),
+        slo_class=slo_class,
         timeout_s=timeout,
         seed=seed,
     )

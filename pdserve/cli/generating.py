@@ -31,6 +31,7 @@ class Question:
     prompt: str
     sampling: Sampling
     model: str = ""
+    slo_class: str = ""
     timeout_s: float | None = None
     is_token_ids: bool = False
     as_json: bool = False
@@ -42,7 +43,11 @@ async def answer(address: str, question: Question) -> None:
     chunks: list[Chunk] = []
     async with InferenceClient(address) as client:
         stream = client.generate(
-            prompt, question.sampling, model=question.model, timeout_s=question.timeout_s
+            prompt,
+            question.sampling,
+            model=question.model,
+            slo_class=question.slo_class,
+            timeout_s=question.timeout_s,
         )
         try:
             async with contextlib.aclosing(stream):

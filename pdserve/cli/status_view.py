@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from pdserve.client.admin import AdminClient
 from pdserve.client.inference import InferenceClient
-from pdserve.domain.messages import ClusterState, WorkerState
+from pdserve.domain.messages import ClusterState, SloState, WorkerState
 
 WATCH_S = 1.0
 WIDE_COLUMNS = 112
@@ -66,15 +67,16 @@ async def show_models(address: str, *, as_json: bool) -> None:
 
 
 def render_state(state: ClusterState, *, is_wide: bool = True) -> Group:
-    """Two lines about the router and a table of the workers; `is_wide` adds addresses."""
+    """The router, its SLO classes if any, and the workers; `is_wide` adds addresses."""
     lines = [
         f"{state.router_id} at {state.public_address}, model {state.model_name}, "
         f"up {_duration(state.uptime_s)}",
         f"requests: {state.num_in_flight} in flight, {state.num_completed} completed, "
         f"{state.num_failed} failed, {state.num_cancelled} cancelled, {state.num_refused} refused",
     ]
+    slo = [_slo_table(state.slo)] if state.slo else []
     if not state.workers:
-        return Group(*lines, "no worker is registered")
+        return Group(*lines, *slo, "no worker is registered")
     legend = "KV blocks: free + reserved + held + pinned = total"
     corrupt = [
         f"{worker.hello.worker_id} read {worker.load.num_corrupt_blocks} KV blocks that did not "
@@ -82,7 +84,36 @@ def render_state(state: ClusterState, *, is_wide: bool = True) -> Group:
         for worker in state.workers
         if worker.load.num_corrupt_blocks
     ]
-    return Group(*lines, _worker_table(state.workers, is_wide=is_wide), legend, *corrupt)
+    workers = _worker_table(state.workers, is_wide=is_wide)
+    return Group(*lines, *slo, workers, legend, *corrupt)
+
+
+def _slo_table(classes: tuple[SloState, ...]) -> Table:
+    """Attainment by class; a request that broke both promises is both late and slow."""
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table.add_column("class")
+    table.add_column("TTFT, TPOT, target", no_wrap=True)
+    for name in ("attained", "requests", "late", "slow", "failed", "refused"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in classes:
+        counts = (
+            each.num_judged,
+            each.num_missed_ttft + each.num_missed_both,
+            each.num_missed_tpot + each.num_missed_both,
+            each.num_failed,
+            each.num_refused,
+        )
+        table.add_row(
+            escape(each.name),
+            f"{_brief(each.ttft_s)}, {_brief(each.tpot_s)}, {each.target:.4g}",
+            "-" if each.attainment is None else f"{each.attainment:.1%}",
+            *map(str, counts),
+        )
+    return table
+
+
+def _brief(seconds: float) -> str:
+    return f"{seconds:g} s" if seconds >= 1 else f"{seconds * 1e3:g} ms"
 
 
 def state_as_json(state: ClusterState) -> dict[str, object]:

@@ -13,12 +13,17 @@ MAX_UINT64 = 2**64 - 1
 
 
 def request_to_proto(
-    prompt: Prompt, sampling: Sampling, *, model: str, request_id: str
+    prompt: Prompt, sampling: Sampling, *, model: str, request_id: str, slo_class: str = ""
 ) -> inference_pb2.GenerateRequest:
     """Raises `BadRequest` for what protobuf cannot carry; all other limits are the server's."""
     _check_representable(prompt, sampling)
+    if not _is_unicode(slo_class):
+        raise BadRequest.of([FieldViolation("slo_class", "is not valid Unicode text")])
     message = inference_pb2.GenerateRequest(
-        model=model, request_id=request_id, sampling=_sampling_to_proto(sampling)
+        model=model,
+        request_id=request_id,
+        sampling=_sampling_to_proto(sampling),
+        slo_class=slo_class,
     )
     if isinstance(prompt, str):
         message.text = prompt

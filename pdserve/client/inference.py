@@ -49,14 +49,18 @@ class InferenceClient:
         *,
         model: str = "",
         request_id: str = "",
+        slo_class: str = "",
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """Stream the answer; the last chunk has `finished`.
 
         `timeout_s` is the request's deadline, from now to the last token. Leaving the loop early
-        cancels the request once the generator is closed (`contextlib.aclosing`).
+        cancels the request once the generator is closed (`contextlib.aclosing`). `slo_class` is one
+        of the router's; empty: its first.
         """
-        message = codec.request_to_proto(prompt, sampling, model=model, request_id=request_id)
+        message = codec.request_to_proto(
+            prompt, sampling, model=model, request_id=request_id, slo_class=slo_class
+        )
         call = self._stub.Generate(message, timeout=timeout_s)
         num_tokens, is_finished = 0, False
         try:
@@ -81,10 +85,13 @@ class InferenceClient:
         *,
         model: str = "",
         request_id: str = "",
+        slo_class: str = "",
         timeout_s: float | None = None,
     ) -> Answer:
         """The whole answer at once; cancelling the task cancels the request."""
-        message = codec.request_to_proto(prompt, sampling, model=model, request_id=request_id)
+        message = codec.request_to_proto(
+            prompt, sampling, model=model, request_id=request_id, slo_class=slo_class
+        )
         try:
             return codec.answer_from_proto(await self._stub.Complete(message, timeout=timeout_s))
         except grpc.aio.AioRpcError as error:

@@ -26,13 +26,14 @@ async def run_load(
     *,
     seed: int = 0,
     timeout_s: float | None = None,
+    slo_class: str = "",
     progress: Progress = lambda record: None,
 ) -> tuple[list[RequestRecord], float]:
     """Send `requests` and return a record of each, in their order, and the run's duration.
 
     Answers have exactly the planned number of tokens; `progress` hears of each request that ended.
     """
-    sender = _Sender(model, seed, timeout_s)
+    sender = _Sender(model, seed, timeout_s, slo_class)
     records: list[RequestRecord] = []
 
     async def send(client: InferenceClient, index: int, request: TraceRequest) -> None:
@@ -68,11 +69,12 @@ async def only_model(client: InferenceClient, name: str = "") -> Model:
 class _Sender:
     """Sends one request at a time of a run and measures it."""
 
-    def __init__(self, model: Model, seed: int, timeout_s: float | None) -> None:
+    def __init__(self, model: Model, seed: int, timeout_s: float | None, slo_class: str) -> None:
         self.start = 0.0
         self._model = model
         self._seed = seed
         self._timeout_s = timeout_s
+        self._slo_class = slo_class
 
     async def send(
         self, client: InferenceClient, index: int, request: TraceRequest
@@ -89,7 +91,11 @@ class _Sender:
         times: list[tuple[float, int]] = []  # when, and how many tokens came
         last, failure = Chunk(first_index=0), ""
         stream = client.generate(
-            prompt, sampling, model=self._model.name, timeout_s=self._timeout_s
+            prompt,
+            sampling,
+            model=self._model.name,
+            slo_class=self._slo_class,
+            timeout_s=self._timeout_s,
         )
         try:
             async with contextlib.aclosing(stream):

@@ -8,7 +8,14 @@ from pdserve.cli.status_view import render_state, state_as_json
 from pdserve.domain.ids import Epoch, WorkerId
 from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import StepCoefficients
-from pdserve.domain.messages import ClusterState, Role, WorkerHello, WorkerLoad, WorkerState
+from pdserve.domain.messages import (
+    ClusterState,
+    Role,
+    SloState,
+    WorkerHello,
+    WorkerLoad,
+    WorkerState,
+)
 
 NO_TIME = StepCoefficients(
     fixed_s=0.0,
@@ -104,3 +111,26 @@ def test_corrupt_blocks_are_told() -> None:
     sick = dataclasses.replace(healthy, load=load)
     assert "digests" not in rendered(state(healthy), width=120, is_wide=True)
     assert "decode-0 read 3 KV blocks" in rendered(state(sick), width=120, is_wide=True)
+
+
+def test_attainment_is_shown_by_class_where_there_are_classes() -> None:
+    chat = SloState(
+        name="chat",
+        ttft_s=0.5,
+        tpot_s=0.05,
+        target=0.9,
+        num_met=6,
+        num_missed_ttft=1,
+        num_missed_both=1,
+        num_failed=1,
+        num_refused=3,
+    )
+    unused = SloState(name="[batch]", ttft_s=20, tpot_s=1, target=0.5)
+    with_classes = dataclasses.replace(state(worker("d", Role.DECODE)), slo=(chat, unused))
+    rows = rendered(with_classes, width=80, is_wide=False).splitlines()
+    (shown,) = [row.split() for row in rows if row.strip().startswith("chat")]
+    # Attained, judged, late, slow, failed, refused.
+    assert shown == "chat 500 ms, 50 ms, 0.9 50.0% 12 2 1 1 3".split()
+    (empty,) = [row.split() for row in rows if row.strip().startswith("[batch]")]
+    assert empty[-6:] == ["-", "0", "0", "0", "0", "0"]
+    assert "attained" not in rendered(state(worker("d", Role.DECODE)), width=80, is_wide=False)
