@@ -130,7 +130,7 @@ def test_attainment_is_shown_by_class_where_there_are_classes() -> None:
     rows = rendered(with_classes, width=80, is_wide=False).splitlines()
     (shown,) = [row.split() for row in rows if row.strip().startswith("chat")]
     # Attained, judged, late, slow, failed, refused.
-    assert shown == "chat 500 ms, 50 ms, 0.9 50.0% 12 2 1 1 3".split()
+    assert shown == ["chat", "500", "ms,", "50", "ms,", "0.9", "50.0%", "12", "2", "1", "1", "3"]
     (empty,) = [row.split() for row in rows if row.strip().startswith("[batch]")]
     assert empty[-6:] == ["-", "0", "0", "0", "0", "0"]
     assert "attained" not in rendered(state(worker("d", Role.DECODE)), width=80, is_wide=False)
