@@ -32,6 +32,7 @@ class Ready:
 
     address: str
     internal_address: str
+    metrics_address: str = ""  # empty: no metrics
 
 
 class LocalProcess:
@@ -121,7 +122,9 @@ class LocalProcess:
             if said.get("ready") is True:
                 address = str(said.get("address", ""))
                 return Ready(
-                    address=address, internal_address=str(said.get("internal_address", address))
+                    address=address,
+                    internal_address=str(said.get("internal_address", address)),
+                    metrics_address=str(said.get("metrics_address", "")),
                 )
             if said.get("ready") is False:
                 await child.wait()
