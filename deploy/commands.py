@@ -7,14 +7,29 @@ import typer
 
 
 def up(
-    cluster_file: Annotated[
-        Path | None, typer.Argument(help="A cluster file; see --example.", metavar="[CLUSTER.YAML]")
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A plan of `pdserve plan`, or a cluster file; see --example.",
+            metavar="[FILE.YAML]",
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="demo, demo-draft or a model directory.")
     ] = None,
     model_name: Annotated[
         str | None, typer.Option(help="Name that clients ask for; left out: the model's own.")
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="torch: real tokens [torch]; timed: step times only, of the plan."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="torch device of every worker; left out: as the plan says.")
+    ] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(help="Plan: this share of every pool's workers, at least one each [1]."),
     ] = None,
     prefill: Annotated[
         int | None, typer.Option(min=0, help="Prefill workers [1]; 0 is colocated serving.")
@@ -25,6 +40,21 @@ def up(
     ] = None,
     internal_port: Annotated[
         int | None, typer.Option(help="Workers' and operators' port [7451].")
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address of the router's ports [127.0.0.1].")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let other machines in, without TLS and login.")
+    ] = False,
+    pin: Annotated[
+        bool | None,
+        typer.Option(
+            "--pin/--no-pin", help="Prefill and decode on cores of their own [plans: --pin]."
+        ),
+    ] = None,
+    gpus_file: Annotated[
+        Path | None, typer.Option(help="Your own GPU types, as the plan was made with.")
     ] = None,
     num_blocks: Annotated[
         int | None, typer.Option(min=1, help="KV blocks of each worker [1024].")
@@ -46,15 +76,17 @@ def up(
         bool, typer.Option("--example", help="Print a cluster file that explains every field.")
     ] = False,
 ) -> None:
-    """Start a router, prefill and decode workers on this machine.
+    """Start a router, prefill and decode workers: those of a plan, of a cluster file, or 1 + 1.
 
-    Options win over the cluster file. Ctrl-C lets requests finish, then stops everything; a second
-    Ctrl-C stops at once.
+    Options win over the file. Ctrl-C, or pdserve down, lets requests finish, then stops everything;
+    a second Ctrl-C stops at once.
 
     \b
     Examples:
       pdserve up
       pdserve up --model ./my-model --prefill 2 --decode 2
+      pdserve up plan.yaml
+      pdserve up plan.yaml --engine timed --model demo --scale 0.1
       pdserve up --example > cluster.yaml && pdserve up cluster.yaml
       pdserve up --set router.max_num_requests=8 --set timers.drain_s=5
     """
@@ -63,13 +95,18 @@ def up(
 
         typer.echo(example_yaml(), nl=False)
         return
-    from deploy.up import run_up, settings_of
+    from deploy.opening import read_deployment
+    from deploy.up import run_up
 
     flags: dict[str, object] = {
         "model": model,
         "model_name": model_name,
+        "engine": engine,
+        "device": device,
         "prefill.replicas": prefill,
         "decode.replicas": decode,
+        "router.host": host,
+        "router.insecure": True if insecure else None,
         "router.port": port,
         "router.internal_port": internal_port,
         "prefill.num_blocks": num_blocks,
@@ -77,4 +114,50 @@ def up(
         "log_dir": log_dir,
         "log_level": log_level,
     }
-    run_up(settings_of(cluster_file, flags, setting or []), as_json=as_json)
+    deployment = read_deployment(
+        file, flags, setting or [], scale=scale, gpus_file=gpus_file, pin=pin
+    )
+    from deploy.local import LocalCluster
+
+    run_up(
+        lambda report: LocalCluster.start(deployment, report=report),
+        deployment,
+        backend="local",
+        as_json=as_json,
+    )
+
+
+def down(
+    address: Annotated[
+        str | None,
+        typer.Option("--address", "-a", help="The cluster's router; left out: the only one up."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All clusters of this user.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what was stopped as JSON.")
+    ] = False,
+) -> None:
+    """Stop a cluster that `pdserve up` started on this machine, after its requests have finished.
+
+    \b
+    Examples:
+      pdserve down
+      pdserve down --address 127.0.0.1:7450
+      pdserve down --all
+    """
+    import json
+    from dataclasses import asdict
+
+    from deploy import runs
+
+    stopped = []
+    chosen = runs.running()
+    for run in chosen if every else runs.choose(chosen, address):
+        if not as_json:
+            typer.echo(f"stopping the cluster at {run.address}", err=True)
+        elapsed_s = runs.stop(run)
+        stopped.append(asdict(run) | {"stop_s": round(elapsed_s, 3)})
+        if not as_json:
+            typer.echo(f"stopped in {elapsed_s:.1f} s")
+    if as_json:
+        typer.echo(json.dumps(stopped))

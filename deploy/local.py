@@ -5,24 +5,25 @@ import contextlib
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from deploy.preflight import check_cluster
+from deploy.backend import ClusterEvent, ProcessRow, Report
+from deploy.deployment import Deployment, deployment_of_cluster
+from deploy.preflight import check_deployment
 from deploy.processes import LocalProcess, Ready, describe_exit
 from pdserve.cli.problems import ClusterFailed
 from pdserve.client.admin import AdminClient
 from pdserve.client.faults import ClusterUnreachable
 from pdserve.config.cluster import ClusterSettings
+from pdserve.config.processes import WorkerSettings
 from pdserve.domain.errors import LocalFault, PdserveError
 
 KILL_GRACE_S = 5.0
 """A process that takes this much longer to drain than its own limit is killed."""
 REGISTERED_POLL_S = 0.1
-
-Report = Callable[[str], None]
 
 
 class LocalCluster:
@@ -35,8 +36,8 @@ class LocalCluster:
     no process is left, nor would one be if this process were killed.
     """
 
-    def __init__(self, settings: ClusterSettings, report: Report) -> None:
-        self.settings = settings
+    def __init__(self, deployment: Deployment, report: Report) -> None:
+        self.deployment = deployment
         self.processes: list[LocalProcess] = []
         self.log_dir = Path()
         self._report = report
@@ -45,13 +46,17 @@ class LocalCluster:
         self._exits: asyncio.Queue[tuple[LocalProcess, int]] = asyncio.Queue()
 
     @classmethod
-    def start(cls, settings: ClusterSettings, *, report: Report = lambda text: None) -> Self:
+    def start(
+        cls, what: Deployment | ClusterSettings, *, report: Report = lambda text: None
+    ) -> Self:
         """A cluster that starts when its `async with` block is entered.
 
         Entering raises `LocalFault` for what can be known beforehand and `ClusterFailed` for a
         process that does not start. `report` hears of each step.
         """
-        return cls(settings, report)
+        if isinstance(what, ClusterSettings):
+            what = deployment_of_cluster(what)
+        return cls(what, report)
 
     @property
     def router(self) -> LocalProcess:
@@ -73,11 +78,28 @@ class LocalCluster:
         """The process called `name`: router, prefill-0, decode-1, ..."""
         return next(process for process in self.processes if process.name == name)
 
+    @property
+    def rows(self) -> Sequence[ProcessRow]:
+        return [
+            ProcessRow(
+                name=each.name,
+                role=each.role,
+                pid=each.pid,
+                address=each.ready.internal_address if each.ready else "",
+                num_blocks=each.num_blocks,
+            )
+            for each in self.processes
+        ]
+
+    @property
+    def num_serving(self) -> int:
+        return sum(process.ready is not None for process in self.processes)
+
     async def __aenter__(self) -> Self:
-        check_cluster(self.settings)
+        check_deployment(self.deployment)
         self._make_log_dir()
         try:
-            async with asyncio.timeout(self.settings.start_s):
+            async with asyncio.timeout(self.deployment.start_s):
                 await self._start_all()
         except TimeoutError:
             message = self._late_message()
@@ -102,9 +124,16 @@ class LocalCluster:
             if error is None:
                 self._remove_log_dir()
 
-    async def next_exit(self) -> tuple[LocalProcess, int]:
-        """The next process that ended, and its exit code; each is told once."""
-        return await self._exits.get()
+    async def next_event(self) -> ClusterEvent:
+        """The next end of a process; the cluster lives on while a decode worker does."""
+        process, code = await self._exits.get()
+        happened = f"{process.name} {describe_exit(code)}"
+        log = f"the end of {process.log_path}:\n{process.last_words()}"
+        if process.role == "router":
+            return ClusterEvent(f"{happened}; the cluster is down; {log}", is_fatal=True)
+        if not any(each.role == "decode" and each.is_running for each in self.workers):
+            return ClusterEvent(f"{happened}; no decode worker is left; {log}", is_fatal=True)
+        return ClusterEvent(f"{happened}; the cluster goes on without it; {log}")
 
     async def drain(self) -> None:
         """Let requests finish: first the router, then the workers; kill what takes too long."""
@@ -119,14 +148,10 @@ class LocalCluster:
     async def _start_all(self) -> None:
         # The router goes first: workers are told its address, which may be picked by the system.
         router = LocalProcess(
-            "router", "router", self.settings.router_settings(), self.log_dir / "router.log"
+            "router", "router", self.deployment.router, self.log_dir / "router.log"
         )
         await self._start(router)
-        settings = self.settings.worker_settings(self.internal_address)
-        workers = [
-            LocalProcess(each.worker_id, each.role, each, self.log_dir / f"{each.worker_id}.log")
-            for each in settings
-        ]
+        workers = [self._worker_process(each.settings) for each in self.deployment.workers]
         self.processes += workers
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -135,6 +160,11 @@ class LocalCluster:
         except ExceptionGroup as group:
             raise _first_error(group) from None
         await self._wait_for_registration()
+
+    def _worker_process(self, settings: WorkerSettings) -> LocalProcess:
+        told = settings.model_copy(update={"routers": (self.internal_address,)})
+        log_path = self.log_dir / f"{told.worker_id}.log"
+        return LocalProcess(told.worker_id, told.role, told, log_path)
 
     async def _start(self, process: LocalProcess) -> None:
         if process not in self.processes:
@@ -181,7 +211,7 @@ class LocalCluster:
         """SIGTERM, wait for the drain, then SIGKILL what is left."""
         for process in processes:
             process.signal(signal.SIGTERM)
-        grace_s = self.settings.timers.drain_s + KILL_GRACE_S
+        grace_s = self.deployment.drain_s + KILL_GRACE_S
         running = [asyncio.create_task(process.wait()) for process in processes]
         if not running:
             return
@@ -201,11 +231,11 @@ class LocalCluster:
         await asyncio.shield(asyncio.gather(*ends, *self._watchers))
 
     def _make_log_dir(self) -> None:
-        if not self.settings.log_dir:
+        if not self.deployment.log_dir:
             self.log_dir = Path(tempfile.mkdtemp(prefix="pdserve-"))
             self._has_own_log_dir = True
             return
-        self.log_dir = Path(self.settings.log_dir).expanduser().resolve()
+        self.log_dir = Path(self.deployment.log_dir).expanduser().resolve()
         try:
             self.log_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -217,7 +247,7 @@ class LocalCluster:
 
     def _late_message(self) -> str:
         late = [process for process in self.processes if process.ready is None]
-        limit = f"{self.settings.start_s:g} s (start_s)"
+        limit = f"{self.deployment.start_s:g} s (start_s)"
         if not late:
             return f"the router did not see all workers within {limit}; logs in {self.log_dir}"
         words = "\n".join(f"  {each.name}:\n{each.last_words()}" for each in late)

@@ -5,12 +5,13 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdserve.config.cluster import ClusterSettings
+from deploy.deployment import Deployment
 from pdserve.domain.errors import LocalFault
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_shape import kv_layout
 
 MEMINFO = Path("/proc/meminfo")
+DEV = Path("/dev")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +27,50 @@ class Footprint:
         return self.num_blocks * self.block_bytes
 
 
-def check_cluster(settings: ClusterSettings) -> Footprint:
-    """Raise `LocalFault` for a model, a port or an amount of memory that cannot work."""
-    files = ModelFiles.open(settings.model)
-    layout = kv_layout(files.config, block_size=settings.block_size, dtype=settings.dtype)
-    pools = (settings.prefill, settings.decode)
+def check_deployment(deployment: Deployment) -> Footprint:
+    """Raise `LocalFault` for a model, a port, GPUs or an amount of memory that cannot work here."""
+    router = deployment.router
+    files = ModelFiles.open(router.model)
+    engines = [worker.settings.engine for worker in deployment.workers]
+    layout = kv_layout(files.config, block_size=engines[0].block_size, dtype=engines[0].dtype)
     footprint = Footprint(
-        settings.model_name or files.name,
-        sum(pool.replicas * pool.num_blocks for pool in pools),
+        router.model_name or files.name,
+        sum(engine.num_blocks for engine in engines),
         layout.block_bytes,
     )
-    _check_port(settings.router.host, settings.router.port, "--port")
-    _check_port(settings.router.host, settings.router.internal_port, "--internal-port")
-    if settings.device == "cpu":
+    _check_port(router.host, router.port, "--port")
+    _check_port(router.host, router.internal_port, "--internal-port")
+    if router.metrics_port is not None:
+        _check_port(router.host, router.metrics_port, "--set router.metrics_port=PORT")
+    _check_gpus(deployment)
+    if all(engine.device == "cpu" for engine in engines):
         _check_memory(footprint)
     return footprint
+
+
+def _check_gpus(deployment: Deployment) -> None:
+    """A plan for GPUs that this machine does not have."""
+    workers = [
+        worker
+        for worker in deployment.workers
+        if worker.num_gpus
+        and worker.settings.engine.engine == "torch"
+        and worker.settings.engine.device != "cpu"
+    ]
+    needed, found = sum(worker.num_gpus for worker in workers), num_gpus()
+    if needed > found:
+        types = ", ".join(sorted({worker.gpu for worker in workers}))
+        raise LocalFault(
+            f"the plan needs {needed} GPUs ({types}); this machine has {found}: start it where "
+            "they are (--backend ray, pdserve render kubernetes), use --scale if fewer will do, or "
+            "try it here with --device cpu (real tokens) or --engine timed (the plan's step times)"
+        )
+
+
+def num_gpus() -> int:
+    """GPUs of this machine that the kernel shows, NVIDIA's and AMD's."""
+    nvidia = [each for each in DEV.glob("nvidia*") if each.name[len("nvidia") :].isdigit()]
+    return len(nvidia) + len(list(DEV.glob("dri/renderD*")) if (DEV / "kfd").exists() else [])
 
 
 def _check_port(host: str, port: int, flag: str) -> None:

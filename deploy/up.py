@@ -2,42 +2,40 @@
 
 import asyncio
 import json
+import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict
 
 import typer
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
-from deploy.local import LocalCluster
-from deploy.processes import describe_exit
+from deploy.backend import Cluster, Report
+from deploy.deployment import Deployment
+from deploy.runs import Run, noted_run
 from pdserve.cli.problems import ClusterFailed
 from pdserve.cli.running import EXIT_INTERRUPTED
-from pdserve.config.base import parse_assignment
-from pdserve.config.cluster import ClusterSettings, read_cluster_settings
 from pdserve.domain.errors import PdserveError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DEFAULT_PORTS = (7450, 7451)
 
 
-def settings_of(
-    path: Path | None, flags: Mapping[str, object], assignments: Sequence[str]
-) -> ClusterSettings:
-    """The file's settings, then `assignments` (name=value), then the flags that were given."""
-    given = dict(map(parse_assignment, assignments))
-    given |= {name: value for name, value in flags.items() if value is not None}
-    return read_cluster_settings(path, given)
+OpenCluster = Callable[[Report], Cluster]
+"""A cluster that starts when its block is entered, and tells of its steps."""
 
 
-def run_up(settings: ClusterSettings, *, as_json: bool) -> None:
+def run_up(
+    open_cluster: OpenCluster, deployment: Deployment, *, backend: str, as_json: bool
+) -> None:
     """Serve until a signal or the end of the cluster; raises `PdserveError` for a failure."""
+    up = _Up(open_cluster, deployment, backend=backend, as_json=as_json)
     try:
-        asyncio.run(_Up(settings, as_json=as_json).run())
+        asyncio.run(up.run())
     except asyncio.CancelledError:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except PdserveError as error:
@@ -49,28 +47,40 @@ def run_up(settings: ClusterSettings, *, as_json: bool) -> None:
 class _Up:
     """One run of the command: owns the reaction to signals and what is said on stderr."""
 
-    def __init__(self, settings: ClusterSettings, *, as_json: bool) -> None:
-        self._settings = settings
+    def __init__(
+        self, open_cluster: OpenCluster, deployment: Deployment, *, backend: str, as_json: bool
+    ) -> None:
+        self._cluster = open_cluster(self._report)
+        self._deployment = deployment
+        self._backend = backend
         self._as_json = as_json
         self._console = Console(stderr=True, highlight=False)
         self._stop = asyncio.Event()
         self._is_forced = False
-        self._num_processes = 1 + settings.prefill.replicas + settings.decode.replicas
         self._status = self._console.status("starting")
-        self._cluster = LocalCluster.start(settings, report=self._report)
 
     async def run(self) -> None:
         loop, main = asyncio.get_running_loop(), asyncio.current_task()
         assert main is not None
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, main.cancel)  # while starting: take all down
+        for note in self._deployment.notes:
+            self._print(f"note: {note}")
         started = loop.time()
         with self._status:
             await self._cluster.__aenter__()
-        self._say_ready(loop.time() - started)
+        elapsed_s = loop.time() - started
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
-        await self._serve()
+        with noted_run(self._as_run()):
+            self._say_ready(elapsed_s)
+            await self._serve()
+
+    def _report(self, text: str) -> None:
+        """A step of the start."""
+        num_processes = 1 + len(self._deployment.workers)
+        num_ready = self._cluster.num_serving
+        self._status.update(f"{num_ready} of {num_processes} processes serve; {text}")
 
     async def _serve(self) -> None:
         """Leave the cluster's block by its rules, whatever ends the watch."""
@@ -89,25 +99,17 @@ class _Up:
         stopped = asyncio.create_task(self._stop.wait())
         try:
             while not stopped.done():
-                ended = asyncio.create_task(self._cluster.next_exit())
+                ended = asyncio.create_task(self._cluster.next_event())
                 await asyncio.wait({stopped, ended}, return_when=asyncio.FIRST_COMPLETED)
                 if not ended.done():
                     ended.cancel()
                     break
-                process, code = ended.result()
-                self._on_exit(process.name, code)
+                event = ended.result()
+                if event.is_fatal:
+                    raise ClusterFailed(event.message)
+                self._print(event.message)
         finally:
             stopped.cancel()
-
-    def _on_exit(self, name: str, code: int) -> None:
-        process = self._cluster.process(name)
-        happened = f"{name} {describe_exit(code)}"
-        log = f"the end of {process.log_path}:\n{process.last_words()}"
-        if process.role == "router":
-            raise ClusterFailed(f"{happened}; the cluster is down; {log}")
-        if not any(each.role == "decode" and each.is_running for each in self._cluster.workers):
-            raise ClusterFailed(f"{happened}; no decode worker is left; {log}")
-        self._print(f"{happened}; the cluster goes on without it; {log}")
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -115,7 +117,7 @@ class _Up:
             self._is_forced = True
             self._cluster.kill()
             return
-        limit_s = self._settings.timers.drain_s
+        limit_s = self._deployment.drain_s
         self._print(
             f"draining: requests may finish for up to {limit_s:g} s; Ctrl-C again stops at once"
         )
@@ -128,24 +130,26 @@ class _Up:
         # Names and paths may hold brackets, which are no markup.
         self._console.print(self._as_table(elapsed_s), markup=False)
 
+    def _as_run(self) -> Run:
+        return Run(
+            pid=os.getpid(),
+            backend=self._backend,
+            address=self._cluster.public_address,
+            internal_address=self._cluster.internal_address,
+            drain_s=self._deployment.drain_s,
+        )
+
     def _as_dict(self, elapsed_s: float) -> dict[str, object]:
         cluster = self._cluster
         return {
             "ready": True,
+            "backend": self._backend,
+            "pid": os.getpid(),
             "address": cluster.public_address,
             "internal_address": cluster.internal_address,
             "start_s": round(elapsed_s, 3),
             "log_dir": str(cluster.log_dir),
-            "processes": [
-                {
-                    "name": each.name,
-                    "role": each.role,
-                    "pid": each.pid,
-                    "address": each.ready.internal_address if each.ready else "",
-                    "num_blocks": each.num_blocks,
-                }
-                for each in cluster.processes
-            ],
+            "processes": [asdict(row) for row in cluster.rows],
         }
 
     def _as_table(self, elapsed_s: float) -> Group:
@@ -156,12 +160,15 @@ class _Up:
         table.add_column("pid", justify="right")
         table.add_column("address")
         table.add_column("KV blocks", justify="right")
-        for each in cluster.processes:
-            address = each.ready.internal_address if each.ready else ""
-            blocks = f"{each.num_blocks:,}" if each.num_blocks else ""
-            table.add_row(each.name, each.role, str(each.pid), address, blocks)
+        has_places = any(row.place for row in cluster.rows)
+        if has_places:
+            table.add_column("node")
+        for row in cluster.rows:
+            blocks = f"{row.num_blocks:,}" if row.num_blocks else ""
+            place = [row.place] if has_places else []
+            table.add_row(row.name, row.role, str(row.pid), row.address, blocks, *place)
         public, internal = cluster.public_address, cluster.internal_address
-        ports = (self._settings.router.port, self._settings.router.internal_port)
+        ports = (self._deployment.router.port, self._deployment.router.internal_port)
         flags = ["", ""] if ports == DEFAULT_PORTS else [f" -a {public}", f" -a {internal}"]
         prompt = shlex.quote("def read_lines(path):")
         return Group(
@@ -171,10 +178,6 @@ class _Up:
             f"     pdserve status{flags[1]}",
             "Ctrl-C drains and stops",
         )
-
-    def _report(self, text: str) -> None:
-        num_ready = sum(process.ready is not None for process in self._cluster.processes)
-        self._status.update(f"{num_ready} of {self._num_processes} processes serve; {text}")
 
     def _print(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -1,15 +1,14 @@
 """One file for a whole cluster on one machine: a router, a prefill pool and a decode pool."""
 
 import textwrap
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import yaml
 from pydantic import BaseModel, Field, model_validator
 
-from pdserve.config.base import Settings, lay_over, parse_settings, read_yaml
-from pdserve.config.binding import check_binding
+from pdserve.config.base import Settings, lay_over, parse_settings
+from pdserve.config.binding import check_binding, is_loopback
 from pdserve.config.processes import (
     CoefficientSettings,
     EngineSettings,
@@ -180,8 +179,8 @@ class ClusterSettings(Settings):
         return WorkerSettings(
             role=role,
             worker_id=f"{role}-{index}",
-            host=self.router.host,
-            insecure=self.router.insecure,
+            # Only the router may be open to others: its workers are on this machine.
+            host=self.router.host if is_loopback(self.router.host) else "127.0.0.1",
             routers=(router,),
             engine=EngineSettings(
                 model=self.model,
@@ -201,14 +200,14 @@ class ClusterSettings(Settings):
         )
 
 
-def read_cluster_settings(path: Path | None, flags: dict[str, object]) -> ClusterSettings:
-    """Settings of a file, if any, with `flags` ("router.port": 7450) laid over them.
+def parse_cluster_settings(
+    data: object, flags: Mapping[str, object], *, source: str
+) -> ClusterSettings:
+    """A cluster file's content with `flags` ("router.port": 7450) laid over it.
 
-    Raises `LocalFault` naming file, field and rule.
+    Raises `LocalFault` naming source, field and rule.
     """
-    data = read_yaml(path) if path is not None else {}
     data = {} if data is None else data  # a file of comments only
-    source = str(path) if path is not None else "settings"
     return parse_settings(ClusterSettings, lay_over(data, flags.items()), source=source)
 
 

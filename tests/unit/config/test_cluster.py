@@ -4,10 +4,14 @@ from typing import Any
 import pytest
 import yaml
 
-from pdserve.config.base import lay_over, parse_assignment, parse_settings
-from pdserve.config.cluster import ClusterSettings, example_yaml, read_cluster_settings
+from pdserve.config.base import lay_over, parse_assignment, parse_settings, read_yaml
+from pdserve.config.cluster import ClusterSettings, example_yaml, parse_cluster_settings
 from pdserve.config.processes import RouterSettings, WorkerSettings
 from pdserve.domain.errors import LocalFault
+
+
+def read(path: Path, flags: dict[str, object]) -> ClusterSettings:
+    return parse_cluster_settings(read_yaml(path), flags, source=str(path))
 
 
 def problem(data: object) -> str:
@@ -123,7 +127,7 @@ def test_no_prefill_workers_is_colocated_serving() -> None:
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("model: demo-draft\nrouter: {port: 1, internal_port: 2}\n")
-    settings = read_cluster_settings(path, {"router.port": 3, "decode.replicas": 4})
+    settings = read(path, {"router.port": 3, "decode.replicas": 4})
     assert settings.model == "demo-draft"
     assert (settings.router.port, settings.router.internal_port) == (3, 2)
     assert settings.decode.replicas == 4
@@ -133,7 +137,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 def test_empty_file_means_all_defaults(tmp_path: Path, text: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    assert read_cluster_settings(path, {}) == ClusterSettings()
+    assert read(path, {}) == ClusterSettings()
 
 
 @pytest.mark.parametrize(
@@ -150,7 +154,7 @@ def test_unreadable_files_are_named(tmp_path: Path, content: bytes, said: str) -
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
     with pytest.raises(LocalFault) as caught:
-        read_cluster_settings(path, {"router.port": 1})
+        read(path, {"router.port": 1})
     assert said in caught.value.message
     assert str(path) in caught.value.message
 
@@ -158,7 +162,7 @@ def test_unreadable_files_are_named(tmp_path: Path, content: bytes, said: str) -
 def test_missing_file_and_directory_are_named(tmp_path: Path) -> None:
     for path, said in ((tmp_path / "none.yaml", "no such file"), (tmp_path, "Is a directory")):
         with pytest.raises(LocalFault, match=said):
-            read_cluster_settings(path, {})
+            read(path, {})
 
 
 def test_settings_do_not_change() -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from deploy import preflight
-from deploy.preflight import available_bytes, check_cluster
+from deploy.deployment import deployment_of_cluster
+from deploy.preflight import Footprint, available_bytes, check_deployment
 from pdserve.config.cluster import ClusterSettings
 from pdserve.domain.errors import LocalFault
 
@@ -13,6 +14,10 @@ FREE_PORTS = {"router": {"port": 0, "internal_port": 0}}
 
 def settings(**changes: object) -> ClusterSettings:
     return ClusterSettings.model_validate({**FREE_PORTS, **changes})
+
+
+def check_cluster(settings: ClusterSettings) -> Footprint:
+    return check_deployment(deployment_of_cluster(settings))
 
 
 def test_demo_model_passes_and_its_kv_memory_is_counted() -> None:

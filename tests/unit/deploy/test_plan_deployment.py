@@ -1,0 +1,200 @@
+"""What a plan file becomes: pools as workers, limits as settings."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy.deployment import Deployment
+from deploy.opening import read_deployment
+from deploy.plan_deployment import READS_ITSELF
+from pdserve.domain.errors import LocalFault
+
+STEP_TIMES = {
+    "fixed_s": 0.001,
+    "prefill_token_s": 1e-5,
+    "decode_token_s": 1e-4,
+    "decode_context_token_s": 1e-7,
+}
+
+
+def plan(**changes: object) -> dict[str, Any]:
+    """Two prefill workers, three decode workers, on the CPU."""
+    return {
+        "version": 1,
+        "model": "demo",
+        "rules": "pdserve",
+        "block_size": 8,
+        "pools": [
+            pool("prefill", 2, kv_tokens=4000, step_times={**STEP_TIMES, "fixed_s": 0.002}),
+            pool("decode", 3, kv_tokens=8000, step_times=STEP_TIMES),
+        ],
+        "slo": [
+            {"name": "chat", "ttft_s": 0.2, "tpot_s": 0.05, "attainment": 0.9, "share": 0.7},
+            {"name": "batch", "ttft_s": 2.0, "tpot_s": 0.1, "attainment": 0.8, "share": 0.3},
+        ],
+        "limits": {
+            "max_step_tokens": 256,
+            "max_num_requests": 12,
+            "max_num_waiting": 40,
+            "max_wait_s": 2.0,
+            "max_rate": 20.0,
+        },
+        "prediction": {
+            "rate": 20.0,
+            "goodput": 19.0,
+            "goodput_per_gpu": 3.8,
+            "attainment": 0.95,
+            "attainment_interval": [0.93, 0.97],
+            "usd_per_hour": 0.0,
+            "usd_per_million_tokens": 0.0,
+            "watts": 0.0,
+            "horizon_s": 600.0,
+            "num_seeds": 5,
+            "step_time_error": 0.05,
+        },
+        **changes,
+    }
+
+
+def pool(role: str, replicas: int, **changes: object) -> dict[str, Any]:
+    return {"role": role, "gpu": "profiled", "tp": 1, "replicas": replicas, **changes}
+
+
+def opened(tmp_path: Path, data: object, *assignments: str, **options: Any) -> Deployment:
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return read_deployment(path, options.pop("flags", {}), assignments, **options)
+
+
+def test_pools_become_workers_with_the_plans_limits(tmp_path: Path) -> None:
+    deployment = opened(tmp_path, plan())
+    names = [worker.name for worker in deployment.workers]
+    assert names == ["prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2"]
+    for worker in deployment.workers:
+        settings = worker.settings
+        assert (settings.max_step_tokens, settings.max_num_requests) == (256, 12)
+        assert settings.engine.block_size == 8
+        assert settings.engine.num_blocks == (500 if settings.role == "prefill" else 1000)
+        assert worker.num_gpus == 0
+    assert {
+        worker.settings.max_local_prefill_tokens for worker in deployment.of_role("decode")
+    } == {0}
+    router = deployment.router
+    assert (router.max_num_waiting, router.max_wait_s) == (40, 2.0)
+    assert [(item.name, item.ttft_s, item.tpot_s) for item in router.slo] == [
+        ("chat", 0.2, 0.05),
+        ("batch", 2.0, 0.1),
+    ]
+    assert router.max_num_requests >= 3 * 12 + 40
+    assert deployment.notes == ()
+
+
+def test_cells_multiply_the_pools(tmp_path: Path) -> None:
+    deployment = opened(tmp_path, plan(cells=3))
+    assert len(deployment.of_role("prefill")) == 6
+    assert len(deployment.of_role("decode")) == 9
+    assert len({worker.name for worker in deployment.workers}) == 15
+
+
+def test_scaling_keeps_one_of_each_and_says_so(tmp_path: Path) -> None:
+    deployment = opened(tmp_path, plan(), scale=0.34)
+    assert [worker.name for worker in deployment.workers] == ["prefill-0", "decode-0"]
+    assert "2 of the plan's 5 workers" in deployment.notes[0]
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1.5])
+def test_scale_is_a_share(tmp_path: Path, scale: float) -> None:
+    with pytest.raises(LocalFault, match="scale must be above 0 and at most 1"):
+        opened(tmp_path, plan(), scale=scale)
+
+
+def test_flags_win_over_the_plan(tmp_path: Path) -> None:
+    deployment = opened(
+        tmp_path, plan(), "decode.num_blocks=7", flags={"model": "demo-draft", "router.port": 0}
+    )
+    assert deployment.router.model == "demo-draft"
+    assert deployment.router.port == 0
+    assert {w.settings.engine.num_blocks for w in deployment.of_role("decode")} == {7}
+    assert {w.settings.engine.num_blocks for w in deployment.of_role("prefill")} == {500}
+
+
+def test_timed_engines_run_on_the_step_times_of_their_own_pool(tmp_path: Path) -> None:
+    deployment = opened(tmp_path, plan(), flags={"engine": "timed"})
+    for worker in deployment.workers:
+        engine = worker.settings.engine
+        assert engine.engine == "timed"
+        assert engine.coefficients is not None
+        is_reader = worker.settings.role == "prefill"
+        assert engine.coefficients.fixed_s == (0.002 if is_reader else 0.001)
+
+
+def test_timed_engines_need_step_times_of_every_pool(tmp_path: Path) -> None:
+    data = plan(pools=[pool("prefill", 1), pool("decode", 1, step_times=STEP_TIMES)])
+    with pytest.raises(LocalFault, match="needs step_times of every pool"):
+        opened(tmp_path, data, flags={"engine": "timed"})
+
+
+def test_colocated_workers_read_all_prompts_themselves(tmp_path: Path) -> None:
+    deployment = opened(tmp_path, plan(pools=[pool("colocated", 2)]))
+    assert [worker.name for worker in deployment.workers] == ["decode-0", "decode-1"]
+    assert deployment.workers[0].settings.max_local_prefill_tokens == READS_ITSELF
+
+
+def test_gpus_of_the_catalogue_are_asked_for_by_rank(tmp_path: Path) -> None:
+    data = plan(
+        pools=[
+            {**pool("prefill", 1), "gpu": "h100", "tp": 2, "pp": 2, "nodes": ["h100_sxm:0"]},
+            {**pool("decode", 2), "gpu": "h200_sxm", "nodes": ["h200_sxm:0", "h200_sxm:1"]},
+        ],
+        cells=2,
+    )
+    deployment = opened(tmp_path, data)
+    first, *_ = deployment.workers
+    assert (first.gpu, first.num_gpus, first.gpus_per_node) == ("h100_sxm", 4, 8)
+    assert first.settings.engine.device == "cuda"
+    assert (first.settings.engine.tp, first.settings.engine.pp) == (2, 2)
+    nodes = [worker.node for worker in deployment.of_role("decode")]
+    assert nodes == ["h200_sxm:0", "h200_sxm:1", "cell 1 h200_sxm:0", "cell 1 h200_sxm:1"]
+
+
+def test_gpu_plan_on_the_cpu_says_that_its_prediction_does_not_hold(tmp_path: Path) -> None:
+    data = plan(pools=[{**pool("prefill", 1), "gpu": "h100"}, {**pool("decode", 1), "gpu": "h100"}])
+    deployment = opened(tmp_path, data, flags={"device": "cpu"})
+    assert deployment.notes == ("the plan is for GPUs: its prediction does not hold on the CPU",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"version": 2}, "version 2 is not known here; this pdserve reads 1"),
+        ({"pools": []}, "pools: "),
+        ({"pools": [pool("prefill", 1)]}, "needs prefill and decode, or colocated"),
+        ({"pools": [{**pool("colocated", 1), "gpu": "h101"}]}, "did you mean "),
+        ({"pools": [{**pool("colocated", 1), "gpu": "my-chip"}]}, "--gpus-file"),
+        ({"modle": "demo"}, "did you mean model?"),
+    ],
+)
+def test_bad_plans_are_named(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    with pytest.raises(LocalFault) as caught:
+        opened(tmp_path, plan(**changes))
+    assert said in caught.value.message
+
+
+def test_own_gpu_types_come_from_their_file(tmp_path: Path) -> None:
+    chip = {
+        "name": "my-chip",
+        "memory_gib": 64,
+        "memory_gb_per_s": 2000,
+        "bf16_tflops": 500,
+        "tdp_w": 400,
+        "gpus_per_node": 4,
+        "intra_node_gb_per_s": 100,
+        "inter_node_gb_per_s": 25,
+    }
+    gpus = tmp_path / "gpus.yaml"
+    gpus.write_text(yaml.safe_dump({"gpus": [chip]}))
+    data = plan(pools=[{**pool("colocated", 1), "gpu": "my-chip"}])
+    deployment = opened(tmp_path, data, gpus_file=gpus)
+    assert (deployment.workers[0].gpu, deployment.workers[0].gpus_per_node) == ("my-chip", 4)
