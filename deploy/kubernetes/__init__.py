@@ -1,0 +1,1 @@
+"""Kubernetes manifests of a deployment: plain objects for kustomize, no template text."""

@@ -1,0 +1,81 @@
+"""Workers that are alike become one set of pods."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from deploy.deployment import PlacedWorker
+from pdserve.config.processes import WorkerSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """`replicas` workers with the same settings on the same kind of node."""
+
+    name: str
+    role: Literal["prefill", "decode"]
+    settings: WorkerSettings  # of its first worker
+    replicas: int
+    gpu: str
+    num_gpus: int
+    gpus_per_node: int
+    nodes: tuple[tuple[str, int], ...]  # the plan's nodes, and workers on each
+
+    @property
+    def is_multi_node(self) -> bool:
+        return self.num_gpus > self.gpus_per_node > 0
+
+    @property
+    def num_pods(self) -> int:
+        """Pods of one worker: one on each node that it spans."""
+        return -(-self.num_gpus // self.gpus_per_node) if self.is_multi_node else 1
+
+    @property
+    def gpus_per_pod(self) -> int:
+        return -(-self.num_gpus // self.num_pods)
+
+    @property
+    def max_on_a_node(self) -> int:
+        """Most of this pool's workers that the plan puts on one node; 0 where it does not say."""
+        return max((count for _, count in self.nodes), default=0)
+
+
+def pools_of(workers: Sequence[PlacedWorker]) -> tuple[Pool, ...]:
+    """Group by everything but name, place and cores; a role's only pool has the role's name."""
+    groups: dict[tuple[str, ...], list[PlacedWorker]] = {}
+    for worker in workers:
+        alike = worker.settings.model_copy(update={"worker_id": "any", "cpus": (), "port": 0})
+        alike = alike.model_copy(update={"metrics_port": 0})
+        key = (worker.settings.role, worker.gpu, str(worker.num_gpus), alike.model_dump_json())
+        groups.setdefault(key, []).append(worker)
+    roles = Counter(key[0] for key in groups)
+    taken: Counter[str] = Counter()
+    pools = []
+    for (role, *_), members in groups.items():
+        name = role if roles[role] == 1 else _long_name(members[0])
+        taken[name] += 1
+        pools.append(_pool(name if taken[name] == 1 else f"{name}-{taken[name]}", members))
+    return tuple(pools)
+
+
+def _long_name(worker: PlacedWorker) -> str:
+    engine = worker.settings.engine
+    cut = f"tp{engine.tp}" + (f"pp{engine.pp}" if engine.pp > 1 else "")
+    gpu = "".join(char if char.isalnum() else "-" for char in worker.gpu.lower())
+    return f"{worker.settings.role}-{gpu}-{cut}"
+
+
+def _pool(name: str, members: Sequence[PlacedWorker]) -> Pool:
+    first = members[0]
+    nodes = Counter(worker.node for worker in members if worker.node)
+    return Pool(
+        name=name,
+        role=first.settings.role,
+        settings=first.settings,
+        replicas=len(members),
+        gpu=first.gpu,
+        num_gpus=first.num_gpus,
+        gpus_per_node=first.gpus_per_node,
+        nodes=tuple(sorted(nodes.items())),
+    )

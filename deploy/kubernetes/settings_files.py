@@ -1,0 +1,76 @@
+"""The settings files that pods start with, and what each pod adds to its file."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from deploy.deployment import Deployment
+from deploy.kubernetes.pools import Pool
+from deploy.kubernetes.values import (
+    DEFAULT_PORTS,
+    INTERNAL_PORT,
+    RenderOptions,
+)
+from pdserve.config.processes import RouterSettings, WorkerSettings
+
+INSECURE_WARNING = (
+    "insecure: true lets the process listen where other pods reach it, without TLS and login.",
+    "What keeps others out are the NetworkPolicies: run it only where the network enforces them.",
+)
+POD_SETS_WORKER = ("worker_id=$(POD_NAME)", "host=$(POD_IP)")
+"""Peers dial a worker where it listens, so that must be its own address."""
+POD_SETS_ROUTER = ("router_id=$(POD_NAME)",)
+
+
+def router_settings(deployment: Deployment, *, num_routers: int) -> RouterSettings:
+    """Of each router. Clients spread over all, so each enforces its share of the limits."""
+    router = deployment.router
+    waiting = router.max_num_waiting
+    return router.model_copy(
+        update={
+            "host": "0.0.0.0",
+            "insecure": True,
+            "port": DEFAULT_PORTS["public"],
+            "internal_port": DEFAULT_PORTS["internal"],
+            "metrics_port": DEFAULT_PORTS["metrics"],
+            "max_num_requests": _share(router.max_num_requests, num_routers),
+            "max_num_waiting": _share(waiting, num_routers) if waiting else waiting,
+        }
+    )
+
+
+def worker_settings(pool: Pool, options: RenderOptions) -> WorkerSettings:
+    """Of each worker of `pool`; the pod sets name and address."""
+    return pool.settings.model_copy(
+        update={
+            "insecure": True,
+            "port": DEFAULT_PORTS["grpc"],
+            "kv_port": DEFAULT_PORTS["kv"],
+            "metrics_port": DEFAULT_PORTS["metrics"],
+            "routers": (f"{options.internal_service}:{INTERNAL_PORT}",),
+            "transports": ("tcp",),  # shared memory ends at a pod's own processes
+            "cpus": (),  # the kubelet gives cores
+        }
+    )
+
+
+def settings_file(
+    settings: RouterSettings | WorkerSettings,
+    *,
+    left_out: Sequence[str],
+    about: Sequence[str],
+) -> str:
+    """The YAML of every field, defaults too: another version's defaults change nothing."""
+    data = settings.model_dump(mode="json", exclude=set(left_out))
+    return _commented([*about, *INSECURE_WARNING], data)
+
+
+def _commented(lines: Sequence[str], data: Mapping[str, Any]) -> str:
+    head = "".join(f"# {line}\n" for line in lines)
+    return head + yaml.safe_dump(dict(data), sort_keys=False, width=100)
+
+
+def _share(limit: int, num_routers: int) -> int:
+    return max(1, math.ceil(limit / num_routers))

@@ -1,0 +1,88 @@
+"""Memory, CPU and disk that a pod asks for, from the model's and the KV's size."""
+
+import math
+from dataclasses import dataclass
+
+from deploy.kubernetes.accelerators import Accelerator
+from deploy.kubernetes.pools import Pool
+from deploy.kubernetes.values import Manifest
+from pdserve.engine.model_files import resolve_model_dir
+from placement.model_config import load_model
+from placement.model_spec import ModelSpec
+
+GIB = 2**30
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+WORKER_BASE_BYTES = 2 * GIB  # interpreter, torch, grpc, kernels compiled at the start
+TIMED_BASE_BYTES = GIB  # the same without torch
+WEIGHT_COPIES = 2.0  # read from the file and packed for the kernels, before the first is freed
+HOST_BYTES_PER_GPU = 4 * GIB  # driver, pinned buffers of copies to and from the GPU
+SHM_BYTES_PER_GPU = GIB  # collectives between ranks use /dev/shm
+LOAD_BYTES_PER_S = 100e6  # a slow network file system
+START_BASE_S = 300.0
+SCRATCH_BYTES = 2 * GIB  # kernels compiled at the start, under /tmp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodSize:
+    """What one worker pod is given; bytes and cores."""
+
+    memory_bytes: int
+    cpu: float
+    shm_bytes: int
+    scratch_bytes: int
+    start_s: float  # loading may take this long before the pod counts as stuck
+
+    def resources(self, gpus: int, accelerator: Accelerator | None) -> Manifest:
+        """Requests and limits alike, so that a worker is neither throttled nor evicted first."""
+        amounts: dict[str, str | int] = {
+            "cpu": _cores(self.cpu),
+            "memory": f"{math.ceil(self.memory_bytes / 2**20)}Mi",
+            "ephemeral-storage": f"{math.ceil(1.5 * self.scratch_bytes / 2**20)}Mi",
+        }
+        if accelerator is not None and gpus:
+            amounts[accelerator.resource] = gpus
+        return {"requests": dict(amounts), "limits": dict(amounts)}
+
+
+def size_of(pool: Pool, model: ModelSpec) -> PodSize:
+    """Of one pod of `pool` that serves `model`."""
+    engine = pool.settings.engine
+    value_bytes = DTYPE_BYTES[engine.dtype]
+    weight_bytes = model.num_params * value_bytes / pool.num_pods
+    # GPUs keep quantised weights and KV as the config says; the CPU engine knows `dtype` only.
+    kv_share = value_bytes / model.precision.kv_bytes if not pool.num_gpus else 1.0
+    token_bytes = model.kv_bytes_per_token() * kv_share
+    kv_bytes = engine.num_blocks * engine.block_size * token_bytes
+    if pool.num_gpus:
+        weight_bytes = min(weight_bytes, model.weight_bytes() / pool.num_pods)
+        shm = SHM_BYTES_PER_GPU * pool.gpus_per_pod if pool.num_gpus > 1 else 0
+        # KV is in GPU memory; the file's pages pass through the host's once.
+        memory = WORKER_BASE_BYTES + pool.gpus_per_pod * HOST_BYTES_PER_GPU + weight_bytes + shm
+        cpu = 2.0 + 4.0 * pool.gpus_per_pod
+    elif engine.engine == "timed":
+        weight_bytes, shm, cpu = 0.0, 0, 1.0
+        memory = TIMED_BASE_BYTES + kv_bytes
+    else:
+        shm, cpu = 0, 2.0  # one computes, one serves
+        memory = WORKER_BASE_BYTES + WEIGHT_COPIES * weight_bytes + kv_bytes
+    return PodSize(
+        memory_bytes=round(memory),
+        cpu=cpu,
+        shm_bytes=shm,
+        scratch_bytes=SCRATCH_BYTES,
+        start_s=START_BASE_S + weight_bytes / LOAD_BYTES_PER_S,
+    )
+
+
+def model_spec(engine_model: str, plan_model: str) -> ModelSpec:
+    """The model's sizes, from its directory where it is at hand, else from the catalogue.
+
+    Raises `LocalFault` where neither knows it.
+    """
+    if engine_model in ("demo", "demo-draft"):
+        return load_model(resolve_model_dir(engine_model))
+    return load_model(plan_model or engine_model)
+
+
+def _cores(cpu: float) -> str | int:
+    return int(cpu) if cpu == int(cpu) else f"{round(cpu * 1000)}m"
