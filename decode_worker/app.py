@@ -23,7 +23,9 @@ from pdserve.engine.model_files import resolve_model_dir
 from pdserve.engine.opening import open_engine
 from pdserve.engine.tokenizer import Tokenizer
 from pdserve.engine.watched import WatchedEngine
+from pdserve.observe.exposition import serve_metrics
 from pdserve.observe.logging import configure_logging
+from pdserve.observe.prometheus import DecodeMetrics
 from pdserve.rpc.channels import MAX_INTERNAL_MESSAGE_BYTES
 from pdserve.rpc.links import connect_prefill, decode_service
 from pdserve.rpc.process import OnReady
@@ -54,6 +56,11 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
         coefficients = await measure_coefficients(engine, settings.engine.coefficients)
         spec = engine.spec
         pool = BlockPool(settings.engine.num_blocks, reuse_prefixes=settings.engine.prefix_reuse)
+        metrics = DecodeMetrics(
+            settings.worker_id,
+            block_bytes=spec.layout.block_bytes,
+            transports=settings.transports,
+        )
         transports = _open_transports(settings)
         for transport in transports:
             stack.push_async_callback(transport.close)
@@ -70,7 +77,9 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             timers,
         )
         await stack.enter_async_context(links)
-        decode_loop = DecodeLoop(engine, max_step_tokens=settings.max_step_tokens, clock=clock)
+        decode_loop = DecodeLoop(
+            engine, max_step_tokens=settings.max_step_tokens, clock=clock, watch=metrics
+        )
         service = DecodeService(
             hello=PeerHello(
                 peer_id=settings.worker_id, epoch=epoch, protocol_version=PROTOCOL_VERSION
@@ -86,11 +95,18 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
                 queue_s=timers.queue_s,
                 clock=clock,
             ),
-            handoffs=Handoffs(links, engine.kv, vocab_size=spec.vocab_size, clock=clock),
+            handoffs=Handoffs(
+                links, engine.kv, vocab_size=spec.vocab_size, clock=clock, watch=metrics
+            ),
             decode_loop=decode_loop,
             max_local_prefill_tokens=settings.max_local_prefill_tokens,
             hello_s=timers.connect_s,
             clock=clock,
+            watch=metrics,
+        )
+        metrics.now = lambda: service.load(0)
+        metrics_address = await stack.enter_async_context(
+            serve_metrics(metrics, settings.host, settings.metrics_port)
         )
         server = await RpcServer.start(
             settings.host,
@@ -109,7 +125,11 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
         server.health.ready_while = lambda: registrations.is_registered
         await server.set_ready(True)
         log.info("worker.ready", role=settings.role, address=server.address, epoch=epoch)
-        on_ready(address=server.address, internal_address=server.address)
+        on_ready(
+            address=server.address,
+            internal_address=server.address,
+            metrics_address=metrics_address,
+        )
         await run_until(stop, decoding, registrations.refused)
         service.is_draining = True
         registrations.report_now()

@@ -8,6 +8,7 @@ from decode_worker.batching import plan_step, sequence_step
 from decode_worker.requests import Clock, DecodeRequest
 from pdserve.domain.errors import LocalFault
 from pdserve.engine.contract import Engine, StepBatch
+from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
 
 log = structlog.get_logger(__name__)
 
@@ -15,8 +16,16 @@ log = structlog.get_logger(__name__)
 class DecodeLoop:
     """Computes every joined request until it leaves. Requests join and leave between steps."""
 
-    def __init__(self, engine: Engine, *, max_step_tokens: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_step_tokens: int,
+        clock: Clock,
+        watch: DecodeWatch = NO_DECODE_WATCH,
+    ) -> None:
         self._engine = engine
+        self._watch = watch
         self._max_step_tokens = max_step_tokens
         self._clock = clock
         self._running: dict[DecodeRequest, None] = {}
@@ -66,12 +75,19 @@ class DecodeLoop:
             result = await self._engine.step(batch)
         except Exception as error:
             log.error("step.failed", num_requests=len(plan), exc_info=error)
+            self._watch.step_failed()
             self._fail([request for request, _ in plan])
             return
         finally:
             for table in tables:
                 table.leave_step()
         self.num_steps += 1
+        self._watch.step_done(
+            result.elapsed_s,
+            num_requests=len(plan),
+            num_prompt_tokens=sum(_num_prompt_tokens(request, count) for request, count in plan),
+            num_output_tokens=sum(sampled is not None for sampled in result.sampled),
+        )
         for (request, count), sampled in zip(plan, result.sampled, strict=True):
             # It ended during the step; cancelling its task cancels the future at once, the task
             # itself leaves a turn later.
@@ -89,3 +105,8 @@ class DecodeLoop:
             self.leave(request)
             if not request.finished.done():
                 request.finished.set_exception(LocalFault("the engine failed on this batch"))
+
+
+def _num_prompt_tokens(request: DecodeRequest, count: int) -> int:
+    """How many of the next `count` tokens to compute are of the prompt."""
+    return min(count, max(0, request.num_prompt_tokens - request.num_computed_tokens))

@@ -11,8 +11,9 @@ from kvtransfer.receiver import HandoffReceiver
 from kvtransfer.session import ProtocolViolation
 from pdserve.domain.errors import PeerFault, Reason, Refused, WorkerLost
 from pdserve.domain.ids import HandoffId
-from pdserve.domain.messages import PrefillTarget, StartHandoff
+from pdserve.domain.messages import BlocksOffered, BlocksPulled, PrefillTarget, StartHandoff
 from pdserve.engine.kv_memory import KvMemory
+from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
 
 log = structlog.get_logger(__name__)
 
@@ -21,13 +22,20 @@ class Handoffs:
     """Fetches KV for requests, and counts what was moved."""
 
     def __init__(
-        self, links: PrefillLinks, memory: KvMemory, *, vocab_size: int, clock: Clock
+        self,
+        links: PrefillLinks,
+        memory: KvMemory,
+        *,
+        vocab_size: int,
+        clock: Clock,
+        watch: DecodeWatch = NO_DECODE_WATCH,
     ) -> None:
         self._links = links
         self._memory = memory
         self._vocab_size = vocab_size
         self._block_size = memory.layout.block_size
         self._clock = clock
+        self._watch = watch
         self.num_bytes = 0
         self.num_corrupt_blocks = 0
 
@@ -44,7 +52,11 @@ class Handoffs:
             handoff = HandoffId(request.submit.request_id, request.submit.attempt, retry)
             try:
                 await self._fetch_from(request, target, handoff, expires_at_s)
+            except asyncio.CancelledError:
+                self._watch.handoff_ended(Reason.CANCELLED, is_retry=retry > 0)
+                raise
             except (PeerFault, Refused) as error:
+                self._watch.handoff_ended(error.reason, is_retry=retry > 0)
                 log.warning(
                     "handoff.failed",
                     request_id=handoff.request_id,
@@ -57,6 +69,7 @@ class Handoffs:
                 if worst is None or _severity(error) > _severity(worst):
                     worst = error
             else:
+                self._watch.handoff_ended("ok", is_retry=retry > 0)
                 return True
             if request.is_answered:
                 return True
@@ -107,6 +120,7 @@ class Handoffs:
                 link.stream.try_send(end)
             self.num_bytes += receiver.num_bytes
             self.num_corrupt_blocks += receiver.num_corrupt_blocks
+            self._watch.blocks_corrupt(receiver.num_corrupt_blocks)
             request.times.transferred_bytes += receiver.num_bytes
 
     async def _receive(
@@ -155,7 +169,7 @@ class Handoffs:
             if not request.times.first_read_s:
                 request.times.first_read_s = self._clock()
             num_landed = receiver.num_landed_blocks
-            pulled = await receiver.land(offer)
+            pulled = await self._land(link, receiver, offer)
             if receiver.num_landed_blocks > num_landed:
                 request.table.hold(pulled.first_block, pulled.num_blocks)
                 landed_tokens = (pulled.first_block + pulled.num_blocks) * self._block_size
@@ -166,6 +180,17 @@ class Handoffs:
             if not link.stream.try_send(pulled) and not receiver.is_complete:
                 raise WorkerLost(f"prefill worker {link.worker_id} takes no messages")
         request.times.landed_s = self._clock()
+
+    async def _land(
+        self, link: PeerLink, receiver: HandoffReceiver, offer: BlocksOffered
+    ) -> BlocksPulled:
+        num_bytes, started_s = receiver.num_bytes, self._clock()
+        try:
+            return await receiver.land(offer)
+        finally:
+            if (read_bytes := receiver.num_bytes - num_bytes) > 0:
+                elapsed_s = self._clock() - started_s
+                self._watch.blocks_read(link.transport.name, read_bytes, elapsed_s)
 
     async def _take_first_token(
         self,

@@ -125,7 +125,7 @@ class DecodeRequest:
         self._last_output = output
         self.finished.set_result(piece.finish)
 
-    def complete(self, decode_worker: str) -> None:
+    def complete(self, decode_worker: str) -> PhaseTimeline:
         """Send the last token and the end; called once, after the blocks are given back."""
         assert self._last_output is not None
         completed = Completed(
@@ -134,6 +134,7 @@ class DecodeRequest:
             timeline=self.times.timeline(decode_worker),
         )
         self._outbox.add(dataclasses.replace(self._last_output, end=completed))
+        return completed.timeline
 
     def fail(self, failure: Failed) -> None:
         """Send the end of a request that has no answer, or only part of one."""

@@ -19,6 +19,7 @@ from pdserve.domain.sampling import check_sampling
 from pdserve.domain.tokens import Failed
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.tokenizer import Tokenizer
+from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
 from pdserve.rpc.links import DecodeServerLink
 from pdserve.rpc.streams import iterate, receive_hello
 
@@ -45,7 +46,9 @@ class DecodeService:
         max_local_prefill_tokens: int,
         hello_s: float,
         clock: Clock,
+        watch: DecodeWatch = NO_DECODE_WATCH,
     ) -> None:
+        self._watch = watch
         self._hello = hello
         self._spec = spec
         self._tokenizer = tokenizer
@@ -119,6 +122,8 @@ class DecodeService:
             self._check(submit)
             await self._run(self._new_request(submit, outbox))
         except Exception as error:  # noqa: BLE001
+            if isinstance(error, Refused):
+                self._watch.refused(error.reason)
             outbox.add(
                 RequestOutput(
                     request_id=submit.request_id,
@@ -145,7 +150,7 @@ class DecodeService:
             )
             failure = _failure(request.submit.request_id, late if patience.expired() else error)
         if request.is_answered:  # whatever else went wrong came too late
-            request.complete(self._hello.peer_id)
+            self._watch.request_done(request.complete(self._hello.peer_id))
         else:
             assert failure is not None
             request.fail(failure)
@@ -181,7 +186,12 @@ class DecodeService:
         )
 
     async def _serve(self, request: DecodeRequest, expires_at_s: float) -> None:
-        await self._intake.admit(request)
+        try:
+            await self._intake.admit(request)
+        except Refused as refused:
+            self._watch.refused(refused.reason)
+            raise
+        self._watch.prefix_found(request.num_cached_tokens)
         try:
             if not self._reads_here(request):
                 is_read = await self._handoffs.fetch(request, expires_at_s)

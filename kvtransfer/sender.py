@@ -5,7 +5,7 @@ here waits: `now_s` is any monotonic clock of this process.
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from kvtransfer.digest import block_digest
@@ -170,8 +170,15 @@ class SenderTable(Generic[PeerT]):
     are unknown to it.
     """
 
-    def __init__(self, *, max_num_past: int = 4096) -> None:
+    def __init__(
+        self,
+        *,
+        max_num_past: int = 4096,
+        on_end: Callable[["HandoffSender"], None] = lambda sender: None,
+    ) -> None:
+        """`on_end` hears of each handoff that ended, refused ones left out."""
         self.num_late = 0  # messages for a handoff that is over
+        self._on_end = on_end
         self._max_num_past = max_num_past
         self._live: dict[tuple[PeerT, HandoffId], HandoffSender] = {}
         self._past: OrderedDict[tuple[PeerT, HandoffId], None] = OrderedDict()
@@ -210,6 +217,7 @@ class SenderTable(Generic[PeerT]):
             return
         self._remember(peer, handoff)
         sender.end(cause)
+        self._on_end(sender)
 
     def may_read(self, block_ids: Sequence[BlockId]) -> bool:
         """Whether every block is offered, and pinned, by some handoff."""

@@ -6,6 +6,7 @@ import time
 
 import structlog
 
+from kvtransfer.session import TERMINAL, Phase
 from kvtransfer.transports import open_transports
 from pdserve.config.processes import WorkerSettings
 from pdserve.domain.ids import PROTOCOL_VERSION, WorkerId
@@ -14,7 +15,9 @@ from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.calibration import measure_coefficients
 from pdserve.engine.opening import open_engine
 from pdserve.engine.watched import WatchedEngine
+from pdserve.observe.exposition import serve_metrics
 from pdserve.observe.logging import configure_logging
+from pdserve.observe.prometheus import PrefillMetrics
 from pdserve.rpc.channels import MAX_INTERNAL_MESSAGE_BYTES
 from pdserve.rpc.links import prefill_service
 from pdserve.rpc.process import OnReady
@@ -32,6 +35,8 @@ from prefill_worker.service import PrefillService
 
 log = structlog.get_logger(__name__)
 
+_ENDS = TERMINAL - {Phase.REFUSED}  # what is refused was never a handoff here
+
 
 async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event) -> None:
     """Serve until `stop`, then finish what was taken on, for `drain_s` at most."""
@@ -45,6 +50,11 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
         engine = WatchedEngine(open_engine(settings.engine), clock)
         stack.callback(engine.close)
         coefficients = await measure_coefficients(engine, settings.engine.coefficients)
+        metrics = PrefillMetrics(
+            settings.worker_id,
+            block_bytes=engine.spec.layout.block_bytes,
+            outcomes=[phase.name.lower() for phase in Phase if phase in _ENDS],
+        )
         pool = BlockPool(settings.engine.num_blocks, reuse_prefixes=settings.engine.prefix_reuse)
         loop = PrefillLoop(
             engine,
@@ -55,6 +65,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             max_num_waiting=settings.max_num_waiting,
             lease_s=timers.lease_s,
             clock=clock,
+            watch=metrics,
         )
         regions = []
         transports = open_transports(settings.transports, settings.host, settings.kv_port)
@@ -78,6 +89,12 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             queue_s=timers.queue_s,
             hello_s=timers.connect_s,
             clock=clock,
+            watch=metrics,
+        )
+        metrics.now = lambda: loop.load(0, is_draining=service.is_draining)
+        metrics.num_open_handoffs = lambda: len(loop.senders)
+        metrics_address = await stack.enter_async_context(
+            serve_metrics(metrics, settings.host, settings.metrics_port)
         )
         server = await RpcServer.start(
             settings.host,
@@ -104,7 +121,11 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
         server.health.ready_while = lambda: registrations.is_registered
         await server.set_ready(True)
         log.info("worker.ready", role=settings.role, address=server.address, epoch=epoch)
-        on_ready(address=server.address, internal_address=server.address)
+        on_ready(
+            address=server.address,
+            internal_address=server.address,
+            metrics_address=metrics_address,
+        )
         await run_until(stop, reading, registrations.refused)
         service.is_draining = True
         registrations.report_now()

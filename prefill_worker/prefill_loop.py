@@ -21,6 +21,7 @@ from pdserve.domain.tokens import Failed, SampledToken
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.contract import Engine, StepBatch
 from pdserve.engine.step_table import StepTable
+from pdserve.observe.watch import NO_PREFILL_WATCH, PrefillWatch
 from pdserve.rpc.links import PrefillServerLink
 from prefill_worker.batching import chunk_step, plan_chunks
 from prefill_worker.queue import PrefillQueue, PrefillRequest
@@ -48,9 +49,12 @@ class PrefillLoop:
         max_num_waiting: int,
         lease_s: float,
         clock: Clock,
+        watch: PrefillWatch = NO_PREFILL_WATCH,
     ) -> None:
         self.queue = PrefillQueue(max_num_waiting)
-        self.senders: SenderTable[PrefillServerLink] = SenderTable()
+        self.senders: SenderTable[PrefillServerLink] = SenderTable(
+            on_end=lambda sender: watch.handoff_ended(sender.phase.name.lower())
+        )
         self._engine = engine
         self._pool = pool
         self._coefficients = coefficients
@@ -58,6 +62,7 @@ class PrefillLoop:
         self._max_num_active = max_num_active
         self._lease_s = lease_s
         self._clock = clock
+        self._watch = watch
         self._active: list[PrefillRequest] = []
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
@@ -122,6 +127,11 @@ class PrefillLoop:
             peer.abort()
             self.end_peer(peer)
 
+    def refuse(self, peer: PrefillServerLink, handoff: HandoffId, failure: Failed) -> None:
+        """Turn down a handoff that nothing was offered of."""
+        self._watch.refused(failure.reason)
+        self.tell(peer, HandoffRefused(handoff=handoff, failure=failure))
+
     def end_peer(self, peer: PrefillServerLink) -> None:
         """The stream is gone: forget all it asked for."""
         for request in [request for request in self.queue if request.peer is peer]:
@@ -152,7 +162,7 @@ class PrefillLoop:
                 retry_after_s=self.drain_time_s(),
             )
             self.senders.refuse(request.peer, request.handoff)
-            self.tell(request.peer, HandoffRefused(handoff=request.handoff, failure=failure))
+            self.refuse(request.peer, request.handoff, failure)
         for peer, handoff in self.senders.expire(now_s):
             log.warning("lease.expired", request_id=handoff.request_id, attempt=handoff.attempt)
             self.fail(peer, handoff, Reason.TRANSFER_FAILED, "the lease on the blocks ran out")
@@ -182,6 +192,7 @@ class PrefillLoop:
             request.started_s = now_s
             request.num_cached_tokens = table.num_cached_blocks * block_size
             request.num_computed_tokens = request.num_cached_tokens
+            self._watch.prefix_found(request.num_cached_tokens)
             self._active.append(request)
             self._offer(request)
 
@@ -194,6 +205,7 @@ class PrefillLoop:
             result = await self._engine.step(batch)
         except Exception as error:
             log.error("step.failed", num_requests=len(plan), exc_info=error)
+            self._watch.step_failed()
             for request, _ in plan:
                 if not _is_over(request):
                     self.fail(
@@ -207,6 +219,12 @@ class PrefillLoop:
             for table in tables:
                 table.leave_step()
         self._num_steps += 1
+        self._watch.step_done(
+            result.elapsed_s,
+            num_requests=len(plan),
+            num_prompt_tokens=sum(count for _, count in plan),
+            num_output_tokens=sum(sampled is not None for sampled in result.sampled),
+        )
         for (request, count), sampled in zip(plan, result.sampled, strict=True):
             self._num_tokens += count
             self._settle(request, count, sampled)
@@ -230,6 +248,7 @@ class PrefillLoop:
             )
             # First, so that the client has it before the last blocks are even described.
             self.tell(request.peer, done)
+            self._watch.prompt_read(done.queue_s, done.prefill_s)
             self._active.remove(request)
         self._offer(request)
 

@@ -14,13 +14,13 @@ from pdserve.domain.messages import (
     DecodeToPrefill,
     EndHandoff,
     HandoffHello,
-    HandoffRefused,
     RenewLeases,
     StartHandoff,
 )
 from pdserve.domain.prefix import hash_full_blocks
 from pdserve.domain.sampling import check_sampling
 from pdserve.domain.tokens import Failed
+from pdserve.observe.watch import NO_PREFILL_WATCH, PrefillWatch
 from pdserve.rpc.links import PrefillServerLink
 from pdserve.rpc.streams import iterate, receive_hello
 from prefill_worker.prefill_loop import Clock, PrefillLoop
@@ -42,8 +42,10 @@ class PrefillService:
         queue_s: float,
         hello_s: float,
         clock: Clock,
+        watch: PrefillWatch = NO_PREFILL_WATCH,
     ) -> None:
         self._loop = loop
+        self._watch = watch
         self._hello = hello
         self._spec = spec
         self._num_blocks = num_blocks
@@ -83,6 +85,7 @@ class PrefillService:
             case BlocksPulled():
                 if (sender := senders.get(stream, message.handoff)) is None:
                     return
+                num_pinned = sender.num_pinned_blocks
                 try:
                     sender.pulled(message)
                 except ProtocolViolation as violation:
@@ -90,6 +93,8 @@ class PrefillService:
                     self._loop.fail(
                         stream, message.handoff, Reason.TRANSFER_FAILED, violation.message
                     )
+                else:
+                    self._watch.blocks_sent(num_pinned - sender.num_pinned_blocks)
             case RenewLeases():
                 now_s = self._clock()
                 for handoff in message.handoffs:
@@ -121,7 +126,7 @@ class PrefillService:
                 message=f"the prefill queue holds {len(self._loop.queue)} requests",
                 retry_after_s=self._loop.drain_time_s(),
             )
-        self._loop.tell(stream, HandoffRefused(handoff=start.handoff, failure=failure))
+        self._loop.refuse(stream, start.handoff, failure)
 
     def _refusal(self, start: StartHandoff) -> Failed | None:
         """Why this prompt cannot be read here, whatever the load: one bad request must not reach

@@ -246,7 +246,9 @@ class PrefillMetrics(WorkerMetrics, PrefillWatch):
         super().__init__(Process.PREFILL, name, block_bytes=block_bytes)
         self.num_open_handoffs: Callable[[], int] = lambda: 0
         self._queue, self._prefill = map(self._phase.labels, PREFILL_PHASES)
-        self._handoffs = _children(self._counter(m.HANDOFFS_SENT), outcomes)
+        self._handoffs = self._counter(m.HANDOFFS_SENT)
+        for outcome in outcomes:
+            self._handoffs.labels(outcome)
         self._sent_blocks = self._counter(m.SENT_BLOCKS)
         self._open_handoffs = self._gauge(m.OPEN_HANDOFFS)
 
@@ -258,7 +260,7 @@ class PrefillMetrics(WorkerMetrics, PrefillWatch):
         self._sent_blocks.inc(num_blocks)
 
     def handoff_ended(self, outcome: str) -> None:
-        self._handoffs[outcome].inc()
+        self._handoffs.labels(outcome).inc()
 
     def refresh(self) -> None:
         super().refresh()
