@@ -98,9 +98,9 @@ async def processes(log_dir: Path) -> AsyncIterator[Processes]:
                 await asyncio.sleep(0.05)
         yield Processes({Process(each.role): each for each in started})
     finally:
-        for each in started:
-            each.signal(signal.SIGTERM)
-        await asyncio.gather(*(each.wait() for each in started))
+        for process in started:
+            process.signal(signal.SIGTERM)
+        await asyncio.gather(*(process.wait() for process in started))
 
 
 def value(scrape: Scrape, family: str, suffix: str = "", **labels: str) -> float:
@@ -192,8 +192,8 @@ def check_numbers(at: Mapping[Process, Scrape], *, num_completed: int) -> None:
     assert value(router, "pdserve_slo_requests_total", slo_class="instant") == 1
     late = value(router, "pdserve_slo_requests_total", slo_class="instant", result="missed_ttft")
     assert late == 1
-    for role in ("prefill", "decode"):
-        assert value(router, "pdserve_workers", role=role, health="alive") == 1
+    for kind in ("prefill", "decode"):
+        assert value(router, "pdserve_workers", role=kind, health="alive") == 1
     assert value(router, "pdserve_requests_in_flight") == 0
     assert value(router, "pdserve_requests_waiting") == 0
 
