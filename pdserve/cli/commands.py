@@ -206,10 +206,47 @@ def bench(
     _run(lambda: run_bench(address, plan, json_file))
 
 
+def smoke(
+    address: Address = DEFAULT_ADDRESS,
+    internal_address: Annotated[
+        str | None,
+        typer.Option(
+            "--internal-address",
+            "-i",
+            envvar="PDSERVE_INTERNAL_ADDRESS",
+            help="The router's internal host:port; given, the workers' KV books are checked too.",
+        ),
+    ] = None,
+    model: ModelName = "",
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="A check fails after this many seconds.")
+    ] = 60.0,
+    as_json: AsJson = False,
+) -> None:
+    """Check from outside that a cluster serves as it should; exits 0 if it does, 1 if not.
+
+    Asks for short and long answers, alone and side by side, twice with one seed, for what cannot
+    be, and goes away in the middle of one.
+
+    \b
+    Examples:
+      pdserve smoke
+      pdserve smoke --address 10.0.0.7:7450 --internal-address 10.0.0.7:7451
+    """
+    from pdserve.cli.smoking import run_smoke
+
+    _run(
+        lambda: run_smoke(
+            address, internal_address, model=model, timeout_s=timeout, as_json=as_json
+        )
+    )
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "status": status,
     "models": models,
+    "smoke": smoke,
     "bench": bench,
 }
 

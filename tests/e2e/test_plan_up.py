@@ -1,0 +1,111 @@
+"""`pdserve up plan.yaml`, `smoke` and `down`, with real processes."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from tests.support.plans import plan
+from tests.support.up_runs import Up, error_line, pdserve
+
+PORTS = ("--port", "0", "--internal-port", "0")
+
+
+@pytest.fixture
+def own_runs(tmp_path: Path) -> dict[str, str]:
+    """Run files of its own: `down` then sees only this test's clusters."""
+    return {"XDG_RUNTIME_DIR": str(tmp_path)}
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan()))
+    return path
+
+
+@pytest.fixture
+def planned(plan_file: Path, own_runs: dict[str, str]) -> Iterator[Up]:
+    run = Up(str(plan_file), "--engine", "timed", "--scale", "0.4", *PORTS, env=own_runs)
+    try:
+        yield run
+    finally:
+        run.kill_all()
+
+
+def status_of(cluster: Up) -> dict[str, Any]:
+    status = json.loads(pdserve("status", "--json", cluster=cluster).stdout)
+    assert isinstance(status, dict)
+    return status
+
+
+def test_a_plan_is_started_with_its_limits_smoked_and_taken_down(
+    planned: Up, own_runs: dict[str, str]
+) -> None:
+    names = [each["name"] for each in planned.said["processes"]]
+    assert names == ["router", "prefill-0", "decode-0"]  # 0.4 of 2 and of 3
+    hellos = [worker["hello"] for worker in status_of(planned)["workers"]]
+    assert {hello["max_step_tokens"] for hello in hellos} == {256}
+    assert {hello["max_num_requests"] for hello in hellos} == {12}
+    assert {hello["block_size"] for hello in hellos} == {8}
+    cores = [set(psutil.Process(planned.pid_of(name)).cpu_affinity()) for name in names[1:]]
+    if psutil.cpu_count() and len(psutil.Process().cpu_affinity()) >= 2:
+        assert not cores[0] & cores[1], "reading and decoding share a core"
+
+    internal = planned.said["internal_address"]
+    done = pdserve("smoke", "--json", "--internal-address", internal, cluster=planned)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0, report
+    seen = {check["check"]: check["seen"] for check in report["checks"]}
+    assert "read by prefill-0, its KV handed over" in seen["a long prompt"]
+    assert seen["workers' books"].startswith("1 prefill and 1 decode workers alive")
+
+    done = pdserve("down", "--json", env=own_runs)
+    assert done.returncode == 0, done.stderr
+    assert [run["address"] for run in json.loads(done.stdout)] == [planned.said["address"]]
+    code, errors = planned.wait()
+    assert (code, planned.left()) == (0, []), errors
+    assert "note: scaled to 0.4: 2 of the plan's 5 workers" in errors
+    done = pdserve("down", env=own_runs)
+    assert done.returncode == 1
+    assert "no cluster of this user is up" in error_line(done)
+
+
+def test_smoke_fails_on_a_cluster_that_cannot_hand_kv_over(
+    plan_file: Path, own_runs: dict[str, str]
+) -> None:
+    drill = ("--set", "decode.corrupt_kv_blocks=all")
+    run = Up(str(plan_file), "--engine", "timed", "--scale", "0.1", *drill, *PORTS, env=own_runs)
+    try:
+        done = pdserve("smoke", "--json", cluster=run)
+        report = json.loads(done.stdout)
+        assert done.returncode == 1
+        assert not report["ok"]
+        failed = [check["check"] for check in report["checks"] if not check["is_ok"]]
+        assert "a long prompt" in failed
+        assert "a request that cannot be" not in failed
+    finally:
+        run.kill_all()
+
+
+def test_a_plan_for_gpus_that_are_not_here_says_what_to_do(tmp_path: Path) -> None:
+    pools = [
+        {"role": "prefill", "gpu": "h100_sxm", "tp": 4, "replicas": 30},
+        {"role": "decode", "gpu": "h100_sxm", "tp": 4, "replicas": 30},
+    ]
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan(pools=pools)))
+    done = pdserve("up", str(path), *PORTS)
+    assert done.returncode == 2
+    assert "the plan needs 240 GPUs (h100_sxm); this machine has" in error_line(done)
+    assert "--device cpu" in error_line(done)
+
+
+def test_smoke_without_a_cluster_says_so() -> None:
+    done = pdserve("smoke", "--address", "127.0.0.1:1")
+    assert done.returncode == 1
+    assert "is the cluster up?" in error_line(done)
