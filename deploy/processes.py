@@ -38,15 +38,24 @@ class Ready:
 class LocalProcess:
     """Owns one child process. Its stderr is the log file; its stdout says when it is ready.
 
-    The child drains when its parent dies, however the parent dies.
+    When its parent dies, however it dies, the child drains, or ends at once if it `dies_at_once`.
     """
 
-    def __init__(self, name: str, role: ProcessRole, settings: Settings, log_path: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        role: ProcessRole,
+        settings: Settings,
+        log_path: Path,
+        *,
+        dies_at_once: bool = False,
+    ) -> None:
         self.name = name
         self.role = role
         self.settings = settings
         self.log_path = log_path
         self.ready: Ready | None = None
+        self._on_parent_death = "--die-with-parent" if dies_at_once else "--exit-with-parent"
         self._child: asyncio.subprocess.Process | None = None
 
     @property
@@ -68,7 +77,7 @@ class LocalProcess:
         with _open_log(self.log_path) as log:
             self._child = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", MODULES[self.role]),
-                *("--settings", "-", "--exit-with-parent"),
+                *("--settings", "-", self._on_parent_death),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,

@@ -43,9 +43,16 @@ def run_process(kind: type[S], serve: ServeProcess[S], doc: str) -> None:
     parser.add_argument(
         "--exit-with-parent", action="store_true", help="drain when the starting process dies"
     )
+    parser.add_argument(
+        "--die-with-parent",
+        action="store_true",
+        help="end at once when the starting process dies: another may take this one's place",
+    )
     arguments = parser.parse_args()
     if arguments.exit_with_parent:
-        _exit_with_parent()
+        _on_parent_death(signal.SIGTERM)
+    if arguments.die_with_parent:
+        _on_parent_death(signal.SIGKILL)
     is_ready = False
 
     def on_ready(**addresses: str) -> None:
@@ -107,10 +114,10 @@ def _print_line(**fields: Any) -> None:
     sys.stdout.flush()
 
 
-def _exit_with_parent() -> None:
-    """Linux: have the kernel send SIGTERM when the parent dies, however it dies."""
+def _on_parent_death(number: signal.Signals) -> None:
+    """Linux: have the kernel send a signal when the parent dies, however it dies."""
     parent = os.getppid()
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         sys.exit(EXIT_BAD_START)  # it died before we asked
