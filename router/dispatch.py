@@ -59,8 +59,9 @@ Encode = Callable[[str], Awaitable[tuple[int, ...]]]
 class DispatchLimits:
     """`max_num_waiting` and `max_wait_s` turn away new requests only; None or 0: no such limit.
 
-    They are those of a plan, by the rule that its simulation has: the pair is chosen, then the
-    request is refused if so many have no first token yet, or if it would wait longer at its reader.
+    They are those of a plan, by the rule of its simulation: the pair is chosen, then the request is
+    refused if so many have no first token yet, or if it would wait longer at its reader. The step
+    that a reader is in counts towards the wait here, since the router hears of it at its end.
     """
 
     max_num_waiting: int | None = None

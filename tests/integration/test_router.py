@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc.aio import EOF  # type: ignore[attr-defined]
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from pdserve.client.admin import AdminClient
 from pdserve.config.processes import RouterSettings
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import Reason, WorkerLost
@@ -686,6 +687,56 @@ async def test_too_many_in_flight_are_refused_with_a_time_to_come_back() -> None
         assert ended.retry_after_s > 0
         await worker.say(submit, 0, 8, end=DONE)
         await read_all(call)
+
+
+async def test_more_than_may_wait_are_refused_until_a_first_token_comes() -> None:
+    async with run_cluster(max_num_waiting=1) as cluster:
+        worker = await cluster.worker()
+        call = cluster.generate()
+        submit = await soon(worker.submits.get())
+        ended = await failure(cluster.generate())
+        assert (ended.code, ended.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+        assert "the limit is 1" in ended.message
+        assert ended.retry_after_s > 0
+        await worker.say(submit, 0, 1)
+        await read(call, 1)
+        other = cluster.generate()
+        await worker.say(await soon(worker.submits.get()), 0, 8, end=DONE)
+        await read_all(other)
+        await worker.say(submit, 1, 7, end=DONE)
+        assert await read(call, 7) == list(range(1, 8))
+
+
+async def test_predicted_wait_beyond_the_limit_is_refused() -> None:
+    async with run_cluster(max_wait_s=0.001) as cluster:  # one prompt ahead takes longer
+        worker = await cluster.worker()
+        call = cluster.generate()
+        submit = await soon(worker.submits.get())
+        ended = await failure(cluster.generate())
+        assert (ended.code, ended.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+        assert ended.retry_after_s > 0
+        await worker.say(submit, 0, 8, end=DONE)
+        await read_all(call)
+
+
+async def test_attainment_is_counted_by_the_class_that_a_request_names() -> None:
+    classes = [
+        {"name": "patient", "ttft_s": 60.0, "tpot_s": 60.0},
+        {"name": "instant", "ttft_s": 1e-9, "tpot_s": 60.0, "attainment": 0.5},
+    ]
+    async with run_cluster(slo=classes) as cluster:
+        worker = await cluster.worker()
+        for name in ("", "patient", "instant"):
+            call = cluster.generate(slo_class=name)
+            await worker.say(await soon(worker.submits.get()), 0, 8, end=DONE)
+            await read_all(call)
+        ended = await failure(cluster.generate(slo_class=f"{SECRET} class"))
+        assert (ended.reason, ended.violations) == ("INVALID_FIELD", ["slo_class"])
+        assert "patient, instant" in ended.message
+        async with AdminClient(cluster.router.internal.address) as admin:
+            patient, instant = (await admin.cluster_state()).slo
+        assert (patient.num_met, patient.num_judged, patient.attainment) == (2, 2, 1.0)
+        assert (instant.num_missed_ttft, instant.num_judged, instant.target) == (1, 1, 0.5)
 
 
 async def test_messages_that_are_not_requests_are_turned_away_and_the_router_goes_on() -> None:

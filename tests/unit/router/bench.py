@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from random import Random
+from types import MappingProxyType
 from typing import Any
 
 from pdserve.config.timers import Timers
@@ -36,8 +37,8 @@ async def settle() -> None:
 class PlayedWorker:
     """A decode worker; `open` has what it was asked for and neither ended nor was cancelled."""
 
-    def __init__(self, name: str) -> None:
-        self.hello = make_hello(name)
+    def __init__(self, name: str, hello_changes: Mapping[str, Any]) -> None:
+        self.hello = make_hello(name, **hello_changes)
         self.open: dict[tuple[str, int], Submit] = {}
         self.submits: list[Submit] = []
         self.cancels: list[Cancel] = []
@@ -109,13 +110,15 @@ class HeardEnds(RouterWatch):
 class Bench:
     """The dispatcher and what it works on."""
 
-    def __init__(self, names: tuple[str, ...], limits: DispatchLimits) -> None:
+    def __init__(
+        self, names: tuple[str, ...], limits: DispatchLimits, hello_changes: Mapping[str, Any]
+    ) -> None:
         self.ledger = Ledger()
         self.in_flight = InFlight(max_num_requests=100)
         self.membership = Membership(timers=TIMERS, ledger=self.ledger)
         self.slo = SloBook((SloClass(name="fast", ttft_s=1.0, tpot_s=0.1),))
         self.watch = HeardEnds()
-        self.workers = {name: PlayedWorker(name) for name in names}
+        self.workers = {name: PlayedWorker(name, hello_changes) for name in names}
         self.links: dict[Any, DecodeLink] = {}
         self.received: dict[str, list[int]] = {}
         self.is_client_reading = asyncio.Event()
@@ -173,9 +176,13 @@ class Bench:
 
 
 @contextlib.asynccontextmanager
-async def open_bench(*names: str, limits: DispatchLimits | None = None) -> AsyncIterator[Bench]:
+async def open_bench(
+    *names: str,
+    limits: DispatchLimits | None = None,
+    hello_changes: Mapping[str, Any] = MappingProxyType({}),
+) -> AsyncIterator[Bench]:
     """Workers registered and linked; all tasks end with the block."""
-    bench = Bench(names, limits or DispatchLimits())
+    bench = Bench(names, limits or DispatchLimits(), hello_changes)
     tasks = []
     for worker in bench.workers.values():
         member = bench.membership.admit(worker.hello, 0.0)
