@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from pdserve.client.workload import TraceRequest, fit_to_context
 from pdserve.config.base import Settings
 from pdserve.domain.errors import LocalFault
 from placement.simulation.trace import Trace
@@ -65,6 +66,19 @@ class Workload:
             prefix_starts=self.prefix_starts,
             prefix_ids=self.prefix_ids,
             prefix_block_tokens=self.prefix_block_tokens,
+        )
+
+    def fitted(self, max_context_tokens: int) -> "Workload":
+        """Lengths shrunk for a model with a short context, as `pdserve bench` does it."""
+        requests = [
+            TraceRequest(0.0, int(prompt), int(output))
+            for prompt, output in zip(self.prompt_tokens, self.output_tokens, strict=True)
+        ]
+        fitted = fit_to_context(requests, max_context_tokens)
+        return replace(
+            self,
+            prompt_tokens=np.array([request.prompt_tokens for request in fitted], np.int64),
+            output_tokens=np.array([request.output_tokens for request in fitted], np.int64),
         )
 
     def gaps(self) -> Floats:

@@ -35,7 +35,8 @@ cluster:
   network_gb_per_s: null   # one GPU to other nodes, one way, 1e9 bytes/s
 
 workload:
-  # trace: trace.csv   # ours, Azure's or Mooncake's; replaces the lengths below
+  # trace: trace.csv   # ours, Azure's or Mooncake's, azure-code, azure-conv: in place of lengths
+  # max_context_tokens: 1024   # shrink a trace's lengths to this, as pdserve bench does
   prompt_tokens: {distribution: lognormal, mean: 4000, cv: 1.0, max: 32000}
   output_tokens: {distribution: lognormal, mean: 500, cv: 0.5, max: 4000}
   # prefix: {share: 0.5, tokens: 1024, groups: 4}    # prompts that begin alike
@@ -93,6 +94,9 @@ class ClusterInputs(Settings):
 
 class WorkloadInputs(Settings):
     trace: str | None = None
+    max_context_tokens: int | None = Field(
+        None, ge=2, description="prompt and output of a trace are shrunk to fit this together"
+    )
     prompt_tokens: Lengths | None = None
     output_tokens: Lengths | None = None
     prefix: SharedPrefix | None = None
@@ -110,6 +114,8 @@ class WorkloadInputs(Settings):
             raise ValueError(
                 "trace has its own lengths: give no prompt_tokens, output_tokens, prefix"
             )
+        if self.trace is None and self.max_context_tokens is not None:
+            raise ValueError("max_context_tokens needs a trace; distributions have their own max")
         if self.trace is None and self.arrivals == "recorded":
             raise ValueError("arrivals: recorded needs a trace")
         if self.diurnal and (min(self.diurnal) < 0 or max(self.diurnal) == 0):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pdserve.client.workload import PACKAGED_TRACES, packaged_trace
 from pdserve.domain.errors import LocalFault
 from placement.demand import DEFAULT_PREFIX_BLOCK, Floats, Ints, Workload
 
@@ -44,9 +45,12 @@ class _Columns:
 
 
 def read_workload(path: Path) -> Workload:
-    """Read a trace in any of the forms; raises `LocalFault` naming file and line."""
+    """Read a trace in any of the forms, or a packaged one by its name.
+
+    Raises `LocalFault` naming file and line.
+    """
     source = str(path)
-    text = _read_text(path)
+    text = packaged_trace(source) if source in PACKAGED_TRACES else _read_text(path)
     if not text.strip():
         raise LocalFault(f"{source}:1: the file is empty")
     is_json = text.lstrip().startswith("{")
@@ -278,7 +282,8 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise LocalFault(f"{path}: no such workload file") from None
+        known = ", ".join(PACKAGED_TRACES)
+        raise LocalFault(f"{path}: no such workload file; packaged traces: {known}") from None
     except UnicodeDecodeError as error:
         raise LocalFault(f"{path}: not UTF-8 at byte {error.start}") from None
     except OSError as error:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,8 +53,7 @@ async def run_bench(address: str, plan: Plan, json_file: Path | None) -> int:
     """Run, print the report and write `json_file`; 1 where no request was answered."""
     if json_file is not None:
         _write_json(json_file, {})  # a path that cannot be written is told before the run
-    requests = planned_requests(plan)  # a bad trace is told before the cluster is asked anything
-    report, model = await measure(address, plan, requests)
+    report, model = await measure(address, plan)
     console = plain_console()
     for table in render_report(report):
         console.print(table)
@@ -63,14 +62,13 @@ async def run_bench(address: str, plan: Plan, json_file: Path | None) -> int:
     return 0 if report.num_ok else EXIT_FAILED
 
 
-async def measure(
-    address: str, plan: Plan, requests: tuple[TraceRequest, ...] | None = None
-) -> tuple[LoadReport, Model]:
+async def measure(address: str, plan: Plan) -> tuple[LoadReport, Model]:
     """Send the planned requests, fitted to the served model, with a progress bar on stderr."""
-    requests = planned_requests(plan) if requests is None else requests
+    requests = lengths(plan)  # a bad trace is told before the cluster is asked anything
     async with InferenceClient(address) as client:
         model = await only_model(client, plan.model)
-    fitted = fit_to_context(requests, model.max_context_tokens)
+    # Fitted whole: the lengths do not depend on how much of a trace is sent.
+    fitted = with_arrivals(plan, fit_to_context(requests, model.max_context_tokens))
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -120,16 +118,19 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
         raise LocalFault(f"{path}: {error.strerror}") from None
 
 
-def planned_requests(plan: Plan) -> tuple[TraceRequest, ...]:
-    """What the plan sends and when, before lengths are fitted to a model."""
+def lengths(plan: Plan) -> tuple[TraceRequest, ...]:
+    """The whole trace, or as many requests of one length as are planned."""
     if plan.trace is not None:
-        requests = read_trace(plan.trace)[: plan.num_requests]
-        if plan.rate is None:
-            return scale_time(requests, plan.time_scale)
-    else:
-        one = TraceRequest(0.0, plan.prompt_tokens, plan.output_tokens)
-        requests = (one,) * plan.num_requests
-    return with_poisson_arrivals(requests, rate=plan.rate or DEFAULT_RATE, seed=plan.seed)
+        return read_trace(plan.trace)
+    return (TraceRequest(0.0, plan.prompt_tokens, plan.output_tokens),) * plan.num_requests
+
+
+def with_arrivals(plan: Plan, requests: Sequence[TraceRequest]) -> tuple[TraceRequest, ...]:
+    """The first of `requests`, as many as are planned, at the times that the plan says."""
+    chosen = requests[: plan.num_requests]
+    if plan.trace is not None and plan.rate is None:
+        return scale_time(chosen, plan.time_scale)
+    return with_poisson_arrivals(chosen, rate=plan.rate or DEFAULT_RATE, seed=plan.seed)
 
 
 def _latency_table(report: LoadReport) -> Table:

@@ -151,7 +151,9 @@ def bench(
     ] = None,
     trace: Annotated[
         str | None,
-        typer.Option(help="azure-code, or a CSV or JSONL file: lengths, and times without --rate."),
+        typer.Option(
+            help="azure-code, azure-conv, or a file: lengths, and times unless --rate is given."
+        ),
     ] = None,
     time_scale: Annotated[
         float, typer.Option(min=0.0, help="Multiply the trace's times: 0.5 is twice as fast.")

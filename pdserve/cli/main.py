@@ -25,7 +25,9 @@ Examples:
   pdserve generate "def read_lines(path):"   one answer, as it comes, and where its time went
   pdserve status                             workers, load and KV blocks
   pdserve models                             what is served
+  pdserve smoke                              does the cluster serve as it should?
   pdserve bench --trace azure-code           latency and goodput under a real request trace
+  pdserve up plan.yaml                       start what the planner wrote; pdserve down stops it
   pdserve plan --example                     what to ask the planner; then pdserve plan inputs.yaml
 
 Exit codes: 0 all went well; 1 the request or the cluster failed; 2 a setting or an option is wrong.

@@ -1,6 +1,7 @@
 """What to ask for and when: request traces, Poisson arrivals, prompts of a wanted length."""
 
 import csv
+import gzip
 import importlib.resources
 import json
 import math
@@ -15,7 +16,7 @@ from pdserve.domain.errors import LocalFault
 
 T = TypeVar("T")
 
-PACKAGED_TRACES = ("azure-code",)
+PACKAGED_TRACES = {"azure-code": "azure-code.csv", "azure-conv": "azure-conv.csv.gz"}
 PLAIN_FIELDS = ("arrival_s", "prompt_tokens", "output_tokens")
 AZURE_FIELDS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 FIRST_TEXT_TOKEN_ID = 16
@@ -39,11 +40,17 @@ def read_trace(name_or_path: str) -> tuple[TraceRequest, ...]:
     `LocalFault` naming file and line.
     """
     if name_or_path in PACKAGED_TRACES:
-        resource = importlib.resources.files("pdserve") / "data/traces" / f"{name_or_path}.csv"
-        return _from_start(_parse_csv(resource.read_text(encoding="utf-8"), name_or_path))
+        return _from_start(_parse_csv(packaged_trace(name_or_path), name_or_path))
     text = _read_text(Path(name_or_path))
     parse = _parse_jsonl if text.lstrip().startswith("{") else _parse_csv
     return _from_start(parse(text, name_or_path))
+
+
+def packaged_trace(name: str) -> str:
+    """The CSV of one of `PACKAGED_TRACES`."""
+    file_name = PACKAGED_TRACES[name]
+    content = (importlib.resources.files("pdserve") / "data/traces" / file_name).read_bytes()
+    return (gzip.decompress(content) if file_name.endswith(".gz") else content).decode()
 
 
 def fit_to_context(

@@ -52,6 +52,8 @@ class Traffic:
             self._recorded = read_workload(Path(inputs.trace))
             if len(self._recorded) == 0:
                 raise LocalFault(f"{inputs.trace}: holds no requests")
+            if inputs.max_context_tokens is not None:
+                self._recorded = self._recorded.fitted(inputs.max_context_tokens)
 
     def changed(
         self,

@@ -3,10 +3,22 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.cli.benching import Plan, planned_requests, render_report, report_as_json, run_bench
+from pdserve.cli.benching import (
+    Plan,
+    lengths,
+    render_report,
+    report_as_json,
+    run_bench,
+    with_arrivals,
+)
 from pdserve.client.statistics import RequestRecord, Slo, summarise
 from pdserve.client.values import Model
+from pdserve.client.workload import TraceRequest, read_trace
 from pdserve.domain.errors import LocalFault
+
+
+def planned_requests(plan: Plan) -> tuple[TraceRequest, ...]:
+    return with_arrivals(plan, lengths(plan))
 
 
 def test_trace_gives_lengths_and_times() -> None:
@@ -20,6 +32,13 @@ def test_rate_replaces_the_times_of_a_trace() -> None:
     requests = planned_requests(Plan(trace="azure-code", num_requests=50, rate=10.0))
     assert requests[0].prompt_tokens == 4808
     assert 2.0 < requests[-1].arrival_s < 10.0
+
+
+def test_the_conversation_trace_is_whole() -> None:
+    requests = read_trace("azure-conv")
+    assert len(requests) == 19_366
+    assert (requests[0].prompt_tokens, requests[0].output_tokens) == (374, 44)
+    assert requests[-1].arrival_s == pytest.approx(3501.7, abs=0.1)
 
 
 def test_without_a_trace_all_requests_have_the_same_length() -> None:

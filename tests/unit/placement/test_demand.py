@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pdserve.client.workload import fit_to_context, read_trace
 from pdserve.config.base import parse_settings
 from pdserve.domain.errors import LocalFault
 from placement.demand import ArrivalProcess, Lengths, SharedPrefix, Workload, WorkloadSpec
@@ -184,3 +185,11 @@ def test_a_shared_prefix_leaves_lengths_alone_and_is_shared() -> None:
 def test_bad_lengths_are_explained(change: dict[str, object], message: str) -> None:
     with pytest.raises(LocalFault, match=message):
         parse_settings(Lengths, {"mean": 10, **change}, source="spec")
+
+
+def test_lengths_of_a_trace_are_fitted_as_the_bench_does() -> None:
+    fitted = read_workload(Path("azure-conv")).fitted(1024)
+    sent = fit_to_context(read_trace("azure-conv"), 1024)
+    assert fitted.prompt_tokens.tolist() == [request.prompt_tokens for request in sent]
+    assert fitted.output_tokens.tolist() == [request.output_tokens for request in sent]
+    assert int((fitted.prompt_tokens + fitted.output_tokens).max()) <= 1024
