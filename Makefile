@@ -41,6 +41,7 @@ proto: setup
 
 diagrams: setup
 	$(BIN)/python scripts/generate_diagrams.py
+	$(BIN)/python scripts/generate_metrics_table.py
 
 # Pictures of the planner's report for the docs; says so and does nothing without Chromium.
 screenshots: setup

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import signal
 import urllib.request
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -22,6 +23,7 @@ from pdserve.domain.errors import BadRequest, Reason, Refused
 from pdserve.observe.metrics import Kind, Process, metrics_of
 from tests.support.clusters import ANY_COEFFICIENTS
 
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "metrics.md"
 BLOCK_SIZE = 16
 PROMPT_TOKENS = 40  # two blocks and a half
 NUM_OUTPUT = 6
@@ -125,7 +127,13 @@ def shape(scrape: Scrape) -> set[tuple[str, str, tuple[str, ...]]]:
 
 
 def documented(process: Process) -> set[tuple[str, str, tuple[str, ...]]]:
-    return {(spec.name, str(spec.kind), tuple(sorted(spec.labels))) for spec in metrics_of(process)}
+    """The rows of docs/metrics.md for this kind of process."""
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|([^|]*)\|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
+    return {
+        (name, kind, tuple(sorted(re.findall(r"\w+", labels))))
+        for name, kind, labels, processes in rows
+        if {"all", process} & set(re.findall(r"\w+", processes))
+    }
 
 
 async def ask(client: InferenceClient, prompt: Iterable[int], **more: Any) -> None:

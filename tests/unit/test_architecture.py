@@ -68,7 +68,9 @@ def test_every_room_is_on_the_map() -> None:
     ) | {"`pdserve`"}
 
 
-@pytest.mark.parametrize("script", ["generate_stubs.py", "generate_diagrams.py"])
+@pytest.mark.parametrize(
+    "script", ["generate_stubs.py", "generate_diagrams.py", "generate_metrics_table.py"]
+)
 def test_generated_files_match_their_sources(script: str) -> None:
     subprocess.run(
         [sys.executable, str(ROOT / "scripts" / script), "--check"],
