@@ -75,12 +75,12 @@ def step_s(grid, chunk, pairs, decodes, context_sum):  # type: ignore[no-untyped
 
 
 @numba.njit(cache=True)
-def serve(grid, rule, limits, prompts, outputs, concurrency):  # type: ignore[no-untyped-def]
+def serve(grid, rule, limits, prompts, cached, outputs, concurrency):  # type: ignore[no-untyped-def]
     """TTFT and TPOT (seconds) of each request of one colocated instance.
 
     limits: step token budget, KV capacity in tokens, most requests in a batch, most prompts
-    started in one step. One frontend process handles, first come first served, new requests and
-    every token sent.
+    started in one step. `cached` of each prompt's tokens are found in the prefix cache. One
+    frontend process handles, first come first served, new requests and every token sent.
     """
     budget, capacity, max_batch, max_prompts = limits
     count = len(prompts)
@@ -88,7 +88,7 @@ def serve(grid, rule, limits, prompts, outputs, concurrency):  # type: ignore[no
     ready = np.full(count, 1e30)  # when the engine may first see it
     first = np.full(count, -1.0)
     ended = np.zeros(count)
-    done = np.zeros(count, np.int64)  # prompt tokens computed
+    done = np.zeros(count, np.int64)  # prompt tokens computed or found
     made = np.zeros(count, np.int64)  # tokens sent
     need = prompts.copy()  # prompt tokens to compute, grows when preempted
     waiting = np.zeros(count * 4 + 16, np.int64)
@@ -134,7 +134,8 @@ def serve(grid, rule, limits, prompts, outputs, concurrency):  # type: ignore[no
             r = waiting[head]
             if ready[r] > now + 1e-12:
                 break
-            take = need[r]
+            found = cached[r] if made[r] == 0 else 0
+            take = need[r] - found
             reserve = float(need[r])
             if rule == TRTLLM:
                 reserve = float(prompts[r] + outputs[r])
@@ -153,10 +154,10 @@ def serve(grid, rule, limits, prompts, outputs, concurrency):  # type: ignore[no
             if used + reserve > capacity and num_running > 0:
                 break
             used += reserve
-            pairs += take * (take + 1) / 2
+            pairs += take * found + take * (take + 1) / 2
             chunk += take
             room -= take
-            done[r] = take
+            done[r] = found + take
             running[num_running] = r
             num_running += 1
             started += 1

@@ -11,12 +11,12 @@ import argparse
 import json
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from bench.latency_fidelity.predict import predict
+from bench.latency_fidelity.predict import fits, predict
 from bench.latency_fidelity.rows import Run, read_runs
 from placement.framework import Framework
 
@@ -38,7 +38,10 @@ SCALE_WEIGHT, TIME_WEIGHT = 0.05, 0.0008  # of squared log distances from the pr
 TTFT_WEIGHT = 0.4
 TARGET = Path(__file__).parents[2] / "placement" / "data" / "frameworks.json"
 
+LEAVE_OUT_ROWS = 60  # fitted at most when a model or backend is left out
+
 Parameters = dict[str, float]
+Family = tuple[str, ...]
 
 
 def errors(runs: Sequence[Run], parameters: Parameters) -> np.ndarray:
@@ -87,7 +90,7 @@ def fit(runs: Sequence[Run], *, num_trials: int, start: Parameters | None = None
 def families(runs: Sequence[Run]) -> dict[tuple[str, ...], list[Run]]:
     grouped: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run in runs:
-        if not run.is_disaggregated:
+        if not run.is_disaggregated and fits(run):
             grouped[run.family].append(run)
     return dict(sorted(grouped.items()))
 
@@ -115,58 +118,112 @@ def entry(family: tuple[str, ...], runs: Sequence[Run], found: Parameters) -> di
     return {"name": "-".join(family), **values, "relative_error": round(spread, 3)}
 
 
+def pooled_starts(
+    grouped: Mapping[Family, Sequence[Run]], key: Callable[[Run], str]
+) -> list[tuple[str, list[Run], list[Run]]]:
+    """(left out, rows to fit, rows to predict): what a reader without the left-out rows would use.
+
+    The nearest rows that remain: of the family, else of its backend, else all dense ones.
+    """
+    splits = []
+    everything = [run for runs in grouped.values() for run in runs]
+    for family, runs in grouped.items():
+        for name in sorted({key(run) for run in runs}):
+            others = [run for run in everything if key(run) != name]
+            near = [run for run in others if run.family == family]
+            same_backend = [run for run in others if run.family[0] == family[0]]
+            outside = [run for run in runs if key(run) == name]
+            splits.append((name, near or same_backend or others, outside))
+    return splits
+
+
+def leave_out(
+    grouped: Mapping[Family, Sequence[Run]], key: Callable[[Run], str], *, num_trials: int
+) -> np.ndarray:
+    """measured / predicted of every row, each by a fit that saw none of its model or backend."""
+    found: dict[tuple[str, ...], Parameters] = {}
+    ratios = []
+    for name, inside, outside in pooled_starts(grouped, key):
+        sample = inside[:: max(1, len(inside) // LEAVE_OUT_ROWS)]
+        seen = tuple(run.id for run in sample)
+        if seen not in found:
+            found[seen] = fit(sample, num_trials=num_trials)
+        part = errors(outside, found[seen])
+        ratios.append(part)
+        report(f"without {name}: {'-'.join(outside[0].family)}", part)
+    return np.concatenate(ratios)
+
+
+def report(label: str, ratios: np.ndarray) -> None:
+    medians = np.nanmedian(np.abs(1 / ratios - 1), axis=0)
+    print(
+        f"{label:70} {len(ratios):4} rows  median |error|: "
+        f"TTFT {medians[0]:6.1%}  TPOT {medians[1]:6.1%}",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=160)
-    parser.add_argument("--write", action="store_true", help="replace frameworks.json")
+    parser.add_argument("--write", action="store_true", help="into frameworks.json")
     parser.add_argument("--folds", type=int, default=0)
+    parser.add_argument("--leave-out", choices=("model", "backend"))
     parser.add_argument("--dense", action="store_true", help="dense models only")
+    parser.add_argument("--family", action="append", help="only these, such as vllm-fp8-h200_sxm")
     arguments = parser.parse_args()
-    entries = []
-    measured: list[tuple[Run, float, float]] = []
-    for family, runs in families(read_runs()).items():
-        if arguments.dense and not runs[0].is_dense:
-            continue
+    grouped = {
+        family: runs
+        for family, runs in families(read_runs()[0]).items()
+        if (runs[0].is_dense or not arguments.dense)
+        and (arguments.family is None or "-".join(family) in arguments.family)
+    }
+    if arguments.leave_out:
+        dense = {family: runs for family, runs in grouped.items() if runs[0].is_dense}
+        keys = {"model": lambda run: run.spec.name, "backend": lambda run: run.backend}
+        key = keys[arguments.leave_out]
+        report("all", leave_out(dense, key, num_trials=arguments.trials))
+        return
+    entries, everything = [], []
+    for family, runs in grouped.items():
         if arguments.folds:
             ratios = cross_validate(runs, num_folds=arguments.folds, num_trials=arguments.trials)
-            measured += [(run, *ratio) for run, ratio in zip(runs, ratios, strict=True)]
         else:
             found = fit(runs, num_trials=arguments.trials)
             entries.append(entry(family, runs, found))
             ratios = errors(runs, found)
-        medians = np.median(np.abs(1 / ratios - 1), axis=0)
-        print(
-            f"{'-'.join(family):36} {len(runs):4} rows  median |error|: "
-            f"TTFT {medians[0]:6.1%}  TPOT {medians[1]:6.1%}",
-            flush=True,
-        )
-    if measured:
-        both = np.median([[abs(1 / t - 1), abs(1 / p - 1)] for _, t, p in measured], axis=0)
-        print(
-            f"all {len(measured)} rows, each by a fit without its group: "
-            f"TTFT {both[0]:.1%}, TPOT {both[1]:.1%}"
-        )
+        report("-".join(family), ratios)
+        everything.append(ratios)
+    report(
+        "all, each by a fit without its group" if arguments.folds else "all",
+        np.concatenate(everything),
+    )
     if arguments.write:
         write(entries)
 
 
-def write(entries: list[dict[str, object]]) -> None:
-    """The families, then one default for each backend: the median of its dense families."""
+def write(entries: Sequence[Mapping[str, object]]) -> None:
+    """The families, kept or replaced, then one default for each backend: the dense ones' median."""
+    listed = json.loads(TARGET.read_text(encoding="utf-8"))["frameworks"]
+    known = {str(item["name"]): item for item in listed if "-" in str(item["name"])}
+    known |= {str(item["name"]): item for item in entries}
+    families = [known[name] for name in sorted(known)]
     defaults = []
     for backend in ("sglang", "trtllm", "vllm"):
         own = [
-            e for e in entries if str(e["name"]).startswith(backend) and "moe" not in str(e["name"])
+            item
+            for item in families
+            if str(item["name"]).startswith(backend) and "moe" not in str(item["name"])
         ]
-        if own:
-            middle = {k: float(np.median([float(str(e[k])) for e in own])) for k in PRIOR}
-            defaults.append({"name": backend, **middle, "relative_error": 0.12})
+        middle = {key: float(np.median([float(str(item[key])) for item in own])) for key in PRIOR}
+        defaults.append({"name": backend, **middle, "relative_error": 0.12})
     vllm = next(item for item in defaults if item["name"] == "vllm")
     ours = {**vllm, "name": "pdserve", "relative_error": 0.2}
     about = (
         "Fitted by python -m bench.latency_fidelity.fit --write; a bare backend is the median of "
         "its dense families; pdserve is vllm's until pdserve profile has run on your engine."
     )
-    lines = ",\n  ".join(json.dumps(item) for item in [ours, *defaults, *entries])
+    lines = ",\n  ".join(json.dumps(item) for item in [ours, *defaults, *families])
     TARGET.write_text(
         f'{{"about": "{about}",\n "frameworks": [\n  {lines}\n]}}\n', encoding="utf-8"
     )

@@ -1,6 +1,6 @@
 """Predicted against measured TTFT and TPOT of served runs, by model, precision and mode.
 
-    python -m bench.latency_fidelity.run [--csv rows.csv] [--json out.json] [--worst 12]
+    python -m bench.latency_fidelity.run [--csv rows.csv] [--rows out.csv] [--json out.json]
 
 The rows are third-party measurements (NVIDIA aiconfigurator, Apache-2.0); any file with the same
 columns can be judged. Error = |predicted / measured - 1|; targets are medians over dense models.
@@ -8,51 +8,28 @@ columns can be judged. Error = |predicted / measured - 1|; targets are medians o
 
 import argparse
 import json
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
 from bench.latency_fidelity.predict import predict
+from bench.latency_fidelity.report import (
+    Outcome,
+    by_family,
+    by_mode,
+    by_model,
+    row_of,
+    show,
+    show_targets,
+    show_worst,
+    table,
+    write_rows,
+)
 from bench.latency_fidelity.rows import DATA, Run, read_runs
 from pdserve.domain.errors import LocalFault
 
-TPOT_TARGET, TTFT_TARGET, TTFT_TARGET_DISAGGREGATED = 0.10, 0.25, 0.35
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """One run, predicted."""
-
-    run: Run
-    ttft_s: float
-    tpot_s: float
-
-    @property
-    def ttft_error(self) -> float:
-        return abs(self.ttft_s / self.run.ttft_s - 1)
-
-    @property
-    def tpot_error(self) -> float:
-        return abs(self.tpot_s / self.run.tpot_s - 1)
-
-    @property
-    def mode(self) -> str:
-        return "disaggregated" if self.run.is_disaggregated else "aggregated"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """Medians of one group."""
-
-    group: str
-    num_runs: int
-    ttft_median: float
-    ttft_p90: float
-    tpot_median: float
-    tpot_p90: float
+GROUPS = {"model": by_model, "family": by_family}
 
 
 def outcomes(runs: Sequence[Run]) -> tuple[list[Outcome], list[str]]:
@@ -68,92 +45,41 @@ def outcomes(runs: Sequence[Run]) -> tuple[list[Outcome], list[str]]:
     return found, refused
 
 
-def line(group: str, members: Sequence[Outcome]) -> Line:
-    ttft = [outcome.ttft_error for outcome in members]
-    tpot = [outcome.tpot_error for outcome in members]
-    return Line(
-        group=group,
-        num_runs=len(members),
-        ttft_median=float(np.median(ttft)),
-        ttft_p90=float(np.quantile(ttft, 0.9)),
-        tpot_median=float(np.median(tpot)),
-        tpot_p90=float(np.quantile(tpot, 0.9)),
-    )
-
-
-def table(found: Sequence[Outcome], key: Callable[[Outcome], str]) -> list[Line]:
-    groups: dict[str, list[Outcome]] = defaultdict(list)
-    for outcome in found:
-        groups[key(outcome)].append(outcome)
-    return [line(group, members) for group, members in sorted(groups.items())]
-
-
-def by_model(outcome: Outcome) -> str:
-    run = outcome.run
-    kind = "dense" if run.is_dense else "moe"
-    return f"{kind:5} {run.model} {run.precision or 'bf16'} {outcome.mode}"
-
-
-def by_mode(outcome: Outcome) -> str:
-    return f"all {'dense' if outcome.run.is_dense else 'moe'} {outcome.mode}"
-
-
-def show(lines: Sequence[Line]) -> None:
-    print(f"{'':58} {'runs':>4}  {'TTFT median':>11} {'p90':>6}  {'TPOT median':>11} {'p90':>6}")
-    for item in lines:
-        print(
-            f"{item.group:58} {item.num_runs:4}  {item.ttft_median:11.1%} {item.ttft_p90:6.0%}  "
-            f"{item.tpot_median:11.1%} {item.tpot_p90:6.0%}"
-        )
-
-
-def show_worst(found: Sequence[Outcome], count: int) -> None:
-    dense = [outcome for outcome in found if outcome.run.is_dense]
-    for name, error in (
-        ("TTFT", lambda outcome: outcome.ttft_error),
-        ("TPOT", lambda outcome: outcome.tpot_error),
-    ):
-        print(f"\nworst {name}, dense models:")
-        for outcome in sorted(dense, key=error, reverse=True)[:count]:
-            run = outcome.run
-            measured, predicted = (
-                (run.ttft_s, outcome.ttft_s) if name == "TTFT" else (run.tpot_s, outcome.tpot_s)
-            )
-            print(
-                f"  {run.group} c{run.concurrency}: measured {measured * 1e3:.1f} ms, "
-                f"predicted {predicted * 1e3:.1f} ms"
-            )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", type=Path, default=DATA, help="rows to judge")
-    parser.add_argument("--json", type=Path, help="write all medians and rows here")
+    parser.add_argument("--rows", type=Path, help="write every row's prediction here, as CSV")
+    parser.add_argument("--json", type=Path, help="write medians, rows and refusals here")
+    parser.add_argument("--by", choices=list(GROUPS), default="model")
     parser.add_argument("--worst", type=int, default=12)
     parser.add_argument("--dense", action="store_true", help="dense models only")
     arguments = parser.parse_args()
-    found, refused = outcomes(read_runs(arguments.csv))
-    found = [outcome for outcome in found if outcome.run.is_dense or not arguments.dense]
-    models, modes = table(found, by_model), table(found, by_mode)
-    show(models)
+    try:
+        runs, unread = read_runs(arguments.csv)
+    except LocalFault as error:
+        sys.exit(f"error: {error}")
+    if arguments.dense:
+        runs = [run for run in runs if run.is_dense]
+    found, refused = outcomes(runs)
+    refused = unread + refused
+    groups, modes = table(found, GROUPS[arguments.by]), table(found, by_mode)
+    show(groups)
     print()
     show(modes)
+    show_targets(modes)
     show_worst(found, arguments.worst)
+    print(f"\njudged {len(found)} rows, not judged {len(refused)}")
     for reason in refused:
-        print(f"not judged: {reason}")
+        print(f"  {reason}")
+    if arguments.rows:
+        write_rows(found, arguments.rows)
     if arguments.json:
-        rows = [
-            {
-                "id": outcome.run.id,
-                "group": outcome.run.group,
-                "concurrency": outcome.run.concurrency,
-                "ttft_s": [outcome.run.ttft_s, outcome.ttft_s],
-                "tpot_s": [outcome.run.tpot_s, outcome.tpot_s],
-            }
-            for outcome in found
-        ]
-        summary = [asdict(item) for item in (*models, *modes)]
-        arguments.json.write_text(json.dumps({"medians": summary, "rows": rows}, indent=1))
+        summary = {
+            "medians": [asdict(item) for item in (*groups, *modes)],
+            "rows": [row_of(outcome) for outcome in found],
+            "not_judged": refused,
+        }
+        arguments.json.write_text(json.dumps(summary, indent=1))
 
 
 if __name__ == "__main__":
