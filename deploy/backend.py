@@ -19,6 +19,7 @@ class ProcessRow:
     pid: int
     address: str  # of its internal service; empty: it does not serve yet
     num_blocks: int  # KV blocks; 0 for a router
+    metrics_address: str = ""  # Prometheus; empty: none
     place: str = ""  # the node it runs on; empty: this machine
 
 

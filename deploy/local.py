@@ -87,6 +87,7 @@ class LocalCluster:
                 pid=each.pid,
                 address=each.ready.internal_address if each.ready else "",
                 num_blocks=each.num_blocks,
+                metrics_address=each.ready.metrics_address if each.ready else "",
             )
             for each in self.processes
         ]

@@ -160,13 +160,14 @@ class _Up:
         table.add_column("pid", justify="right")
         table.add_column("address")
         table.add_column("KV blocks", justify="right")
+        table.add_column("metrics")
         has_places = any(row.place for row in cluster.rows)
         if has_places:
             table.add_column("node")
         for row in cluster.rows:
             blocks = f"{row.num_blocks:,}" if row.num_blocks else ""
             place = [row.place] if has_places else []
-            table.add_row(row.name, row.role, str(row.pid), row.address, blocks, *place)
+            table.add_row(row.name, row.role, str(row.pid), row.address, blocks, row.metrics_address, *place)
         public, internal = cluster.public_address, cluster.internal_address
         ports = (self._deployment.router.port, self._deployment.router.internal_port)
         flags = ["", ""] if ports == DEFAULT_PORTS else [f" -a {public}", f" -a {internal}"]

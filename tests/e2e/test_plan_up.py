@@ -48,6 +48,7 @@ def test_a_plan_is_started_with_its_limits_smoked_and_taken_down(
 ) -> None:
     names = [each["name"] for each in planned.said["processes"]]
     assert names == ["router", "prefill-0", "decode-0"]  # 0.4 of 2 and of 3
+    assert all(each["metrics_address"] for each in planned.said["processes"])
     hellos = [worker["hello"] for worker in status_of(planned)["workers"]]
     assert {hello["max_step_tokens"] for hello in hellos} == {256}
     assert {hello["max_num_requests"] for hello in hellos} == {12}
