@@ -58,6 +58,21 @@ class LatencySettings(Settings):
         return self
 
 
+class SimulatedLatency(LatencySettings):
+    """With a GPU type also what the weights are stored in and who serves them."""
+
+    weights: str | None = Field(None, description="bf16, fp8, int8, ...; None: as the config says")
+    kv: str | None = Field(None, description="bf16 or fp8; None: as the config says")
+    framework: str = Field("pdserve", description="whose host times: pdserve, vllm, sglang, trtllm")
+
+    @model_validator(mode="after")
+    def _profiles_have_their_own(self) -> "SimulatedLatency":
+        given = self.weights or self.kv or self.framework != "pdserve"
+        if self.profile is not None and given:
+            raise ValueError("weights, kv and framework go with gpu, not with profile")
+        return self
+
+
 class PoolSettings(Settings):
     role: PoolRole
     replicas: int = Field(1, ge=1, le=100_000)
@@ -116,7 +131,7 @@ class SplitwiseSettings(Settings):
 
 class SimulationSettings(Settings):
     rules: Rules = Rules.PDSERVE
-    latency: LatencySettings
+    latency: SimulatedLatency
     pools: tuple[PoolSettings, ...] = Field(min_length=1)
     slo: SloSettings | tuple[SloSettings, ...] | None = None
     arrivals: ArrivalSettings | Literal["recorded"] | None = None
@@ -236,15 +251,16 @@ def _profiled_pool(
 
 def _modelled_pool(
     pool: PoolSettings,
-    latency: LatencySettings,
+    latency: SimulatedLatency,
     options: PdserveOptions,
     source: str,
     folder: Path | None,
 ) -> Pool:
     """From the planner's own latency model: measured tables or the datasheet."""
+    from placement.framework import find_framework
     from placement.hardware import find_gpu, network_link
     from placement.latency import composed_latency, kv_capacity_tokens
-    from placement.model_config import load_model
+    from placement.model_config import load_model, with_quantisation
     from placement.model_spec import Parallelism
 
     name = pool.gpu or latency.gpu
@@ -252,9 +268,13 @@ def _modelled_pool(
         raise LocalFault(f"{source}: latency: give profile, or gpu here or in each pool")
     path = (folder or Path()) / latency.model
     spec = load_model(path if path.exists() else latency.model)
+    weights, kv = latency.weights or "bf16", latency.kv or "bf16"
+    if latency.weights or latency.kv:
+        spec = with_quantisation(spec, weights=weights, kv=kv)
     gpu, tp = find_gpu(name), pool.tp or 1
     parallelism = Parallelism(tp=tp, pp=pool.pp)
-    model = composed_latency(spec, gpu, parallelism)
+    framework = find_framework(latency.framework, weights, gpu.name)
+    model = composed_latency(spec, gpu, parallelism, framework)
     kv_tokens = pool.max_num_tokens or kv_capacity_tokens(spec, gpu, parallelism)
     if kv_tokens == 0:
         raise LocalFault(
