@@ -49,7 +49,11 @@ def render(deployment: Deployment, options: RenderOptions) -> Files:
             "Production, watched by the Prometheus Operator.",
         ),
         "components/monitoring/kustomization.yaml": _text(
-            [overlays.kustomization("Component", resources=["monitoring.yaml"])],
+            [
+                overlays.kustomization(
+                    "Component", namespace=options.namespace, resources=["monitoring.yaml"]
+                )
+            ],
             "Needs the Prometheus Operator (PodMonitor).",
         ),
         "components/monitoring/monitoring.yaml": _text(

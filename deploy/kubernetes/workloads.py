@@ -133,13 +133,14 @@ def _worker_spec(
     options: RenderOptions, pool: Pool, size: PodSize, pools: Sequence[Pool]
 ) -> Manifest:
     gpu = accelerator(pool.gpu, options.gpu_labels) if pool.num_gpus else None
+    kv = {"kv": KV_PORT} if pool.role == "prefill" else {}  # decode workers read, nobody reads them
     container = Container(
         name=pool.role,
         image=options.image_worker,
         module=MODULES[pool.role],
         settings_file=f"{pool.name}.yaml",
         assignments=POD_SETS_WORKER,
-        ports={"grpc": WORKER_PORT, "kv": KV_PORT, "metrics": METRICS_PORT},
+        ports={"grpc": WORKER_PORT, **kv, "metrics": METRICS_PORT},
         probe_port=WORKER_PORT,
         resources=size.resources(pool.gpus_per_pod, gpu),
         start_s=size.start_s,

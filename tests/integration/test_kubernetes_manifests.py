@@ -97,6 +97,12 @@ def test_overlay_is_as_recorded(plan: str, overlay: str) -> None:
     assert objects == list(yaml.safe_load_all(path.read_text())), f"{UPDATE}=1 records it anew"
 
 
+def test_every_object_has_its_namespace() -> None:
+    for found in everything().values():
+        if found["kind"] != "Namespace":
+            assert found["metadata"]["namespace"] == "pdserve", found["metadata"]
+
+
 # The plan's limits
 
 
