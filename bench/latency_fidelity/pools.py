@@ -1,4 +1,4 @@
-"""Disaggregated runs, by the planner's own simulator under rules pdserve."""
+"""Runs by the planner's own simulator, rules pdserve: disaggregated ones, and any as a check."""
 
 import numpy as np
 
@@ -38,6 +38,26 @@ def simulate_pools(run: Run, framework: Framework) -> SimulationResult:
             max_step_tokens=STEP_TOKENS,
             max_num_requests=batch,
             prefix_cache_tokens=reader.kv_tokens if num_prompts else 0,
+        ),
+    )
+    return simulate(config, _workload(run, num_prompts))
+
+
+def simulate_instance(run: Run, framework: Framework) -> SimulationResult:
+    """An aggregated run as our own colocated worker would batch it."""
+    engine = run.engine
+    batch = max(1, min(run.clients - engine.spare_clients, MAX_BATCH))
+    workers = Workers(count=1, cut=run.cut, is_count_stated=True)
+    pool = _pool(run, framework, PoolRole.COLOCATED, workers, batch)
+    num_prompts = run.harness.num_prompts if engine.keeps_prefixes else None
+    config = SimulationConfig(
+        pools=(pool,),
+        concurrency=run.clients,
+        pdserve=PdserveOptions(
+            max_step_tokens=engine.step_tokens,
+            max_num_requests=batch,
+            handoff_s=0.0,
+            prefix_cache_tokens=pool.kv_tokens if num_prompts else 0,
         ),
     )
     return simulate(config, _workload(run, num_prompts))

@@ -4,7 +4,7 @@ import numpy as np
 
 from bench.latency_fidelity.closed_loop import grid_arrays, serve
 from bench.latency_fidelity.load import answer_lengths, found_tokens, prompt_lengths
-from bench.latency_fidelity.pools import simulate_pools
+from bench.latency_fidelity.pools import simulate_instance, simulate_pools
 from bench.latency_fidelity.rows import Run
 from pdserve.domain.errors import LocalFault
 from placement.framework import Framework, find_framework
@@ -44,6 +44,18 @@ def predict(run: Run, framework: Framework | None = None) -> tuple[float, float]
         run.clients,
     )
     return float(np.mean(ttft)), float(np.mean(tpot))
+
+
+def predict_by_planner(run: Run) -> tuple[float, float]:
+    """The same by the simulator that `pdserve simulate` and `pdserve plan` use.
+
+    Its batching is our own workers', so only rows of engines that batch alike should agree.
+    """
+    framework = framework_of(run)
+    if run.is_disaggregated or not fits(run):
+        return predict(run, framework)
+    result = simulate_instance(run, framework)
+    return float(np.mean(result.ttft_s)) + framework.reply_s, float(np.mean(result.tpot_s))
 
 
 def instance_tokens(run: Run) -> int:

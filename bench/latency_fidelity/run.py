@@ -9,11 +9,11 @@ columns can be judged. Error = |predicted / measured - 1|; targets are medians o
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.latency_fidelity.predict import predict
+from bench.latency_fidelity.predict import predict, predict_by_planner
 from bench.latency_fidelity.report import (
     Outcome,
     by_family,
@@ -29,15 +29,18 @@ from bench.latency_fidelity.report import (
 from bench.latency_fidelity.rows import DATA, Run, read_runs
 from pdserve.domain.errors import LocalFault
 
+Predictor = Callable[[Run], tuple[float, float]]
 GROUPS = {"model": by_model, "family": by_family}
 
 
-def outcomes(runs: Sequence[Run]) -> tuple[list[Outcome], list[str]]:
+def outcomes(
+    runs: Sequence[Run], predictor: Predictor = predict
+) -> tuple[list[Outcome], list[str]]:
     """Predictions, and for each run that none can be made for, why."""
     found, refused = [], []
     for run in runs:
         try:
-            ttft_s, tpot_s = predict(run)
+            ttft_s, tpot_s = predictor(run)
         except LocalFault as error:
             refused.append(f"{run.id}: {error}")
         else:
@@ -51,6 +54,11 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, help="write every row's prediction here, as CSV")
     parser.add_argument("--json", type=Path, help="write medians, rows and refusals here")
     parser.add_argument("--by", choices=list(GROUPS), default="model")
+    parser.add_argument(
+        "--planner",
+        action="store_true",
+        help="aggregated rows too by the planner's simulator, batched as by our own workers",
+    )
     parser.add_argument("--worst", type=int, default=12)
     parser.add_argument("--dense", action="store_true", help="dense models only")
     arguments = parser.parse_args()
@@ -60,7 +68,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if arguments.dense:
         runs = [run for run in runs if run.is_dense]
-    found, refused = outcomes(runs)
+    found, refused = outcomes(runs, predict_by_planner if arguments.planner else predict)
     refused = unread + refused
     groups, modes = table(found, GROUPS[arguments.by]), table(found, by_mode)
     show(groups)

@@ -21,7 +21,7 @@ from bench.latency_fidelity.closed_loop import (
 )
 from bench.latency_fidelity.engines import Sweep
 from bench.latency_fidelity.load import found_tokens, num_requests
-from bench.latency_fidelity.predict import predict
+from bench.latency_fidelity.predict import predict, predict_by_planner
 from bench.latency_fidelity.rows import Run, read_runs
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.latency import StepCoefficients, StepShape
@@ -227,6 +227,16 @@ def test_storage_in_a_checkpoints_name_does_not_hide_the_model(tmp_path: Path) -
 def test_a_sample_of_dense_runs_is_predicted_within_the_promise() -> None:
     runs = [run for run in read_runs()[0] if run.is_dense and not run.is_disaggregated][::5]
     predicted = np.array([predict(run) for run in runs])
+    measured = np.array([(run.ttft_s, run.tpot_s) for run in runs])
+    ttft_error, tpot_error = np.median(np.abs(predicted / measured - 1), axis=0)
+    assert tpot_error < 0.10
+    assert ttft_error < 0.25
+
+
+def test_the_planners_simulator_meets_runs_of_an_engine_that_batches_as_we_do() -> None:
+    dense = [run for run in read_runs()[0] if run.is_dense and not run.is_disaggregated]
+    runs = [run for run in dense if run.backend == "vllm"][::12]
+    predicted = np.array([predict_by_planner(run) for run in runs])
     measured = np.array([(run.ttft_s, run.tpot_s) for run in runs])
     ttft_error, tpot_error = np.median(np.abs(predicted / measured - 1), axis=0)
     assert tpot_error < 0.10
