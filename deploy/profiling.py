@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from pdserve.config.cluster import ClusterSettings
-    from placement.fitting import FittedProfile
+    from placement.fitted_profile import FittedProfile
     from placement.probing import Advance, ProbePlan
 
 
@@ -35,6 +35,9 @@ def profile(
     max_batch: Annotated[
         int, typer.Option(min=1, help="Answers side by side at one decode worker at most.")
     ] = 16,
+    gpu: Annotated[
+        str, typer.Option(help="What plans are to call the machine that is measured.")
+    ] = "profiled",
     as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON.")] = False,
 ) -> None:
     """Fit the latency model to a running cluster, by requests; show how well it fits.
@@ -46,10 +49,13 @@ def profile(
       pdserve profile --model demo
       pdserve profile --address 127.0.0.1:7451 --output a100.json --sim sim.yaml
       pdserve simulate --config sim.yaml --workload w.csv
+      pdserve profile --model demo --gpu laptop --output laptop.json
     """
+    from dataclasses import replace
+
     from pdserve.cli.running import run
     from pdserve.domain.errors import LocalFault
-    from placement.fitting import simulation_yaml, to_json, write_profile
+    from placement.fitted_profile import simulation_yaml, to_json, write_profile
     from placement.probing import ProbePlan
 
     if (address is None) == (model is None):
@@ -60,7 +66,7 @@ def profile(
     plan = ProbePlan(num_rounds=rounds, max_batch=max_batch)
 
     async def start() -> None:
-        found = await _measure(address, model, plan)
+        found = replace(await _measure(address, model, plan), gpu=gpu)
         write_profile(found, output)
         if sim is not None:
             sim.write_text(simulation_yaml(found, str(output.resolve())), encoding="utf-8")

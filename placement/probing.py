@@ -1,5 +1,5 @@
 """Measuring a running cluster through its public service: what reading, decoding and passing on
-take when nothing else is asked of it."""
+take, first when nothing else is asked of it, then among requests that come as they like."""
 
 import asyncio
 import contextlib
@@ -17,17 +17,10 @@ from pdserve.client.workload import make_prompt
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.latency import StepCoefficients, StepShape, num_attention_pairs
 from pdserve.domain.messages import ClusterState, Role, WorkerHello
-from placement.fitting import (
-    FittedProfile,
-    Handoff,
-    Interference,
-    Limits,
-    Phase,
-    StepPoint,
-    compare,
-    fit_link,
-    fit_phase,
-)
+from placement.answered import Answered
+from placement.fitted_profile import FittedProfile, Handoff, Limits
+from placement.fitting import Phase, StepPoint, compare, fit_link, fit_phase
+from placement.traffic import LEVELS, Level, Steps, draw_traffic, fit_serving
 
 LENGTHS = (96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -36,8 +29,6 @@ NUM_WINDOW_STEPS = 32
 MIN_WINDOW_STEPS = 6
 LONE_OUTPUT_TOKENS = 6
 BURST = 6
-BESIDE_PROMPT_TOKENS, BESIDE_OUTPUT_TOKENS = 256, 3
-BESIDE_ANSWER_PROMPT_TOKENS, BESIDE_TOKENS = 96, 600
 LOCAL_PREFILL_TOKENS = 64
 """Shorter prompts are read by the decode worker itself, by its default."""
 
@@ -46,10 +37,11 @@ Advance = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbePlan:
-    """What to ask. Every figure is the median of `num_rounds`."""
+    """What to ask. Every figure of a lone probe is the median of `num_rounds`."""
 
     num_rounds: int = 5
     max_batch: int = 16
+    levels: tuple[Level, ...] = LEVELS
 
     def lengths(self, max_context_tokens: int) -> tuple[int, ...]:
         most = max_context_tokens - LONE_OUTPUT_TOKENS
@@ -63,7 +55,7 @@ class ProbePlan:
 
     def num_probes(self, model: Model, workers: "Workers") -> int:
         num_batches = len(self.batches(workers.decode[0].max_num_requests))
-        return 2 * len(self.lengths(model.max_context_tokens)) + 2 * num_batches
+        return 2 * len(self.lengths(model.max_context_tokens)) + 2 * num_batches + len(self.levels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,32 +93,6 @@ class Workers:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
-    """One answer as the client saw it: when it was asked for and when each token came."""
-
-    prompt_tokens: int
-    sent_s: float
-    token_s: tuple[float, ...]
-    finished: Finished
-
-    @property
-    def ttft_s(self) -> float:
-        return self.token_s[0] - self.sent_s
-
-    @property
-    def handoff_s(self) -> float:
-        """The part of TTFT in which no worker read or queued the prompt."""
-        timeline = self.finished.timeline
-        return max(0.0, self.ttft_s - timeline.prefill_queue_s - timeline.prefill_s)
-
-    @property
-    def was_handed_off(self) -> bool:
-        return bool(self.finished.timeline.prefill_worker) and (
-            self.finished.usage.cached_prompt_tokens == 0
-        )
-
-
 @dataclass(slots=True)
 class Prober:
     """Asks a cluster that serves nobody else."""
@@ -144,7 +110,7 @@ class Prober:
         return self.workers.limits()
 
     async def measure(self) -> FittedProfile:
-        """Warm up, measure, fit. Takes about half a minute for the demo model."""
+        """Warm up, measure, fit. Takes about a minute for the demo model."""
         await asyncio.gather(*(self._ask(self._prompt(200), 16) for _ in range(4)))
         lengths = self.plan.lengths(self.model.max_context_tokens)
         answers = {length: await self._lone(length) for length in lengths}
@@ -165,14 +131,24 @@ class Prober:
             "prefill": fit_phase(points, "prefill"),
             "decode": fit_phase(points, "decode"),
         }
-        interference = await self._interference(answers, fitted["decode"])
+        handoff = self._handoff(answers, handoff_s, fitted["decode"])
+        steps = Steps(
+            prefill=fitted["prefill"],
+            decode=fitted["decode"],
+            max_step_tokens=self.limits.max_step_tokens,
+            num_prefill=len(self.workers.prefill),
+            num_decode=len(self.workers.decode),
+            link_token_s=self.limits.kv_bytes_per_token / handoff.link_bytes_per_s,
+        )
+        served = [each for level in self.plan.levels for each in await self._traffic(level, steps)]
+        serving, handoff = fit_serving(served, steps, handoff)
         return FittedProfile(
             model=self.model.name,
             prefill=fitted["prefill"],
             decode=fitted["decode"],
-            handoff=self._handoff(answers, handoff_s, fitted["decode"]),
+            handoff=handoff,
             limits=self.limits,
-            interference=interference,
+            serving=serving,
             residuals=compare(points, fitted, reported),
         )
 
@@ -255,53 +231,28 @@ class Prober:
             for size, windows in by_size.items()
         ]
 
-    async def _interference(
-        self, alone: Mapping[int, Sequence[Answered]], decode: StepCoefficients
-    ) -> Interference:
-        """Prompts one after another while answers are decoded, beside the same prompts alone."""
-        length = min((n for n in alone if alone[n]), key=lambda n: abs(n - BESIDE_PROMPT_TOKENS))
-        self.advance(f"prompts of {length} tokens beside answers")
-        most = self.model.max_context_tokens - BESIDE_ANSWER_PROMPT_TOKENS
-        num_tokens = min(most, BESIDE_TOKENS)
-        # Its own tokens after the first make the others' steps longer: the step model knows that.
-        joined_s = (BESIDE_OUTPUT_TOKENS - 1) * (
-            decode.decode_token_s + decode.decode_context_token_s * length
+    async def _traffic(self, level: Level, steps: Steps) -> list[Answered]:
+        """Answers to requests that leave at their planned times, whatever became of others."""
+        self._seed += 1
+        sent = draw_traffic(
+            level,
+            steps,
+            max_context_tokens=self.model.max_context_tokens,
+            max_batch=min(self.plan.max_batch, self.limits.max_num_requests),
+            seed=self._seed,
         )
-        busy: list[Answered] = []
-        stolen: list[float] = []
-        for _ in range(self.plan.num_rounds):
-            behind = [self._prompt(BESIDE_ANSWER_PROMPT_TOKENS) for _ in self.workers.decode]
-            # The same answers undisturbed, at the same moment of a machine that others use as well.
-            quiet = await asyncio.gather(*(self._ask(prompt, num_tokens) for prompt in behind))
-            steps_s = [found[0] for each in quiet if (found := _window([each])) is not None]
-            if not steps_s:
-                continue
-            alone_s = statistics.median(steps_s)
-            tasks = [asyncio.create_task(self._ask(prompt, num_tokens)) for prompt in behind]
-            sent = []
-            while not any(task.done() for task in tasks):
-                sent.append(await self._ask(self._prompt(length), BESIDE_OUTPUT_TOKENS))
-            answers = list(await asyncio.gather(*tasks))
-            begin_s = max(each.token_s[1] for each in answers)
-            end_s = min(each.token_s[-1] for each in answers)
-            inside = [one for one in sent if begin_s <= one.sent_s and one.token_s[-1] <= end_s]
-            busy += [one for one in inside if one.was_handed_off]
-            for window in map(_window, ([each] for each in answers)):
-                if window is not None and inside:
-                    per_prompt_s = (end_s - begin_s) / len(inside) * len(answers)
-                    share = 1 - alone_s / window[0]
-                    stolen.append(max(0.0, share * per_prompt_s - joined_s))
-        if not busy or not stolen:
-            return Interference()
-        read_alone_s = statistics.median(one.finished.timeline.prefill_s for one in alone[length])
-        read_busy_s = statistics.median(one.finished.timeline.prefill_s for one in busy)
-        handoff_alone_s = statistics.median(one.handoff_s for one in alone[length])
-        handoff_busy_s = statistics.median(one.handoff_s for one in busy)
-        return Interference(
-            busy_handoff_s=max(0.0, handoff_busy_s - handoff_alone_s),
-            stolen_s=statistics.median(stolen),
-            busy_prefill=max(1.0, read_busy_s / read_alone_s),
-        )
+        self.advance(f"{len(sent)} requests in {sent[-1].after_s:.0f} s, answers side by side")
+        start_s = time.monotonic()
+        asked = []
+        async with asyncio.TaskGroup() as tasks:
+            for each in sent:
+                planned_s = start_s + each.after_s
+                await asyncio.sleep(max(0.0, planned_s - time.monotonic()))
+                question = self._ask(
+                    self._prompt(each.prompt_tokens), each.output_tokens, planned_s
+                )
+                asked.append(tasks.create_task(question))
+        return [task.result() for task in asked]
 
     def _handoff(
         self, answers: Mapping[int, Sequence[Answered]], handoff_s: float, decode: StepCoefficients
@@ -327,11 +278,13 @@ class Prober:
         self._seed += 1
         return make_prompt(num_tokens, vocab_size=self.model.vocab_size, seed=self._seed)
 
-    async def _ask(self, prompt: tuple[int, ...], num_tokens: int) -> Answered:
+    async def _ask(
+        self, prompt: tuple[int, ...], num_tokens: int, planned_s: float | None = None
+    ) -> Answered:
         sampling = Sampling(max_tokens=num_tokens, ignore_eos=True)
         finished: Finished | None = None
         token_s: list[float] = []
-        sent_s = time.monotonic()
+        sent_s = time.monotonic() if planned_s is None else planned_s
         stream = self.client.generate(prompt, sampling, model=self.model.name, timeout_s=120.0)
         async with contextlib.aclosing(stream):
             async for chunk in stream:

@@ -4,7 +4,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from placement.fitting import FittedProfile, Phase, error_summary
+from placement.fitted_profile import FittedProfile
+from placement.fitting import Phase, error_summary
 
 HEAVY_FOREIGN_CORES = 0.3
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -21,11 +22,12 @@ def show_profile(profile: FittedProfile, console: Console) -> None:
         f"{handoff.link_latency_s * 1e3:.2f} ms after the prompt's last step, "
         f"and {_link_speed(handoff.link_bytes_per_s)}"
     )
-    beside = profile.interference
+    found = profile.serving
     console.print(
-        f"beside decoding: reading takes {beside.busy_prefill:.2f} times as long, the handoff "
-        f"{beside.busy_handoff_s * 1e3:.2f} ms more; a request takes "
-        f"{beside.stolen_s * 1e3:.2f} ms from those that are decoded"
+        f"among requests of all lengths: a prefill step takes {found.prefill:.2f} times as long as "
+        f"in a row of like ones, a decode step {found.decode:.2f} times; beside the other role's "
+        f"{found.beside_prefill:.2f} and {found.beside_decode:.2f} times that; a new request takes "
+        f"{found.stolen_s * 1e3:.1f} ms from those that are decoded"
     )
     console.print(
         f"limits: {limits.max_step_tokens} prompt tokens in a step, {limits.max_num_requests} "

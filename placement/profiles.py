@@ -1,4 +1,6 @@
-"""Published latency profiles: DistServe's coefficients (JSON), Splitwise's measurements (CSV).
+"""Latency profiles: DistServe's coefficients (JSON), Splitwise's measurements (CSV), and our own.
+
+Ours, written by `pdserve profile`, have DistServe's form and more: `placement.fitted_profile`.
 
 A profile is named by a path, or by its file name if it is one of those in `placement/data`.
 """
@@ -19,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pdserve.domain.errors import LocalFault
+from placement.fitted_profile import SECTION, FittedProfile, parse_section
 from placement.simulation.timing import DistserveTiming, SplitwiseTiming
 
 T = TypeVar("T")
@@ -87,7 +90,9 @@ class DistserveProfile:
             known = ", ".join(sorted(by_tp, key=int))
             raise LocalFault(f"{self.source}: {model} has no coefficients for tp {tp}; has {known}")
         if max_num_tokens is None:
-            max_num_tokens = self.max_num_tokens.get((model, tp, pp))
+            max_num_tokens = self.max_num_tokens.get((model, tp, pp)) or by_tp[str(tp)].get(
+                "max_num_tokens"
+            )
         if max_num_tokens is None:
             known = ", ".join(
                 f"tp {t} pp {p}" for m, t, p in sorted(self.max_num_tokens) if m == model
@@ -107,6 +112,13 @@ class DistserveProfile:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise LocalFault(f"{self.source}: {model} tp {tp}: bad entry: {error}") from None
+
+    def fitted(self, model: str) -> FittedProfile | None:
+        """All that `pdserve profile` found out about a model; None where it did not write this."""
+        entry = _look_up(self.models, model, f"{self.source}: model").get("1", {})
+        if SECTION not in entry:
+            return None
+        return parse_section(model, entry[SECTION], source=self.source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +170,14 @@ def distserve_kv_bytes_per_token(model: str) -> float:
     """KV of one token in 16 bits; 0 for a model whose shape is not known here."""
     layers, hidden_size = OPT_SHAPES.get(model, (0, 0))
     return 4.0 * layers * hidden_size
+
+
+def load_fitted(
+    name: str | None, model: str, *, folder: Path | None = None
+) -> FittedProfile | None:
+    """The profile that `pdserve profile` wrote of a model; None for any other, and for no name."""
+    profile = load_profile(name, folder=folder) if name is not None else None
+    return profile.fitted(model) if isinstance(profile, DistserveProfile) else None
 
 
 def load_profile(name: str, *, folder: Path | None = None) -> Profile:

@@ -14,6 +14,7 @@ import asyncio
 import json
 import math
 import os
+import secrets
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -34,7 +35,8 @@ from pdserve.client.inference import InferenceClient
 from pdserve.client.load import only_model, run_load
 from pdserve.client.values import Model
 from pdserve.config.processes import CoefficientSettings
-from placement.fitting import FittedProfile, Interference, error_summary
+from placement.fitted_profile import FittedProfile
+from placement.fitting import error_summary
 from placement.probing import ProbePlan
 from placement.simulation.summary import clean
 from placement.simulation.values import SloClass
@@ -148,7 +150,9 @@ async def _measure(
     requests = draw_requests(max(num_requests, int(rate * MIN_RUN_S)), rate, seed=1)
     predicted = predict(profile, slo, requests)
     meter, before = _meter(cluster), cpu_s(_pids(cluster))
-    records, duration_s = await run_load(cluster.public_address, model, requests, seed=os.getpid())
+    # Prompts of its own: none of them may be found in a prefix cache.
+    seed = secrets.randbits(32)
+    records, duration_s = await run_load(cluster.public_address, model, requests, seed=seed)
     after = cpu_s(_pids(cluster))
     return Run(
         share=share,
@@ -254,7 +258,7 @@ def _say_profile(
     p50, p90 = error_summary([each.error for each in profile.residuals])
     console.print(
         f"repetition {repetition + 1}: profiled, residuals p50 {p50:.1%} p90 {p90:.1%}, other "
-        f"programs {_cores(meter.foreign_cores())}; {_beside(profile.interference)}; "
+        f"programs {_cores(meter.foreign_cores())}; {_served(profile)}; "
         f"capacity {most:.1f} requests/s at TTFT {slo.ttft_s * 1e3:.0f} ms, "
         f"TPOT {slo.tpot_s * 1e3:.1f} ms"
     )
@@ -275,11 +279,19 @@ def _say_run(console: Console, run: Run) -> None:
         console.print(f"  {count} requests failed: {reason}")
 
 
-def _beside(found: Interference) -> str:
+def _served(profile: FittedProfile) -> str:
+    found, handoff = profile.serving, profile.handoff
     return (
-        f"beside decoding reading x{found.busy_prefill:.2f}, handoff "
-        f"+{found.busy_handoff_s * 1e3:.1f} ms, {found.stolen_s * 1e3:.1f} ms taken by a request"
+        f"among others reading x{found.prefill:.2f}, beside decoding x{found.beside_prefill:.2f}; "
+        f"decoding x{found.decode:.2f}, beside reading x{found.beside_decode:.2f}, "
+        f"+{_ms(found.decode_answer_s)} an answer, +{_ms(found.wake_s)} after a pause, "
+        f"+{_ms(found.stolen_s)} for a new request; handoff {_ms(handoff.handoff_s)}, beside "
+        f"decoding +{_ms(found.busy_handoff_s)}, KV {_ms(handoff.link_latency_s)}"
     )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"
 
 
 def _cores(cores: float | None) -> str:
@@ -287,7 +299,7 @@ def _cores(cores: float | None) -> str:
 
 
 def _shown(name: str, value: float) -> str:
-    return f"{value:.1%}" if name == "attainment" else f"{value * 1e3:.1f} ms"
+    return f"{value:.1%}" if name == "attainment" else _ms(value)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from bench.plan_vs_real.workload import draw_requests, to_trace
 from pdserve.client.statistics import RequestRecord, Slo, percentile
 from pdserve.client.workload import TraceRequest
 from pdserve.domain.latency import StepShape
-from placement.fitting import FittedProfile
+from placement.fitted_profile import FittedProfile
 from placement.simulate import Simulator, attained
 from placement.simulation.trace import Times
 from placement.simulation.values import SimulationConfig, SloClass
@@ -18,8 +18,6 @@ from placement.simulation.values import SimulationConfig, SloClass
 TARGET = 0.9
 NUM_CAPACITY_REQUESTS = 4000
 CAPACITY_STEPS = 9
-NUM_FIXED_POINT_ROUNDS = 3
-DECODE = 1  # number of the decode worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +41,10 @@ def objectives(profile: FittedProfile) -> SloClass:
     prompt = StepShape.of([(0, 240)])
     four = StepShape.of((), [260] * 4)
     return SloClass(
-        ttft_s=round(4 * (profile.prefill.step_s(prompt) + profile.handoff.handoff_s), 3),
-        tpot_s=round(2 * profile.decode.step_s(four), 4),
+        ttft_s=round(
+            4 * (profile.coefficients("prefill").step_s(prompt) + profile.handoff.handoff_s), 3
+        ),
+        tpot_s=round(2 * profile.coefficients("decode").step_s(four), 4),
         attainment=TARGET,
     )
 
@@ -92,17 +92,6 @@ def capacity(profile: FittedProfile, slo: SloClass) -> float:
 
 
 def _simulate(profile: FittedProfile, slo: SloClass, requests: Sequence[TraceRequest]) -> Times:
-    """Simulate until the interference belongs to the load that comes out."""
-    trace = to_trace(requests)
-    rate = (len(requests) - 1) / (requests[-1].arrival_s - requests[0].arrival_s)
-    times = _simulator(profile, slo).run(trace)
-    for _ in range(NUM_FIXED_POINT_ROUNDS):
-        end_s = float((times.arrival_s + times.e2e_s).max()) - requests[0].arrival_s
-        decode_busy = min(1.0, float(times.busy_s[DECODE]) / end_s)
-        times = _simulator(profile.under_load(rate, decode_busy), slo).run(trace)
-    return times
-
-
-def _simulator(profile: FittedProfile, slo: SloClass) -> Simulator:
     pools = profile.pools(num_prefill=1, num_decode=1)
-    return Simulator(SimulationConfig(pools=pools, slo=(slo,), pdserve=profile.options()))
+    config = SimulationConfig(pools=pools, slo=(slo,), pdserve=profile.options())
+    return Simulator(config).run(to_trace(requests))

@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pdserve.domain.errors import LocalFault
+from placement.fitted_profile import FittedProfile
 from placement.hardware import Gpu, Link, find_gpu, load_gpus, network_link, node_link
 from placement.plan_inputs import NodeGroup, PlanInputs
 from placement.profiles import (
     DistserveProfile,
     SplitwiseProfile,
     distserve_kv_bytes_per_token,
+    load_fitted,
     load_profile,
 )
 from placement.search.designs import Worker
@@ -24,6 +26,8 @@ SPLITWISE_GPUS = {  # USD and watts (relative) of one GPU: rule 8 of Splitwise's
 }
 MAX_BATCH = 256  # decoded at once by one worker, at most
 PROFILE_ERROR = 0.05
+ANY_BYTES_PER_S = 1e15
+"""A fitted profile has the KV link in it, wherever the workers run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +82,9 @@ def resolve_fleets(inputs: PlanInputs) -> tuple[Fleet, ...]:
 
 def _fleet(inputs: PlanInputs, group: NodeGroup, gpus: dict[str, Gpu] | None) -> Fleet:
     network = inputs.cluster.network_gb_per_s
+    fitted = fitted_of(inputs)
+    if fitted is not None:
+        return _profiled_fleet(inputs, group, fitted)
     if inputs.rules is Rules.SPLITWISE or _is_splitwise(inputs):
         from placement.profiles import HARDWARE_ALIASES
 
@@ -109,6 +116,35 @@ def _fleet(inputs: PlanInputs, group: NodeGroup, gpus: dict[str, Gpu] | None) ->
     return fleet
 
 
+def _profiled_fleet(inputs: PlanInputs, group: NodeGroup, fitted: FittedProfile) -> Fleet:
+    if group.gpu != fitted.gpu:
+        raise LocalFault(
+            f"cluster.nodes: gpu {group.gpu!r}: the profile was measured on {fitted.gpu!r}; "
+            "give that name, or another profile"
+        )
+    if inputs.objective.goal == "cost" and group.usd_per_hour is None:
+        raise LocalFault(f"cluster.nodes: {fitted.gpu} has no price; give usd_per_hour")
+    if inputs.objective.goal == "power" and group.watts is None:
+        raise LocalFault(f"cluster.nodes: {fitted.gpu}: its power is not known; give watts")
+    return Fleet(
+        gpu=fitted.gpu,
+        nodes=group.nodes,
+        gpus_per_node=group.gpus_per_node or 1,
+        usd_per_hour=group.usd_per_hour or 0.0,
+        watts=group.watts or 0.0,
+        node_bytes_per_s=ANY_BYTES_PER_S,
+        network_bytes_per_s=ANY_BYTES_PER_S,
+    )
+
+
+def fitted_of(inputs: PlanInputs) -> FittedProfile | None:
+    """What `pdserve profile` found out, where the plan is made from that."""
+    latency = inputs.latency
+    if latency is None or inputs.rules is not Rules.PDSERVE:
+        return None
+    return load_fitted(latency.profile, latency.model)
+
+
 def _is_splitwise(inputs: PlanInputs) -> bool:
     return bool(
         inputs.latency
@@ -119,6 +155,9 @@ def _is_splitwise(inputs: PlanInputs) -> bool:
 
 def find_workers(inputs: PlanInputs, fleets: tuple[Fleet, ...], facts: LengthFacts) -> Found:
     """Every worker that the cluster can hold; raises `LocalFault` where there is none."""
+    fitted = fitted_of(inputs)
+    if fitted is not None:
+        return _profiled_workers(inputs, fleets[0], fitted, facts)
     workers: list[Worker] = []
     rejected: list[tuple[str, str]] = []
     is_one_node = len(fleets) == 1 and fleets[0].nodes == 1
@@ -138,6 +177,40 @@ def find_workers(inputs: PlanInputs, fleets: tuple[Fleet, ...], facts: LengthFac
     if not workers:
         reasons = "; ".join(f"{name}: {why}" for name, why in rejected) or "no cut is allowed"
         raise LocalFault(f"{inputs.model} fits no worker of this cluster: {reasons}")
+    return Found(workers=tuple(workers), rejected=tuple(rejected))
+
+
+def _profiled_workers(
+    inputs: PlanInputs, fleet: Fleet, fitted: FittedProfile, facts: LengthFacts
+) -> Found:
+    """The two kinds of worker that were measured; raises `LocalFault` where they cannot serve."""
+    if not inputs.search.disaggregated:
+        raise LocalFault(
+            "search.disaggregated: a profile has prefill and decode workers; colocated ones were "
+            "not measured"
+        )
+    workers = []
+    for role in (PoolRole.PREFILL, PoolRole.DECODE):
+        worker = Worker(
+            role=role,
+            gpu=fleet.gpu,
+            tp=1,
+            pp=1,
+            ep=1,
+            pool=fitted.pool(role, 1),
+            usd_per_hour=fleet.usd_per_hour,
+            watts=fleet.watts,
+            source=f"fitted by pdserve profile ({fitted.model})",
+            relative_error=fitted.relative_error,
+        )
+        if problem := _memory_problem(worker, facts, inputs.rules):
+            raise LocalFault(f"{role} {fleet.gpu}: {problem}")
+        workers.append(worker)
+    rejected = []
+    if inputs.search.colocated:
+        rejected.append((f"colocated {fleet.gpu}", "not measured by pdserve profile"))
+    if (set(inputs.search.tp) | set(inputs.search.pp)) - {1}:
+        rejected.append((f"{fleet.gpu} TP or PP above 1", "not measured by pdserve profile"))
     return Found(workers=tuple(workers), rejected=tuple(rejected))
 
 

@@ -13,11 +13,13 @@ from placement.search.enumerate import (
     Found,
     LengthFacts,
     find_workers,
+    fitted_of,
     resolve_fleets,
 )
 from placement.search.judging import Judge, class_judge, slowdown_judge, splitwise_token_s
 from placement.search.space import Space
 from placement.search.traffic import Traffic
+from placement.simulation.settings import resolve_options
 from placement.simulation.values import (
     PdserveOptions,
     PoolRole,
@@ -82,10 +84,18 @@ def new_problem(inputs: PlanInputs) -> Problem:
     )
     found = find_workers(inputs, fleets, facts)
     cell, num_cells, num_unused = _cells(fleets, inputs.search.max_cell_gpus)
-    pdserve = PdserveOptions(**inputs.pdserve.model_dump())
+    fitted = fitted_of(inputs)
+    pdserve = resolve_options(inputs.pdserve, fitted)
     bounded = slo or (_nominal_class(found.workers),)
     steps = inputs.search.max_step_tokens if inputs.rules is Rules.PDSERVE else (512,)
-    bounds = {tokens: _bounds(inputs, found.workers, bounded, traffic, tokens) for tokens in steps}
+    if fitted is not None:  # longer steps were not measured
+        most = fitted.limits.max_step_tokens
+        steps = tuple(tokens for tokens in steps if tokens <= most) or (most,)
+    handoff_s = pdserve.handoff_s if inputs.rules is Rules.PDSERVE else 0.0
+    bounds = {
+        tokens: _bounds(inputs, found.workers, bounded, traffic, tokens, handoff_s)
+        for tokens in steps
+    }
     judge = class_judge(slo)
     if inputs.slo == "splitwise":
         judge = _splitwise_judge(inputs)
@@ -132,6 +142,7 @@ def _bounds(
     slo: tuple[SloClass, ...],
     traffic: Traffic,
     tokens: int,
+    handoff_s: float,
 ) -> Bounds:
     return Bounds(
         workers,
@@ -141,13 +152,15 @@ def _bounds(
         gap_cv=traffic.gap_cv,
         max_step_tokens=tokens,
         max_batch=MAX_BATCH,
-        handoff_s=inputs.pdserve.handoff_s if inputs.rules is Rules.PDSERVE else 0.0,
+        handoff_s=handoff_s,
     )
 
 
 def bounds_of(problem: Problem, traffic: Traffic, tokens: int) -> Bounds:
     """Bounds of the problem's workers for other requests."""
-    return _bounds(problem.inputs, problem.found.workers, problem.slo, traffic, tokens)
+    is_ours = problem.inputs.rules is Rules.PDSERVE
+    handoff_s = problem.pdserve.handoff_s if is_ours else 0.0
+    return _bounds(problem.inputs, problem.found.workers, problem.slo, traffic, tokens, handoff_s)
 
 
 def _cells(fleets: tuple[Fleet, ...], max_gpus: int) -> tuple[tuple[Fleet, ...], int, int]:

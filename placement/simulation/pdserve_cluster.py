@@ -6,6 +6,7 @@ waits there, first come first served, while they are not free.
 
 from placement.simulation.compiled import compiled, inlined
 from placement.simulation.event_heap import pop
+from placement.simulation.pdserve_shared import steal
 from placement.simulation.pdserve_state import (
     ACTIVE,
     ARRIVAL_S,
@@ -163,6 +164,7 @@ def _arrive(c: Cluster, request: int, now: float) -> None:
     c.scalars[NUM_UNREAD_REQUESTS] += 1
     c.instances[reader, UNREAD] += prompt
     c.instance_s[reader, UNREAD_PAIRS] += num_pairs(0, prompt)
+    steal(c, writer, now)
     row = c.instances[writer]
     row[ASSIGNED] += 1
     row[ASSIGNED_PROMPTS] += prompt
@@ -205,6 +207,10 @@ def run_cluster(c: Cluster, num_at_start: int) -> None:
         elif kind == WAKE:
             start_woken(c, target, now)
         elif kind == STEP_DONE:
+            if c.instances[target, DEPTH] == 1 and version != (
+                c.instances[target, VERSION] & 0xFFFFFF
+            ):
+                continue  # it ends earlier or later than was expected
             finish_chunks(c, target, now)
             if c.instances[target, DEPTH] == 1 or not c.instances[target, IS_STAGE_BUSY]:
                 start_step(c, target, now)

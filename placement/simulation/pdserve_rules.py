@@ -13,6 +13,7 @@ from placement.simulation.values import PdserveOptions, Pool, PoolRole, PrefillO
 
 UNLIMITED_BLOCKS = 1 << 40
 MIN_TABLE_SIZE = 64
+STALE_EVENTS_PER_INSTANCE = 64
 
 
 class PdserveCluster:
@@ -101,6 +102,10 @@ class PdserveCluster:
             clock[state.SHARED_S] = timing.shared_s
             clock[state.PROMPT_S] = pool.prompt_s
             clock[state.PROMPT_TOKEN_S] = pool.prompt_token_s
+            clock[state.BESIDE] = pool.beside
+            clock[state.BESIDE_ANSWER] = pool.beside_answer
+            clock[state.WAKE_S] = pool.wake_s
+            clock[state.STOLEN_S] = pool.stolen_s
         return instances, instance_s
 
     def _check(self, trace: Trace) -> None:
@@ -148,12 +153,30 @@ class PdserveCluster:
             blocks = options.prefix_cache_tokens // trace.prefix_block_tokens
             scalars[state.CACHE_BLOCKS] = blocks
         scalars[state.DECODE_TABLE], scalars[state.TABLE_SIZE] = self._layout
+        reads = self._instances[:, state.READS] > 0
+        writes = self._instances[:, state.WRITES] > 0
+        scalars[state.NUM_READERS] = (reads & ~writes).sum()
+        scalars[state.NUM_WRITERS] = (writes & ~reads).sum()
+        scalars[state.IS_SHARED] = any(
+            pool.beside != 1.0 or pool.stolen_s > 0.0 for pool in self._pools
+        )
         depth = int(self._instances[:, state.DEPTH].max())
         most = min(options.max_step_tokens, state.MAX_PROMPTS_IN_STEP)
         # For a request at most its arrival, a release, its KV, three wakes and two cut runs; for an
         # instance the steps in its pipeline, its stage and its run.
         num_events = 8 * num + num_instances * (depth + 4) + 16
-        rates = np.array([options.handoff_s, options.max_tokens_factor, options.max_wait_s])
+        if scalars[state.IS_SHARED]:
+            # Ends that were moved stay in the heap until their time, or are not moved.
+            num_events += num_instances * STALE_EVENTS_PER_INSTANCE
+            scalars[state.MAX_STALE_EVENTS] = num_instances * STALE_EVENTS_PER_INSTANCE
+        rates = np.array(
+            [
+                options.handoff_s,
+                options.max_tokens_factor,
+                options.max_wait_s,
+                options.busy_handoff_s,
+            ]
+        )
         starts = trace.prefix_starts
         return state.Cluster(
             requests=requests,

@@ -51,7 +51,11 @@ RUN_START, RUN_FIRST, RUN_GROWTH, BUSY = 0, 1, 2, 3
 UNREAD_PAIRS = 4
 LINK_OUT_FREE, LINK_IN_FREE, SECONDS_PER_TOKEN, LINK_LATENCY = 5, 6, 7, 8
 SHARED_S, PROMPT_S, PROMPT_TOKEN_S = 9, 10, 11
-STAGES = 12  # when each stage of the pipeline is free
+BESIDE, WAKE_S = 12, 13  # see `Pool.beside` and `.wake_s`
+SLOWED, STEP_END = 14, 15  # of a reader's step under way
+STOLEN_S, OWED_S = 16, 17  # see `Pool.stolen_s`; what the next step takes longer for it
+BESIDE_ANSWER = 18
+STAGES = 19  # when each stage of the pipeline is free
 
 # Kinds of events.
 ARRIVE, STEP_DONE, STAGE_FREE, RUN_DONE, KV_HERE, RELEASE, WAKE, PREPARED = 0, 1, 2, 3, 4, 5, 6, 7
@@ -62,10 +66,14 @@ BLOCK_SIZE, IS_CLOSED_LOOP, BY_DEADLINE, MAX_UNREAD_REQUESTS = 5, 6, 7, 8
 PREFIX_BLOCK, CACHE_BLOCKS, HIT_TOKENS = 9, 10, 11
 DECODE_TABLE = 12  # where the decode tables begin in a row of `curves`; as long as each other
 TABLE_SIZE = 13
-NUM_SCALARS = 14
+NUM_READERS, NUM_WRITERS = 14, 15  # of one role alone: these slow each other
+NUM_BUSY_READERS, NUM_BUSY_WRITERS = 16, 17
+IS_SHARED = 18  # whether any step takes longer beside others
+MAX_STALE_EVENTS = 19  # events in the heap beyond which no step's end is moved any more
+NUM_SCALARS = 20
 
 # Entries of `rates`.
-HANDOFF_S, MAX_TOKENS_FACTOR, MAX_WAIT_S = 0, 1, 2
+HANDOFF_S, MAX_TOKENS_FACTOR, MAX_WAIT_S, BUSY_HANDOFF_S = 0, 1, 2, 3
 
 
 class Cluster(NamedTuple):

@@ -7,6 +7,14 @@ tokens in one step while there is a prompt to read.
 
 from placement.simulation.compiled import compiled, inlined
 from placement.simulation.event_heap import pop_int, push_int
+from placement.simulation.pdserve_shared import (
+    count_busy_readers,
+    count_busy_writers,
+    cut_run,
+    schedule_run_end,
+    slowdown,
+    steal,
+)
 from placement.simulation.pdserve_state import (
     ACTIVE,
     ARRIVE,
@@ -14,6 +22,7 @@ from placement.simulation.pdserve_state import (
     ASSIGNED_PROMPTS,
     BUDGET,
     BUSY,
+    BUSY_HANDOFF_S,
     BY_DEADLINE,
     CONTEXT,
     DEADLINE_S,
@@ -26,6 +35,7 @@ from placement.simulation.pdserve_state import (
     IN_FLIGHT,
     IS_CLOSED_LOOP,
     IS_CUT,
+    IS_SHARED,
     IS_STAGE_BUSY,
     JOINING,
     KV_HERE,
@@ -41,6 +51,7 @@ from placement.simulation.pdserve_state import (
     NUM_UNREAD_REQUESTS,
     OLDEST,
     OUTPUT,
+    OWED_S,
     PREPARED,
     PROMPT,
     PROMPT_S,
@@ -51,7 +62,6 @@ from placement.simulation.pdserve_state import (
     READER_BLOCKS,
     READS,
     RELEASE,
-    RUN_DONE,
     RUN_FIRST,
     RUN_GROWTH,
     RUN_START,
@@ -60,15 +70,18 @@ from placement.simulation.pdserve_state import (
     SENT,
     SHARED_S,
     SHIFT,
+    SLOWED,
     STAGE_FREE,
     STAGES,
     STEP,
     STEP_DONE,
+    STEP_END,
     UNREAD,
     UNREAD_PAIRS,
     VERSION,
     WAITING,
     WAKE,
+    WAKE_S,
     WRITER,
     WRITER_BLOCKS,
     WRITES,
@@ -80,7 +93,6 @@ from placement.simulation.pdserve_state import (
     num_pairs,
     prefill_s,
     schedule,
-    step_under_way,
 )
 from placement.simulation.prefix_cache import cached_tokens, keep_prefix
 
@@ -192,19 +204,28 @@ def start_step(c: Cluster, instance: int, now: float) -> None:
     """A reader's first stage is free: form the next step and send it down the pipeline."""
     row, clock = c.instances[instance], c.instance_s[instance]
     tokens, pairs = _form_chunks(c, instance, row[BUDGET])
-    row[IS_STAGE_BUSY] = tokens > 0
+    was_busy, row[IS_STAGE_BUSY] = row[IS_STAGE_BUSY], tokens > 0
+    if c.scalars[IS_SHARED] and row[IS_STAGE_BUSY] != was_busy:
+        count_busy_readers(c, row[IS_STAGE_BUSY] - was_busy, now)
     if tokens == 0:
         return
     depth = row[DEPTH]
     stage_s = prefill_s(c, instance, tokens, pairs) / depth
+    if not was_busy:
+        stage_s += clock[WAKE_S]
+    if c.scalars[IS_SHARED]:
+        clock[SLOWED] = slowdown(c, instance)
+        stage_s *= clock[SLOWED]
     end = now + stage_s
+    clock[STEP_END] = end
     clock[BUSY] += stage_s
     if depth > 1:
         schedule(c, end, STAGE_FREE, instance, 0)
         for stage in range(1, depth):
             end = max(end, clock[STAGES + stage]) + stage_s
             clock[STAGES + stage] = end
-    schedule(c, end, STEP_DONE, instance, 0)
+    version = row[VERSION] & 0xFFFFFF if depth == 1 else 0
+    schedule(c, end, STEP_DONE, instance, version)
 
 
 @compiled
@@ -226,11 +247,13 @@ def finish_chunks(c: Cluster, instance: int, now: float) -> None:
         keep_prefix(c, instance, request)
         c.scalars[NUM_UNREAD_REQUESTS] -= 1
         c.request_s[request, FIRST_S] = now + c.rates[HANDOFF_S]
+        if c.instances[writer, RUN_STEPS] > 0:
+            c.request_s[request, FIRST_S] += c.rates[BUSY_HANDOFF_S]
         if c.requests[request, OUTPUT] <= 1:
             if writer != instance:
                 row[FREE_BLOCKS] += c.requests[request, READER_BLOCKS]
             c.instances[writer, ASSIGNED_PROMPTS] -= c.requests[request, PROMPT]
-            _finish(c, request, now, now + c.rates[HANDOFF_S])
+            _finish(c, request, now, c.request_s[request, FIRST_S])
         elif writer == instance:
             enqueue(c, writer, JOINING, request)
         else:
@@ -285,6 +308,7 @@ def receive_kv(c: Cluster, request: int, now: float) -> None:
     if c.instances[reader, QUEUE] != NONE:
         wake(c, reader, now)
     enqueue(c, writer, JOINING, request)
+    steal(c, writer, now)
     if c.instances[writer, ACTIVE] < c.instances[writer, MAX_ACTIVE]:
         wake(c, writer, now)
 
@@ -293,6 +317,7 @@ def receive_kv(c: Cluster, request: int, now: float) -> None:
 def start_run(c: Cluster, instance: int, now: float) -> None:
     """Form the batch and run it until it changes."""
     row, clock, heap = c.instances[instance], c.instance_s[instance], c.heap[instance]
+    was_busy = row[RUN_STEPS] > 0
     while row[JOINING] != NONE and row[ACTIVE] < row[MAX_ACTIVE]:
         request = dequeue(c, instance, JOINING)
         last_step = row[STEP] + c.requests[request, OUTPUT] - 1
@@ -306,7 +331,10 @@ def start_run(c: Cluster, instance: int, now: float) -> None:
         tokens, pairs = _form_chunks(c, instance, max(row[BUDGET] - size, 1))
     row[IS_CUT] = 0
     row[RUN_STEPS] = 0
-    if size == 0 and tokens == 0:
+    is_busy = size > 0 or tokens > 0
+    if c.scalars[IS_SHARED] and is_busy != was_busy and not row[READS]:
+        count_busy_writers(c, 1 if is_busy else -1, now)
+    if not is_busy:
         return
     # With a pipeline, as many micro-batches as stages are under way; a round takes one's time.
     first, growth = 0.0, 0.0
@@ -321,29 +349,17 @@ def start_run(c: Cluster, instance: int, now: float) -> None:
         growth, steps = 0.0, 1
     else:
         steps = (heap[0] >> SHIFT) - row[STEP]
+    if c.scalars[IS_SHARED]:
+        slowed = slowdown(c, instance)
+        first *= slowed
+        growth *= slowed
+    extra_s = clock[OWED_S] if was_busy else clock[WAKE_S]
+    clock[OWED_S] = 0.0
+    if extra_s > 0.0:
+        first += extra_s
+        growth, steps = 0.0, 1
     clock[RUN_START], clock[RUN_FIRST], clock[RUN_GROWTH] = now, first, growth
-    _schedule_end(c, instance, steps)
-
-
-@compiled
-def _schedule_end(c: Cluster, instance: int, steps: int) -> None:
-    row, clock = c.instances[instance], c.instance_s[instance]
-    row[RUN_STEPS] = steps
-    row[VERSION] += 1
-    span = clock[RUN_FIRST] * steps + clock[RUN_GROWTH] * (0.5 * steps * (steps - 1))
-    schedule(c, clock[RUN_START] + span, RUN_DONE, instance, row[VERSION] & 0xFFFFFF)
-
-
-@compiled
-def cut_run(c: Cluster, instance: int, now: float) -> None:
-    """End the run at the end of the step under way."""
-    row = c.instances[instance]
-    if row[IS_CUT] or row[RUN_STEPS] == 1:
-        return
-    row[IS_CUT] = 1
-    steps = step_under_way(c, instance, now)
-    if steps < row[RUN_STEPS]:
-        _schedule_end(c, instance, steps)
+    schedule_run_end(c, instance, steps)
 
 
 @compiled

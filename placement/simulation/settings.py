@@ -1,6 +1,7 @@
 """`sim.yaml`: the text form of a `SimulationConfig`, with latencies looked up."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -8,11 +9,13 @@ from pydantic import Field, model_validator
 
 from pdserve.config.base import Settings, parse_settings, read_yaml
 from pdserve.domain.errors import LocalFault
+from placement.fitted_profile import FittedProfile
 from placement.profiles import (
     DistserveProfile,
     Profile,
     SplitwiseProfile,
     distserve_kv_bytes_per_token,
+    load_fitted,
     load_profile,
 )
 from placement.simulation.timing import SplitwiseTiming, StepTiming
@@ -110,6 +113,7 @@ class PdserveSettings(Settings):
     block_size: int = Field(16, ge=1, le=1024)
     max_tokens_factor: float = Field(1.0, ge=1, description="max_tokens asked / tokens made")
     handoff_s: float = Field(0.002, ge=0)
+    busy_handoff_s: float = Field(0.0, ge=0)
     prefill_order: PrefillOrder = PrefillOrder.FCFS
     prefix_cache_tokens: int = Field(0, ge=0)
     max_num_waiting: int = Field(0, ge=0)
@@ -170,10 +174,13 @@ def parse_config(data: object, *, source: str, folder: Path | None = None) -> Si
         arrivals = ArrivalSettings()
     slo = settings.slo
     classes = slo if isinstance(slo, tuple) else (slo,) if slo is not None else ()
-    pdserve = PdserveOptions(**settings.pdserve.model_dump())
+    fitted = None
+    if settings.rules is Rules.PDSERVE:
+        fitted = load_fitted(settings.latency.profile, settings.latency.model, folder=folder)
+    pdserve = resolve_options(settings.pdserve, fitted)
     return SimulationConfig(
         rules=settings.rules,
-        pools=_resolve_pools(settings, pdserve, source, folder),
+        pools=_resolve_pools(settings, pdserve, fitted, source, folder),
         slo=tuple(SloClass(**item.model_dump()) for item in classes),
         rate=arrivals.rate,
         concurrency=arrivals.concurrency,
@@ -196,16 +203,48 @@ def _splitwise_options(settings: SimulationSettings) -> SplitwiseOptions:
     )
 
 
+def resolve_options(settings: PdserveSettings, fitted: FittedProfile | None) -> PdserveOptions:
+    """What the settings say; what they leave out a fitted profile knows, or is the default."""
+    if fitted is None:
+        return PdserveOptions(**settings.model_dump())
+    given = {name: getattr(settings, name) for name in settings.model_fields_set}
+    return replace(fitted.options(), **given)
+
+
 def _resolve_pools(
-    settings: SimulationSettings, options: PdserveOptions, source: str, folder: Path | None
+    settings: SimulationSettings,
+    options: PdserveOptions,
+    fitted: FittedProfile | None,
+    source: str,
+    folder: Path | None,
 ) -> tuple[Pool, ...]:
     latency = settings.latency
+    if fitted is not None:
+        return tuple(_fitted_pool(pool, fitted, source) for pool in settings.pools)
     if latency.profile is not None:
         profile = load_profile(latency.profile, folder=folder)
         return tuple(_profiled_pool(pool, profile, settings, source) for pool in settings.pools)
     if settings.rules is not Rules.PDSERVE:
         raise LocalFault(f"{source}: latency.profile: rules {settings.rules} need a profile")
     return tuple(_modelled_pool(pool, latency, options, source, folder) for pool in settings.pools)
+
+
+def _fitted_pool(pool: PoolSettings, fitted: FittedProfile, source: str) -> Pool:
+    if (pool.tp or 1, pool.pp) != (1, 1):
+        raise LocalFault(
+            f"{source}: pools: {pool.role}: {fitted.model} was profiled at tp 1 pp 1; "
+            f"got tp {pool.tp or 1} pp {pool.pp}"
+        )
+    known = fitted.pool(pool.role, pool.replicas)
+    link = known.link
+    if pool.link_gb_per_s is not None:
+        link = replace(link, bytes_per_s=pool.link_gb_per_s * 1e9)
+    return replace(
+        known,
+        gpu=pool.gpu or known.gpu,
+        kv_tokens=pool.max_num_tokens or known.kv_tokens,
+        link=link,
+    )
 
 
 def _profiled_pool(

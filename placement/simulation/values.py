@@ -54,6 +54,10 @@ class Pool:
     link: Link = Link()
     prompt_s: float = 0.0  # host time of a request before its first step, device or not
     prompt_token_s: float = 0.0  # and of each token of its prompt
+    beside: float = 1.0  # time of a step while all instances of the other role compute / alone
+    beside_answer: float = 0.0  # more, for each answer after the first in a decode instance
+    wake_s: float = 0.0  # what the first step after a pause takes longer
+    stolen_s: float = 0.0  # that a new request takes from the answers that are decoded
 
     @property
     def num_gpus(self) -> int:
@@ -107,6 +111,7 @@ class PdserveOptions:
     block_size: int = 16
     max_tokens_factor: float = 1.0  # max_tokens that clients ask for / tokens they get
     handoff_s: float = 0.002  # messages between router and workers, part of TTFT
+    busy_handoff_s: float = 0.0  # added to it while the decode instance is in a step
     prefill_order: PrefillOrder = PrefillOrder.FCFS
     prefix_cache_tokens: int = 0  # kept by each instance that reads prompts; 0: off
     max_num_waiting: int = 0  # requests without a first token in the cluster; 0: no limit

@@ -9,21 +9,17 @@ import yaml
 
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.latency import StepCoefficients, StepShape
-from placement.fitting import (
+from placement.fitted_profile import (
     FittedProfile,
     Handoff,
-    Interference,
     Limits,
-    StepPoint,
-    compare,
-    error_summary,
-    fit_link,
-    fit_phase,
+    Serving,
     read_profile,
     simulation_yaml,
     to_json,
     write_profile,
 )
+from placement.fitting import StepPoint, compare, error_summary, fit_link, fit_phase
 from placement.latency import Source, fitted_latency
 from placement.profiles import DistserveProfile, load_profile
 from placement.simulation.settings import parse_config
@@ -136,7 +132,7 @@ def test_file_round_trips(tmp_path: Path) -> None:
         ("[]", "not a profile"),
         ('{"opt": {"1": {"prefill": [1, 2, 3]}}}', "not a profile"),
         ('{"demo": {"1": {"pdserve": {"form": 9}}}}', "form 9"),
-        ('{"demo": {"1": {"pdserve": {"form": 1}}}}', "damaged"),
+        ('{"demo": {"1": {"pdserve": {"form": 2}}}}', "damaged"),
     ],
 )
 def test_other_files_are_told(tmp_path: Path, text: str, message: str) -> None:
@@ -191,23 +187,34 @@ def test_pools_carry_link_and_memory() -> None:
     assert decode.kv_tokens == PROFILE.limits.decode_kv_tokens
 
 
-def test_interference_grows_with_load() -> None:
-    beside = Interference(busy_handoff_s=0.004, stolen_s=0.01, busy_prefill=1.5)
-    profile = replace(PROFILE, interference=beside)
-    loaded = profile.under_load(20.0, 0.5)
-    assert loaded.handoff.handoff_s == pytest.approx(0.004 + 0.5 * 0.004)
-    assert loaded.prefill.fixed_s == pytest.approx(1.25 * PROFILE.prefill.fixed_s)
-    # 20 requests/s take 0.2 of the time from decoding.
-    assert loaded.decode.fixed_s == pytest.approx(PROFILE.decode.fixed_s / 0.8)
-    assert profile.under_load(0.0, 0.0).pools(num_prefill=1, num_decode=1)[0].replicas == 1
-    assert profile.under_load(0.0, 0.0).decode == PROFILE.decode
-
-
-def test_interference_never_stops_decoding() -> None:
-    profile = replace(PROFILE, interference=Interference(stolen_s=0.1))
-    assert profile.under_load(100.0, 1.0).decode.fixed_s == pytest.approx(
-        5 * PROFILE.decode.fixed_s
+def test_steps_of_a_serving_cluster_are_those_that_are_simulated() -> None:
+    serving = Serving(
+        prefill=1.2,
+        decode=1.5,
+        decode_answer_s=1e-4,
+        beside_prefill=1.4,
+        beside_answer=0.1,
+        beside_decode=1.3,
+        stolen_s=0.003,
+        wake_s=0.001,
+        busy_handoff_s=0.002,
     )
+    profile = replace(PROFILE, serving=serving)
+    prompt, four = StepShape.of([(0, 300)]), StepShape.of((), [260] * 4)
+    assert profile.coefficients("prefill").step_s(prompt) == pytest.approx(
+        1.2 * PROFILE.prefill.step_s(prompt)
+    )
+    # Each of the three answers after the first adds to the step.
+    assert profile.coefficients("decode").step_s(four) == pytest.approx(
+        1.5 * PROFILE.decode.step_s(four) + 3e-4
+    )
+    prefill, decode = profile.pools(num_prefill=1, num_decode=1)
+    assert (prefill.beside, prefill.beside_answer, prefill.stolen_s) == (1.4, 0.1, 0.0)
+    assert (decode.beside, decode.beside_answer) == (1.3, 0.0)
+    assert (decode.stolen_s, decode.wake_s) == (0.003, 0.001)
+    assert profile.options().busy_handoff_s == 0.002
+    loaded = to_json(profile)["demo"]["1"]
+    assert loaded["prefill"][0] == pytest.approx(1.2e3 * PROFILE.prefill.fixed_s)
 
 
 def test_json_holds_no_numbers_that_json_lacks() -> None:
