@@ -29,6 +29,7 @@ class ClusterEvent:
 
     message: str
     is_fatal: bool = False
+    asks_stop: bool = False  # somebody elsewhere wants it drained and stopped
 
 
 class Cluster(Protocol):

@@ -1,9 +1,17 @@
 """The commands that start clusters: their options and help; light to import (`pdserve --help`)."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class Backend(StrEnum):
+    """Where `pdserve up` starts a cluster."""
+
+    LOCAL = "local"
+    RAY = "ray"
 
 
 def up(
@@ -12,6 +20,15 @@ def up(
         typer.Argument(
             help="A plan of `pdserve plan`, or a cluster file; see --example.",
             metavar="[FILE.YAML]",
+        ),
+    ] = None,
+    backend: Annotated[
+        Backend, typer.Option(help="This machine, or a Ray cluster.")
+    ] = Backend.LOCAL,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address", help="Ray head, host:port; left out: RAY_ADDRESS, or the one here."
         ),
     ] = None,
     model: Annotated[
@@ -56,6 +73,19 @@ def up(
     gpus_file: Annotated[
         Path | None, typer.Option(help="Your own GPU types, as the plan was made with.")
     ] = None,
+    ray_resource: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GPU_TYPE=NAME[:AMOUNT]",
+            help="Ray resource that a rank asks for instead of a plan's GPU type; repeatable.",
+        ),
+    ] = None,
+    ray_cpus: Annotated[
+        float, typer.Option(min=0, help="CPUs that each rank asks Ray for; may be a fraction.")
+    ] = 1.0,
+    show_logs: Annotated[
+        bool, typer.Option("--show-logs", help="Ray: print every line that processes log.")
+    ] = False,
     num_blocks: Annotated[
         int | None, typer.Option(min=1, help="KV blocks of each worker [1024].")
     ] = None,
@@ -87,6 +117,7 @@ def up(
       pdserve up --model ./my-model --prefill 2 --decode 2
       pdserve up plan.yaml
       pdserve up plan.yaml --engine timed --model demo --scale 0.1
+      pdserve up plan.yaml --backend ray --address 10.0.0.1:6379
       pdserve up --example > cluster.yaml && pdserve up cluster.yaml
       pdserve up --set router.max_num_requests=8 --set timers.drain_s=5
     """
@@ -117,6 +148,25 @@ def up(
     deployment = read_deployment(
         file, flags, setting or [], scale=scale, gpus_file=gpus_file, pin=pin
     )
+    if backend is Backend.RAY:
+        from deploy.ray.opening import open_on_ray
+        from deploy.ray.resources import RayOptions, parse_gpu_resources
+
+        options = RayOptions(
+            address=address,
+            cpus_per_rank=ray_cpus,
+            gpu_resources=parse_gpu_resources(ray_resource or []),
+            shows_logs=show_logs,
+        )
+        run_up(
+            lambda report: open_on_ray(deployment, options, report),
+            deployment,
+            backend="ray",
+            as_json=as_json,
+        )
+        return
+    if address is not None or ray_resource or show_logs:
+        raise _misplaced("--address, --ray-resource and --show-logs are for --backend ray")
     from deploy.local import LocalCluster
 
     run_up(
@@ -132,17 +182,28 @@ def down(
         str | None,
         typer.Option("--address", "-a", help="The cluster's router; left out: the only one up."),
     ] = None,
+    backend: Annotated[
+        Backend,
+        typer.Option(help="Where it runs. ray: wherever its `pdserve up` is, --ray-address tells."),
+    ] = Backend.LOCAL,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Ray head, host:port; left out: RAY_ADDRESS, or the one here."),
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="All clusters of this user.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what was stopped as JSON.")
     ] = False,
 ) -> None:
-    """Stop a cluster that `pdserve up` started on this machine, after its requests have finished.
+    """Stop a cluster that `pdserve up` started, after its requests have finished.
+
+    Without --backend ray it is looked for among those of this machine.
 
     \b
     Examples:
       pdserve down
       pdserve down --address 127.0.0.1:7450
+      pdserve down --backend ray --ray-address 10.0.0.1:6379
       pdserve down --all
     """
     import json
@@ -150,6 +211,15 @@ def down(
 
     from deploy import runs
 
+    if backend is Backend.RAY:
+        from deploy.ray.opening import stop_on_ray
+
+        if every:
+            raise _misplaced("--all is for clusters of this machine: name one by --address")
+        done = stop_on_ray(ray_address, address)
+        text = f"stopped the cluster at {done.address} in {done.elapsed_s:.1f} s"
+        typer.echo(json.dumps([asdict(done)]) if as_json else text)
+        return
     stopped = []
     chosen = runs.running()
     for run in chosen if every else runs.choose(chosen, address):
@@ -161,3 +231,9 @@ def down(
             typer.echo(f"stopped in {elapsed_s:.1f} s")
     if as_json:
         typer.echo(json.dumps(stopped))
+
+
+def _misplaced(message: str) -> Exception:
+    from pdserve.domain.errors import LocalFault
+
+    return LocalFault(message)

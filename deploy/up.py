@@ -22,7 +22,7 @@ from pdserve.cli.running import EXIT_INTERRUPTED
 from pdserve.domain.errors import PdserveError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-DEFAULT_PORTS = (7450, 7451)
+DEFAULT_ADDRESSES = ("127.0.0.1:7450", "127.0.0.1:7451")
 
 
 OpenCluster = Callable[[Report], Cluster]
@@ -108,6 +108,8 @@ class _Up:
                 if event.is_fatal:
                     raise ClusterFailed(event.message)
                 self._print(event.message)
+                if event.asks_stop:
+                    self._on_signal()
         finally:
             stopped.cancel()
 
@@ -167,10 +169,12 @@ class _Up:
         for row in cluster.rows:
             blocks = f"{row.num_blocks:,}" if row.num_blocks else ""
             place = [row.place] if has_places else []
-            table.add_row(row.name, row.role, str(row.pid), row.address, blocks, row.metrics_address, *place)
+            table.add_row(
+                row.name, row.role, str(row.pid), row.address, blocks, row.metrics_address, *place
+            )
         public, internal = cluster.public_address, cluster.internal_address
-        ports = (self._deployment.router.port, self._deployment.router.internal_port)
-        flags = ["", ""] if ports == DEFAULT_PORTS else [f" -a {public}", f" -a {internal}"]
+        is_default = (public, internal) == DEFAULT_ADDRESSES
+        flags = ["", ""] if is_default else [f" -a {public}", f" -a {internal}"]
         prompt = shlex.quote("def read_lines(path):")
         return Group(
             table,

@@ -5,7 +5,7 @@ import pytest
 
 from deploy.deployment import Deployment
 from deploy.opening import read_deployment
-from deploy.up import DEFAULT_PORTS
+from deploy.up import DEFAULT_ADDRESSES
 from pdserve.config.processes import RouterSettings
 from pdserve.domain.errors import LocalFault
 
@@ -57,4 +57,6 @@ def test_workers_are_pinned_only_when_asked_or_planned() -> None:
 
 
 def test_default_ports_are_those_of_the_settings() -> None:
-    assert (RouterSettings().port, RouterSettings().internal_port) == DEFAULT_PORTS
+    router = RouterSettings()
+    ports = (router.port, router.internal_port)
+    assert tuple(f"{router.host}:{port}" for port in ports) == DEFAULT_ADDRESSES

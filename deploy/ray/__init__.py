@@ -1,0 +1,1 @@
+"""Parts of `deploy.ray_cluster`: where processes go on a Ray cluster, and how they are watched."""

@@ -1,0 +1,142 @@
+"""What runs inside Ray: an actor for each rank, and a flag that stops the cluster.
+
+An actor only starts, watches and stops its serving process and passes on its log; requests, tokens
+and KV go between the serving processes themselves. Ray imports this module on every node, so it
+imports little.
+"""
+
+import asyncio
+import os
+import shutil
+import signal
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.processes import LocalProcess, ProcessRole, Ready, describe_exit
+from pdserve.config.base import Settings
+from pdserve.config.processes import RouterSettings, WorkerSettings
+from pdserve.domain.errors import PdserveError
+from pdserve.domain.ids import PROTOCOL_VERSION
+
+LOG_POLL_S = 0.2
+MAX_LOG_BYTES = 1 << 20  # in one answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where an actor runs."""
+
+    node_id: str
+    host: str
+    pid: int
+    protocol_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The serving process's own word."""
+
+    pid: int
+    ready: Ready
+
+
+@dataclass(frozen=True, slots=True)
+class NotStarted:
+    message: str
+
+
+class RankActor:
+    """One rank's place on a node; the first rank of a worker runs the serving process.
+
+    The process ends at once when this actor does, whatever ends it: the one that takes its place
+    must not meet it.
+    """
+
+    def __init__(self) -> None:
+        self._process: LocalProcess | None = None
+        self._end: asyncio.Task[int] | None = None
+        self._log_dir: Path | None = None
+
+    async def site(self) -> Site:
+        import ray
+
+        return Site(
+            node_id=ray.get_runtime_context().get_node_id(),
+            host=ray.util.get_node_ip_address(),
+            pid=os.getpid(),
+            protocol_version=PROTOCOL_VERSION,
+        )
+
+    async def start(self, name: str, role: ProcessRole, settings: str) -> Started | NotStarted:
+        """Run the serving process; `settings` is JSON."""
+        kind: type[Settings] = RouterSettings if role == "router" else WorkerSettings
+        self._log_dir = Path(tempfile.mkdtemp(prefix=f"pdserve-{name}-"))
+        process = LocalProcess(
+            name,
+            role,
+            kind.model_validate_json(settings),
+            self._log_dir / f"{name}.log",
+            dies_at_once=True,
+        )
+        self._process = process
+        try:
+            ready = await process.start()
+        except PdserveError as error:
+            return NotStarted(error.message)
+        self._end = asyncio.create_task(process.watch())
+        return Started(pid=process.pid, ready=ready)
+
+    async def ended(self) -> str:
+        """Once the serving process has ended: how, and the end of its log."""
+        assert self._end is not None, "nothing was started"
+        assert self._process is not None
+        code = await asyncio.shield(self._end)
+        return f"{describe_exit(code)}; the end of its log:\n{self._process.last_words()}"
+
+    async def next_log(self, offset: int) -> bytes:
+        """The log from `offset` on, once there is some; empty when it is over."""
+        while self._process is not None:
+            is_over = not self._process.is_running
+            with self._process.log_path.open("rb") as file:
+                file.seek(offset)
+                if chunk := file.read(MAX_LOG_BYTES):
+                    return chunk
+            if is_over:
+                break
+            await asyncio.sleep(LOG_POLL_S)
+        return b""
+
+    async def signal(self, number: int) -> None:
+        if self._process is not None:
+            self._process.signal(signal.Signals(number))
+
+    async def ping(self) -> None:
+        """Answers as long as this actor does."""
+
+    async def close(self, keeps_log: bool) -> None:
+        """End the serving process, wait until it is gone, and remove its log unless kept."""
+        if self._process is not None:
+            self._process.signal(signal.SIGKILL)
+            await self._process.wait()
+        if self._log_dir is not None and not keeps_log:
+            shutil.rmtree(self._log_dir, ignore_errors=True)
+
+
+class StopFlag:
+    """Lets `pdserve down` reach a `pdserve up` that runs elsewhere. Lives as long as that does."""
+
+    def __init__(self, address: str, drain_s: float) -> None:
+        self._address = address
+        self._drain_s = drain_s
+        self._is_set = asyncio.Event()
+
+    async def describe(self) -> tuple[str, float]:
+        """The cluster's public address and its drain limit in seconds."""
+        return self._address, self._drain_s
+
+    async def set(self) -> None:
+        self._is_set.set()
+
+    async def wait(self) -> None:
+        await self._is_set.wait()

@@ -1,0 +1,59 @@
+"""One process of a deployment through all its lives on Ray nodes."""
+
+import time
+from dataclasses import dataclass
+
+from deploy.processes import ProcessRole
+from deploy.ray.hosted import HostedProcess, Reservation
+from deploy.ray.placing import Need, RayNode
+from pdserve.config.binding import is_loopback
+from pdserve.config.processes import RouterSettings, WorkerSettings
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Slot:
+    """What stays when the process is replaced, and the life it has now."""
+
+    role: ProcessRole
+    settings: RouterSettings | WorkerSettings
+    need: Need
+    hosted: HostedProcess | None = None
+    serving_since_s: float | None = None  # by time.monotonic(); None: it does not serve
+    num_lives: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.need.name
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks; none in a router."""
+        return self.settings.engine.num_blocks if isinstance(self.settings, WorkerSettings) else 0
+
+    async def reserve(self, node: RayNode) -> None:
+        """Take the node's resources for a new life; raises `ClusterFailed`."""
+        reservation = await Reservation.take(self.need, node)
+        self.hosted = HostedProcess(reservation)
+        self.num_lives += 1
+
+    async def launch(self, within_s: float) -> None:
+        """Start the process where it was reserved; raises `ClusterFailed`."""
+        hosted = self.hosted
+        assert hosted is not None, f"{self.name} has no place"
+        await hosted.open()
+        await hosted.start(self.role, self._settings_on(hosted.host), within_s)
+        self.serving_since_s = time.monotonic()
+
+    async def close(self, within_s: float, *, keeps_log: bool = True) -> None:
+        """End this life, if there is one; it never raises."""
+        self.serving_since_s = None
+        hosted, self.hosted = self.hosted, None
+        if hosted is not None:
+            await hosted.close(within_s, keeps_log=keeps_log)
+
+    def _settings_on(self, host: str) -> RouterSettings | WorkerSettings:
+        """For a node whose address is `host`; a router's own choice of address stands."""
+        if self.role == "router" and not is_loopback(self.settings.host):
+            return self.settings
+        update = {"host": host, "insecure": self.settings.insecure or not is_loopback(host)}
+        return self.settings.model_copy(update=update)

@@ -1,0 +1,392 @@
+"""A whole cluster on Ray: placed by placement groups, watched by us; no request goes through it."""
+
+import asyncio
+import contextlib
+import json
+import signal
+from collections.abc import Coroutine, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from deploy.backend import ClusterEvent, ProcessRow, Report
+from deploy.deployment import Deployment
+from deploy.log_dir import LogDir
+from deploy.ray.connecting import connect, disconnect, living_nodes, this_node
+from deploy.ray.hosted import HostedProcess
+from deploy.ray.placing import Need, Placement, RayNode, place
+from deploy.ray.resources import RayOptions, explain_unfit, needs_of
+from deploy.ray.slots import Slot
+from deploy.ray.stopping import StopRequest
+from deploy.ray.supervision import Supervisor
+from pdserve.cli.problems import ClusterFailed
+from pdserve.client.admin import AdminClient
+from pdserve.client.faults import ClusterUnreachable
+from pdserve.config.binding import is_loopback
+from pdserve.config.processes import RouterSettings
+from pdserve.domain.errors import LocalFault, PdserveError
+from pdserve.engine.model_files import ModelFiles
+
+KILL_GRACE_S = 5.0
+"""A process that takes this much longer to drain than its own limit is killed."""
+CLOSE_S = 3.0
+REGISTERED_POLL_S = 0.1
+WILDCARDS = ("0.0.0.0", "::", "[::]")
+SHOWN_LEVELS = ("error", "critical")
+
+
+class RayCluster:
+    """A router and its workers as actors of a Ray cluster, owned by an `async with` block.
+
+        async with RayCluster.start(deployment) as cluster:
+            client = InferenceClient(cluster.public_address)
+
+    The router runs on this driver's node. What is lost while the block runs is replaced. Leaving
+    the block drains router and workers; leaving it by an exception ends them. Either way no
+    process, actor or placement group is left, nor would one be if this process were killed.
+    """
+
+    def __init__(self, deployment: Deployment, options: RayOptions, report: Report) -> None:
+        self.deployment = deployment
+        self.options = options
+        self.slots: list[Slot] = []
+        self._report = report
+        self._events: asyncio.Queue[ClusterEvent] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._supervisor: Supervisor | None = None
+        self._stop_request: StopRequest | None = None
+        self._logs: LogDir | None = None
+        self._has_connected = False
+        self._is_killed = False
+        self._public_address = ""
+        self._internal_address = ""
+
+    @classmethod
+    def start(
+        cls,
+        deployment: Deployment,
+        *,
+        options: RayOptions | None = None,
+        report: Report = lambda text: None,
+    ) -> Self:
+        """A cluster that starts when its `async with` block is entered.
+
+        Entering raises `LocalFault` for what can be known beforehand and `ClusterFailed` for what
+        Ray or a process says then. `report` hears of each step.
+        """
+        return cls(deployment, options or RayOptions(), report)
+
+    @property
+    def public_address(self) -> str:
+        return self._public_address
+
+    @property
+    def internal_address(self) -> str:
+        return self._internal_address
+
+    @property
+    def log_dir(self) -> Path:
+        return self._logs.path if self._logs is not None else Path()
+
+    @property
+    def rows(self) -> Sequence[ProcessRow]:
+        return [_row(slot) for slot in self.slots]
+
+    @property
+    def num_serving(self) -> int:
+        return sum(slot.serving_since_s is not None for slot in self.slots)
+
+    def slot(self, name: str) -> Slot:
+        """The process called `name`: router, prefill-0, decode-1, ..."""
+        return next(slot for slot in self.slots if slot.name == name)
+
+    async def __aenter__(self) -> Self:
+        ModelFiles.open(self.deployment.router.model)  # a model that is not there is told at once
+        try:
+            async with asyncio.timeout(self.deployment.start_s):
+                await self._start_all()
+        except TimeoutError:
+            message = self._late_message()
+            await self._end_all(keeps_logs=True)
+            raise ClusterFailed(message) from None
+        except BaseException:
+            await self._end_all(keeps_logs=True)
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if self._supervisor is not None:
+                await self._supervisor.stop()
+            if error is None:
+                await self.drain()
+        finally:
+            await self._end_all(keeps_logs=error is not None)
+
+    async def next_event(self) -> ClusterEvent:
+        """The next thing that happened; a loss is never the end: what is lost is replaced."""
+        return await self._events.get()
+
+    async def drain(self) -> None:
+        """Let requests finish: first the router, then the workers; `_end_all` ends what is left."""
+        await self._stop(self.slots[:1])
+        await self._stop(self.slots[1:])
+
+    def kill(self) -> None:
+        """End every process at once; `async with` still waits for their ends."""
+        self._is_killed = True
+        for slot in self.slots:
+            if slot.hosted is not None:
+                slot.hosted.kill()
+
+    async def _start_all(self) -> None:
+        self._report("joining the Ray cluster")
+        needs = needs_of(self.deployment, self.options)
+        self._has_connected = await connect(self.options.address)
+        nodes = await living_nodes()
+        placement = self._place(needs, nodes)
+        self._logs = LogDir.open(self.deployment.log_dir)
+        self.slots = [_router_slot(self.deployment.router), *self._worker_slots(needs)]
+        self._supervisor = Supervisor(
+            self.slots, self.deployment.router.timers, self._tell, self._follow_log
+        )
+        self._supervisor.watch_nodes()
+        by_id = {node.node_id: node for node in nodes}
+        where = {"router": this_node(), **placement.nodes}
+        self._report("reserving resources")
+        await _all(slot.reserve(by_id[where[slot.name]]) for slot in self.slots)
+        await self._launch_all()
+        await self._wait_for_registration()
+        self._stop_request = StopRequest(self.public_address, self.deployment.drain_s)
+        self._spawn(self._await_stop_request(self._stop_request))
+        self._supervisor.watch_all(self.internal_address)
+        self._tell_exposure()
+
+    def _place(self, needs: Sequence[Need], nodes: Sequence[RayNode]) -> Placement:
+        found = place(needs, nodes)
+        if not isinstance(found, Placement):
+            gpus = {worker.name: worker.gpu for worker in self.deployment.workers}
+            raise LocalFault(explain_unfit(found, nodes, gpus))
+        for note in found.notes:
+            self._tell(f"note: {note}")
+        return found
+
+    def _worker_slots(self, needs: Sequence[Need]) -> list[Slot]:
+        # Cores are pinned where they are known: not on machines of others.
+        return [
+            Slot(
+                role=worker.settings.role,
+                settings=worker.settings.model_copy(update={"cpus": ()}),
+                need=need,
+            )
+            for worker, need in zip(self.deployment.workers, needs, strict=True)
+        ]
+
+    async def _launch_all(self) -> None:
+        """The router goes first: workers are told its address. Their actors come up meanwhile."""
+        router, *workers = self.slots
+        opened = asyncio.create_task(_all(_hosted(slot).open() for slot in workers))
+        try:
+            await self._launch(router)
+            self._settle_addresses(router)
+            await opened
+        finally:
+            opened.cancel()
+            await asyncio.gather(opened, return_exceptions=True)
+        for slot in workers:
+            update = {"routers": (self.internal_address,)}
+            slot.settings = slot.settings.model_copy(update=update)
+        await _all(self._launch(slot) for slot in workers)
+
+    async def _launch(self, slot: Slot) -> None:
+        self._report(f"starting {slot.name} on {_hosted(slot).node.label}")
+        await slot.launch(self.deployment.start_s)
+        self._follow_log(slot)
+        self._report(f"{slot.name} serves")
+
+    def _settle_addresses(self, router: Slot) -> None:
+        """What clients and workers dial; a router that takes its place listens on the same."""
+        hosted = _hosted(router)
+        assert hosted.started is not None
+        public, internal = hosted.started.ready.address, hosted.started.ready.internal_address
+        self._public_address = _dialled(public, hosted.host)
+        self._internal_address = _dialled(internal, hosted.host)
+        ports = {"port": _port(public), "internal_port": _port(internal)}
+        router.settings = router.settings.model_copy(update=ports)
+
+    async def _wait_for_registration(self) -> None:
+        """Until the router has all workers; raises `ClusterFailed` where one is lost first."""
+        self._report("waiting for the router to see all workers")
+        seen = asyncio.create_task(self._poll_router())
+        losses = {asyncio.create_task(_hosted(slot).loss()): slot for slot in self.slots}
+        try:
+            await asyncio.wait({seen, *losses}, return_when=asyncio.FIRST_COMPLETED)
+            for loss, slot in losses.items():
+                if loss.done():
+                    where = _hosted(slot).node.label
+                    raise ClusterFailed(
+                        f"{slot.name} on {where} {loss.result()} while the cluster started"
+                    )
+            await seen
+        finally:
+            for task in (seen, *losses):
+                task.cancel()
+            await asyncio.gather(seen, *losses, return_exceptions=True)
+
+    async def _poll_router(self) -> None:
+        expected = {slot.name for slot in self.slots[1:]}
+        async with AdminClient(self.internal_address) as admin:
+            while True:
+                with contextlib.suppress(ClusterUnreachable):
+                    state = await admin.cluster_state()
+                    alive = [each for each in state.workers if each.health == "alive"]
+                    if expected <= {str(worker.hello.worker_id) for worker in alive}:
+                        return
+                await asyncio.sleep(REGISTERED_POLL_S)
+
+    async def _await_stop_request(self, request: StopRequest) -> None:
+        if await request.wait():
+            self._events.put_nowait(ClusterEvent("asked to stop", asks_stop=True))
+
+    async def _stop(self, slots: Sequence[Slot]) -> None:
+        """SIGTERM, then wait for the drain."""
+        lives = [slot.hosted for slot in slots if slot.hosted is not None]
+        for life in lives:
+            life.signal(signal.SIGTERM)
+        ends = [asyncio.create_task(life.ended()) for life in lives]
+        try:
+            if ends:
+                await asyncio.wait(ends, timeout=self.deployment.drain_s + KILL_GRACE_S)
+        finally:
+            for end in ends:
+                end.cancel()
+
+    async def _end_all(self, *, keeps_logs: bool) -> None:
+        # A second Ctrl-C must not leave actors behind: they are killed at once, this is brief.
+        await asyncio.shield(self._end_all_now(keeps_logs))
+
+    async def _end_all_now(self, keeps_logs: bool) -> None:
+        if self._supervisor is not None:
+            await self._supervisor.stop()
+        close_s = 0.0 if self._is_killed else CLOSE_S
+        await asyncio.gather(*(slot.close(close_s, keeps_log=keeps_logs) for slot in self.slots))
+        if self._stop_request is not None:
+            self._stop_request.close()
+            self._stop_request = None
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._has_connected:
+            self._has_connected = False
+            await asyncio.to_thread(disconnect)
+        if self._logs is not None and not keeps_logs:
+            self._logs.remove()
+
+    def _follow_log(self, slot: Slot) -> None:
+        self._spawn(self._copy_log(slot.name, _hosted(slot)))
+
+    async def _copy_log(self, name: str, life: HostedProcess) -> None:
+        """Append the log of one life to the file of its name; tell what a person must know."""
+        rest = b""
+        with (self.log_dir / f"{name}.log").open("ab", buffering=0) as file:
+            async for chunk in life.log():
+                file.write(chunk)
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    if self.options.shows_logs or _is_serious(line):
+                        self._tell(f"{name} | {line.decode(errors='replace')}")
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _tell(self, message: str) -> None:
+        self._events.put_nowait(ClusterEvent(message))
+
+    def _tell_exposure(self) -> None:
+        hosts = sorted({_hosted(slot).host for slot in self.slots})
+        exposed = [host for host in hosts if not is_loopback(host)]
+        if exposed:
+            self._tell(
+                f"warning: insecure: router and workers listen on {', '.join(exposed)} without TLS "
+                "and login: whoever reaches these addresses can use the cluster and read what goes "
+                "through it; close the network around them"
+            )
+
+    def _late_message(self) -> str:
+        limit = f"{self.deployment.start_s:g} s (start_s)"
+        late = [slot.name for slot in self.slots if slot.serving_since_s is None]
+        if not self.slots:
+            return f"the Ray cluster did not take the processes within {limit}"
+        if not late:
+            return f"the router did not see all workers within {limit}; logs in {self.log_dir}"
+        return f"{', '.join(late)} did not serve within {limit}; logs in {self.log_dir}"
+
+
+def _router_slot(settings: RouterSettings) -> Slot:
+    return Slot(role="router", settings=settings, need=Need(name="router", bundle={}))
+
+
+def _row(slot: Slot) -> ProcessRow:
+    hosted = slot.hosted
+    if hosted is None or hosted.started is None:
+        return ProcessRow(
+            name=slot.name,
+            role=slot.role,
+            pid=0,
+            address="",
+            num_blocks=slot.num_blocks,
+            place=hosted.node.label if hosted is not None else "waits for a node",
+        )
+    ready = hosted.started.ready
+    ranks = f", {slot.need.num_ranks} ranks" if slot.need.num_ranks > 1 else ""
+    return ProcessRow(
+        name=slot.name,
+        role=slot.role,
+        pid=hosted.started.pid,
+        address=_dialled(ready.internal_address, hosted.host),
+        num_blocks=slot.num_blocks,
+        metrics_address=_dialled(ready.metrics_address, hosted.host),
+        place=f"{hosted.node.label}{ranks}",
+    )
+
+
+def _hosted(slot: Slot) -> HostedProcess:
+    assert slot.hosted is not None, f"{slot.name} has no place"
+    return slot.hosted
+
+
+def _dialled(address: str, host: str) -> str:
+    """A listening address as others reach it."""
+    listening, _, port = address.rpartition(":")
+    return f"{host}:{port}" if listening in WILDCARDS else address
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
+def _is_serious(line: bytes) -> bool:
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(said, dict) and said.get("level") in SHOWN_LEVELS
+
+
+async def _all(work: Iterable[Coroutine[None, None, None]]) -> None:
+    """All of it side by side; the first error ends the rest and is raised, one of ours first."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for each in work:
+                tasks.create_task(each)
+    except ExceptionGroup as group:
+        errors = [error for error in group.exceptions if isinstance(error, PdserveError)]
+        raise (errors or group.exceptions)[0] from None
