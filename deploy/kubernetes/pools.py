@@ -75,7 +75,8 @@ def _pool(name: str, members: Sequence[PlacedWorker]) -> Pool:
         settings=first.settings,
         replicas=len(members),
         gpu=first.gpu,
-        num_gpus=first.num_gpus,
+        # The timed engine computes nothing: it runs wherever there is a core.
+        num_gpus=first.num_gpus if first.settings.engine.engine == "torch" else 0,
         gpus_per_node=first.gpus_per_node,
         nodes=tuple(sorted(nodes.items())),
     )

@@ -73,18 +73,20 @@ def render(deployment: Deployment, options: RenderOptions) -> Files:
 def warnings_of(deployment: Deployment, models: str) -> list[str]:
     """What a person should know before this is applied; `models` is mounted at /models, if any."""
     found = list(deployment.notes)
-    for pool in pools_of(deployment.workers):
-        if pool.is_multi_node:
-            found.append(
-                f"pool {pool.name}: a worker's {pool.num_gpus} ranks span {pool.num_pods} nodes "
-                "(LeaderWorkerSet); the torch engine runs one rank a worker and refuses to start "
-                "with more"
-            )
-        elif pool.num_gpus > 1 and pool.settings.engine.engine == "torch":
-            found.append(
-                f"pool {pool.name}: {pool.num_gpus} ranks a worker; the torch engine runs one and "
-                "refuses to start with more"
-            )
+    pools = pools_of(deployment.workers)
+    with_gpus = [pool.name for pool in pools if pool.num_gpus]
+    if with_gpus:
+        found.append(
+            f"pools {', '.join(with_gpus)} ask for GPUs, and the torch engine computes on the CPU, "
+            "one rank a worker: their workers refuse to start and say so; --engine timed renders "
+            "workers that take the plan's step times instead"
+        )
+    found += [
+        f"pool {pool.name}: a worker's {pool.num_gpus} ranks span {pool.num_pods} nodes: the "
+        "cluster needs the LeaderWorkerSet controller"
+        for pool in pools
+        if pool.is_multi_node
+    ]
     model = deployment.router.model
     if model not in ("demo", "demo-draft") and not models:
         found.append(
