@@ -10,7 +10,7 @@ from deploy.kubernetes import overlays
 from deploy.kubernetes.network import network_policies, services
 from deploy.kubernetes.pools import Pool, pools_of
 from deploy.kubernetes.settings_files import router_settings, settings_file, worker_settings
-from deploy.kubernetes.sizing import model_spec, size_of
+from deploy.kubernetes.sizing import PACKAGED, model_spec, size_of
 from deploy.kubernetes.values import CONFIG_DIR, Manifest, RenderOptions, labels, metadata
 from deploy.kubernetes.workloads import (
     config_name,
@@ -88,7 +88,7 @@ def warnings_of(deployment: Deployment, models: str) -> list[str]:
         if pool.is_multi_node
     ]
     model = deployment.router.model
-    if model not in ("demo", "demo-draft") and not models:
+    if model not in PACKAGED and not models:
         found.append(
             f"the containers look for the model at {model}: mount models (--model-claim, "
             "--models-dir) and name the folder with --model, or put it into the images"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from deploy.kubernetes.accelerators import Accelerator
 from deploy.kubernetes.pools import Pool
 from deploy.kubernetes.values import Manifest
+from pdserve.domain.errors import LocalFault
 from pdserve.engine.model_files import resolve_model_dir
 from placement.model_config import load_model
 from placement.model_spec import ModelSpec
@@ -19,6 +20,7 @@ HOST_BYTES_PER_GPU = 4 * GIB  # driver, pinned buffers of copies to and from the
 SHM_BYTES_PER_GPU = GIB  # collectives between ranks use /dev/shm
 LOAD_BYTES_PER_S = 100e6  # a slow network file system
 START_BASE_S = 300.0
+PACKAGED = ("demo", "demo-draft")
 SCRATCH_BYTES = 2 * GIB  # kernels compiled at the start, under /tmp
 
 
@@ -75,13 +77,17 @@ def size_of(pool: Pool, model: ModelSpec) -> PodSize:
 
 
 def model_spec(engine_model: str, plan_model: str) -> ModelSpec:
-    """The model's sizes, from its directory where it is at hand, else from the catalogue.
+    """The model's sizes: of the plan's model, since containers may have it at another path.
 
-    Raises `LocalFault` where neither knows it.
+    Raises `LocalFault` for one that is neither packaged, nor here, nor in the catalogue.
     """
-    if engine_model in ("demo", "demo-draft"):
-        return load_model(resolve_model_dir(engine_model))
-    return load_model(plan_model or engine_model)
+    name = plan_model or engine_model
+    try:
+        return load_model(resolve_model_dir(name) if name in PACKAGED else name)
+    except LocalFault as fault:
+        raise LocalFault(
+            f"{fault.message}; the sizes of pods come from it: render where its folder is"
+        ) from None
 
 
 def _cores(cpu: float) -> str | int:

@@ -158,6 +158,29 @@ def test_json_tells_files_pools_and_warnings(tmp_path: Path) -> None:
     assert any("--model-claim" in warning for warning in said["warnings"])
 
 
+def test_containers_may_have_the_model_elsewhere(tmp_path: Path) -> None:
+    arguments = ["--model-claim", "models", "--model", "/models/mine", "--json"]
+    plan = str(PLANS / "cpu.yaml")
+    said = json.loads(run("kubernetes", plan, "-o", str(tmp_path / "out"), *arguments))
+    assert said["warnings"] == []
+    base = tmp_path / "out" / "base"
+    for pod in ("router", "prefill"):
+        text = (base / f"{pod}.yaml").read_text()
+        assert "claimName: models" in text
+        assert "mountPath: /models\n          readOnly: true" in text
+        assert "model: /models/mine\n" in (base / "settings" / f"{pod}.yaml").read_text()
+
+
+def test_a_model_of_unknown_size_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LocalFault, match="render where its folder is"):
+        run(
+            "kubernetes",
+            str(changed_plan(tmp_path, model="nobody/none")),
+            "-o",
+            str(tmp_path / "o"),
+        )
+
+
 def test_the_timed_engine_asks_for_no_gpu(tmp_path: Path) -> None:
     plan, times = (
         changed_plan(tmp_path, "h200"),
