@@ -33,6 +33,7 @@ from tests.support.kubernetes_manifests import (
     rendered,
     validate,
 )
+from tests.support.network_policies import Endpoint, allows
 
 pytestmark = needs_kubectl
 __all__ = ["read_schemas_once"]
@@ -249,6 +250,72 @@ def test_pods_are_locked_down() -> None:
             for volume in spec["volumes"]:
                 if "emptyDir" in volume:
                     assert volume["emptyDir"]["sizeLimit"], where
+
+
+def endpoints(objects: tuple[Object, ...]) -> list[Endpoint]:
+    """Two pods of each template, and strangers."""
+    found = []
+    for owner in objects:
+        for template in pod_templates(owner):
+            (container,) = template["spec"]["containers"]
+            ports = {port["name"]: port["containerPort"] for port in container.get("ports", [])}
+            for index in range(2):
+                found.append(
+                    Endpoint(
+                        name=f"{owner['metadata']['name']}-{index}",
+                        ip="",
+                        namespace=owner["metadata"]["namespace"],
+                        labels=template["metadata"]["labels"],
+                        ports=ports,
+                    )
+                )
+    for name, namespace, labels in (
+        ("stranger", "pdserve", {}),
+        ("other-stranger", "default", {}),
+        ("client", "default", {"pdserve/client": "true"}),
+        ("prometheus", "monitoring", {"app.kubernetes.io/name": "prometheus"}),
+        ("false-prometheus", "default", {"app.kubernetes.io/name": "prometheus"}),
+        ("kube-dns", "kube-system", {"k8s-app": "kube-dns"}),
+    ):
+        found.append(Endpoint(name=name, ip="", namespace=namespace, labels=labels))
+    return found
+
+
+@pytest.mark.parametrize("overlay", ["base", "overlays/dev", "overlays/monitoring"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_policies_leave_the_needed_edges_and_no_others(plan: str, overlay: str) -> None:
+    objects = built(plan, overlay)
+    policies = [each for each in objects if each["kind"] == "NetworkPolicy"]
+    ends = endpoints(objects)
+    ports = {port for end in ends for port in end.ports.values()} | {22, 53, 443, 29500}
+    edges = {
+        (_component(source), _component(target), port)
+        for source in ends
+        for target in ends
+        for port in ports
+        if "pdserve" in (source.namespace, target.namespace)
+        and source is not target
+        and allows(policies, source, target, "TCP", port)
+    }
+    expected = {
+        ("client", "router", 7450),
+        ("router", "decode", 7460),
+        ("decode", "prefill", 7460),
+        ("decode", "prefill", 7461),
+        ("prefill", "router", 7451),
+        ("decode", "router", 7451),
+        ("prefill", "kube-dns", 53),
+        ("decode", "kube-dns", 53),
+    }
+    if overlay == "overlays/monitoring":
+        expected |= {("prometheus", role, 7452) for role in ("router", "prefill", "decode")}
+    if plan == "spanning":  # the ranks of one worker are open to each other
+        expected |= {("decode", "decode", port) for port in ports}
+    assert edges == expected
+
+
+def _component(endpoint: Endpoint) -> str:
+    return endpoint.labels.get("app.kubernetes.io/component", endpoint.name)
 
 
 def test_the_namespace_enforces_the_restricted_profile() -> None:
