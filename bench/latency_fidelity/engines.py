@@ -66,6 +66,7 @@ MEMORY_SHARE = {"vllm": 0.9, "sglang": 0.825, "trtllm": 0.9}
 MIXED_SGLANG_SINCE = (0, 5, 6)
 DEFAULT_STEP_TOKENS = 8192
 SGLANG_STEP_TOKENS = 16384
+PROMPTS_PER_STEP = 2  # requests come through one frontend process, one by one
 DESIGN_SPARE_TOKENS = 1500  # aiconfigurator sets a step's budget to one prompt and so many more
 
 
@@ -77,8 +78,12 @@ def engine_of(at: Situation) -> Engine:
 def _vllm(at: Situation) -> Engine:
     share = MEMORY_SHARE[at.backend]
     if at.sweep is Sweep.GRID:
-        budget = 2 * at.prompt_tokens
-        return Engine(rule=VLLM, memory_share=share, step_tokens=budget, prompts_per_step=2)
+        return Engine(
+            rule=VLLM,
+            memory_share=share,
+            step_tokens=PROMPTS_PER_STEP * at.prompt_tokens,
+            prompts_per_step=PROMPTS_PER_STEP,
+        )
     return Engine(
         rule=VLLM,
         memory_share=share,
@@ -107,8 +112,8 @@ def _trtllm(at: Situation) -> Engine:
     return Engine(
         rule=TRTLLM,
         memory_share=share,
-        step_tokens=4 * at.prompt_tokens,
-        prompts_per_step=4,
+        step_tokens=PROMPTS_PER_STEP * at.prompt_tokens + at.clients,
+        prompts_per_step=PROMPTS_PER_STEP,
         spare_clients=1 if at.sweep is Sweep.GRID and not at.precision else 0,
     )
 
