@@ -7,6 +7,7 @@ import pytest
 
 from pdserve.domain.errors import LocalFault
 from placement.demand import Workload
+from placement.framework import find_framework
 from placement.simulate import simulate
 from placement.simulation.settings import parse_config
 from placement.simulation.values import SimulationResult
@@ -46,12 +47,12 @@ def test_narrower_weights_and_kv_are_read_faster() -> None:
     assert tpot[1] > tpot[2]
 
 
-def test_frameworks_have_their_own_host_times() -> None:
-    ttft = [
-        float(np.mean(run(LLAMA | {"weights": "fp8", "framework": name}).ttft_s))
-        for name in ("vllm", "trtllm")
-    ]
-    assert abs(ttft[0] / ttft[1] - 1) > 0.05
+def test_the_frameworks_numbers_of_that_precision_and_gpu_are_taken() -> None:
+    latency = LLAMA | {"weights": "fp8", "framework": "trtllm"}
+    pool = parse_config(closed_loop(latency), source="sim.yaml").pools[0]
+    expected = find_framework("trtllm", "fp8", "h200_sxm")
+    assert expected.prompt_s != find_framework("pdserve").prompt_s
+    assert (pool.prompt_s, pool.prompt_token_s) == (expected.prompt_s, expected.prompt_token_s)
 
 
 @pytest.mark.parametrize(
