@@ -1,25 +1,30 @@
 """Plans of small random questions beside brute force over all configurations.
 
-    python -m bench.planner.optimality [--instances 30] [--json out.json]
+    python -m bench.planner.optimality [--instances 30] [--first-seed 0] [--two-types]
 
 Both use the same simulator, traces and seeds. The planner agrees where its objective is not below
 that of the best configuration by more than the stated tolerance and both intervals.
+
+`--two-types`: clusters of two GPU types under our own rules, by the latency model, where brute
+force goes over every number of every worker, types and kinds mixed in every way.
 """
 
 import argparse
 import json
 import random
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from placement.plan_inputs import PlanInputs, parse_inputs
 from placement.search.choose import Choice, choose, new_evaluator
-from placement.search.designs import Design
+from placement.search.designs import Design, Worker
 from placement.search.evaluate import Evaluator, Goodput
 from placement.search.problem import Problem, new_problem
 
 GOALS = ("goodput_per_gpu", "goodput", "gpus")
+TWO_TYPE_GOALS = ("cost", "goodput", "power", "goodput_per_gpu")
 
 
 def random_question(seed: int) -> dict[str, Any]:
@@ -45,11 +50,60 @@ def random_question(seed: int) -> dict[str, Any]:
     }
 
 
-def brute_force(problem: Problem, evaluator: Evaluator) -> tuple[Design | None, Goodput]:
+def two_type_question(seed: int) -> dict[str, Any]:
+    """One question on a few GPUs of two types, small enough for every combination."""
+    rng = random.Random(f"two types {seed}")
+    goal = TWO_TYPE_GOALS[seed % len(TWO_TYPE_GOALS)]
+    first, second = rng.sample(["a100_sxm", "h100_sxm", "l40s", "h200_sxm"], 2)
+    nodes = [
+        {"gpu": first, "nodes": 1, "gpus_per_node": rng.choice([1, 2, 3])},
+        {"gpu": second, "nodes": 1, "gpus_per_node": rng.choice([1, 2])},
+    ]
+    return {
+        "model": "Llama-3.1-8B",
+        "cluster": {"nodes": nodes},
+        "workload": {
+            "prompt_tokens": {"mean": rng.choice([500, 1500, 4000]), "cv": 0.7, "max": 12_000},
+            "output_tokens": {"mean": rng.choice([60, 200]), "cv": 0.7, "max": 900},
+            "cv": rng.choice([0.5, 1.0, 2.0]),
+            "rate": rng.choice([1.0, 2.0, 4.0]),
+        },
+        "slo": {"ttft_s": rng.choice([0.8, 1.5]), "tpot_s": rng.choice([0.03, 0.06])},
+        "objective": {"goal": goal},
+        "search": {
+            "duration_s": 120,
+            "seeds": 3,
+            "what_ifs": False,
+            "tp": [1, 2],
+            "pp": [1],
+            "max_step_tokens": [2048],
+        },
+    }
+
+
+def all_designs(problem: Problem) -> Iterator[Design]:
+    """Every number of every worker that the cluster holds, types and kinds mixed."""
+    workers = problem.space.workers
+
+    def grow(first: int, counts: dict[Worker, int]) -> Iterator[Design]:
+        for index in range(first, len(workers)):
+            grown = {**counts, workers[index]: counts.get(workers[index], 0) + 1}
+            design = problem.space.design(grown)
+            if problem.space.fits(design):
+                if design.is_complete:
+                    yield design
+                yield from grow(index, grown)
+
+    return grow(0, {})
+
+
+def brute_force(
+    problem: Problem, evaluator: Evaluator, designs: Iterable[Design]
+) -> tuple[Design | None, Goodput]:
     """The best of every configuration; no bound, estimate or blame spares a simulation."""
     nothing = Goodput(rate=0.0, interval=(0.0, 0.0), margins=())
     best: tuple[Design | None, Goodput] = (None, nothing)
-    for design in problem.space.listed():
+    for design in designs:
         if problem.is_at_rate:
             assert problem.rate is not None
             is_cheaper = best[0] is None or problem.price(design) < problem.price(best[0])
@@ -79,8 +133,9 @@ def agrees(problem: Problem, choice: Choice, best: tuple[Design | None, Goodput]
     return ours * (1 + problem.inputs.search.tolerance) >= theirs
 
 
-def run_instance(seed: int) -> dict[str, Any]:
-    inputs: PlanInputs = parse_inputs(random_question(seed), source=f"question {seed}")
+def run_instance(seed: int, *, is_two_types: bool) -> dict[str, Any]:
+    question = two_type_question(seed) if is_two_types else random_question(seed)
+    inputs: PlanInputs = parse_inputs(question, source=f"question {seed}")
     problem = new_problem(inputs)
     start_s = time.process_time()
     evaluator = new_evaluator(problem)
@@ -88,7 +143,8 @@ def run_instance(seed: int) -> dict[str, Any]:
     plan_s = time.process_time() - start_s
     start_s = time.process_time()
     force = new_evaluator(problem)
-    best = brute_force(problem, force)
+    designs = list(all_designs(problem) if is_two_types else problem.space.listed())
+    best = brute_force(problem, force, designs)
 
     def objective(design: Design | None, rate: float) -> float | None:
         if design is None:
@@ -100,7 +156,7 @@ def run_instance(seed: int) -> dict[str, Any]:
         "rules": str(inputs.rules),
         "gpus": problem.num_gpus,
         "goal": inputs.objective.goal,
-        "configurations": len(list(problem.space.listed())),
+        "configurations": len(designs),
         "plan": choice.design.label if choice.design else None,
         "plan_objective": objective(choice.design, choice.goodput.rate),
         "best": best[0].label if best[0] else None,
@@ -116,11 +172,13 @@ def run_instance(seed: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--instances", type=int, default=30)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--two-types", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = []
-    for seed in range(options.instances):
-        row = run_instance(seed)
+    for seed in range(options.first_seed, options.first_seed + options.instances):
+        row = run_instance(seed, is_two_types=options.two_types)
         rows.append(row)
         mark = "=" if row["agrees"] else "DIFFERS"
         found, best = row["plan_objective"], row["best_objective"]

@@ -153,6 +153,7 @@ def cheapest(problem: Problem, bargain: Bargain) -> Design | None:
         if problem.space.is_listable or len(problem.fleets) == 1:
             bargain.run()
         bargain.climb()
+        bargain.sweep()
         if bargain.best is None:
             return None
         if evaluator.holds(bargain.best, bargain.rate, evaluator.num_seeds):

@@ -16,6 +16,7 @@ from placement.simulation.values import PoolRole
 Price = Callable[[Design], float]
 EPSILON = 1e-9
 GUESS_SLACK = 1.5  # a pair of cuts is left out where its guess costs so much more than the best
+MAX_SWEPT = 600  # designs cheaper than the best, all of which are looked at where there are no more
 SMALL_JOBS, SMALL_SLACK = 80, 4.0  # so few pairs may be looked at more closely
 
 
@@ -60,6 +61,22 @@ class Bargain:
                 return
             self.consider(self.space.steps(before))
             if self.best == before:
+                return
+
+    def sweep(self) -> None:
+        """Every cheaper design there can be, where they are few: pools of several GPU types too.
+
+        From the cheapest up, so that the first that holds is the least.
+        """
+        if self.best is None:
+            return
+        designs = self.space.cheaper(self.best, self.price, MAX_SWEPT)
+        if designs is None:
+            return
+        self.tally.listed += len(designs)
+        for design in designs:
+            if self.holds(design):
+                self._take(design)
                 return
 
     def consider(self, designs: Iterable[Design]) -> None:

@@ -1,6 +1,7 @@
 """All designs that a cluster can hold, and the steps from one to the next."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from placement.search.bounds import Bounds
@@ -11,8 +12,8 @@ from placement.simulation.values import PoolRole, Rules
 MAX_LISTED = 12_000
 MAX_MIXED_GPUS = 8
 MIN_BATCH = 8
-MAX_STARTS = 4
-"""Worker kinds of one role that a step may bring in."""
+EPSILON = 1e-9
+CORNER_SLACK = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +126,32 @@ class Space:
         fleet = next(fleet for fleet in self.fleets if fleet.gpu == reader.gpu)
         return m * reader.num_gpus + n * writer.num_gpus <= fleet.num_gpus
 
+    def cheaper(
+        self, design: Design, price: Callable[[Design], float], most: int
+    ) -> list[Design] | None:
+        """Every design of one kind of pools that costs less than `design`, the cheapest first.
+
+        Of each role and GPU type the most promising cut, and those of `design` itself; pools of
+        several GPU types share a role. None where there are more than `most`.
+        """
+        kinds = self._interesting(design, is_any_kind=True)
+        split = [worker for worker in kinds if worker.role is not PoolRole.COLOCATED]
+        both = [worker for worker in kinds if worker.role is PoolRole.COLOCATED]
+        limit = price(design) * (1 - EPSILON)
+        found: list[tuple[float, int, Design]] = []
+        for family in (split, both):
+            each = [price(self.design({worker: 1})) for worker in family]
+            corner = math.prod(limit / cost + 1 for cost in each) / math.factorial(len(each))
+            if corner > CORNER_SLACK * most:  # about as many as there are: too many to list
+                return None
+            for counts in _cheaper_counts(each, limit):  # of no family: one, of nothing
+                other = self.design(dict(zip(family, counts, strict=True)))
+                if other.is_complete and self.fits(other):
+                    found.append((price(other), len(found), other))
+                    if len(found) > most:
+                        return None
+        return [other for _, _, other in sorted(found, key=lambda item: item[:2])]
+
     def neighbours(self, design: Design) -> list[tuple[str, Design]]:
         """One worker more or less of each kind that it has; also beyond the cluster's size."""
         found = []
@@ -162,16 +189,17 @@ class Space:
         for tokens in self.bounds:
             yield self.design(counts, tokens)
 
-    def _interesting(self, design: Design) -> list[Worker]:
+    def _interesting(self, design: Design, *, is_any_kind: bool = False) -> list[Worker]:
         """Its own kinds, and of each role and GPU type the most promising for each GPU."""
         kinds = [worker for worker, _ in design.counts]
         bounds = self.bound_of(design)
-        is_mixing = self.is_mixed_allowed or design.kind == "colocated"
+        is_free = self.is_mixed_allowed or is_any_kind
+        is_mixing = is_free or design.kind == "colocated"
         for role in PoolRole:
             if role is PoolRole.COLOCATED and not is_mixing:
                 continue
             is_other = role is not PoolRole.COLOCATED and design.kind == "colocated"
-            if is_other and not self.is_mixed_allowed:
+            if is_other and not is_free:
                 continue
             best: dict[str, tuple[float, Worker]] = {}
             for worker in self.of_role(role):
@@ -182,6 +210,18 @@ class Space:
                 if worker not in kinds:
                     kinds.append(worker)
         return kinds
+
+
+def _cheaper_counts(each: Sequence[float], limit: float) -> Iterator[tuple[int, ...]]:
+    """All counts whose cost, `each` times its count, is below `limit`; (0, 0, ...) too."""
+    if not each:
+        yield ()
+        return
+    count = 0
+    while count * each[0] < limit:
+        for rest in _cheaper_counts(each[1:], limit - count * each[0]):
+            yield (count, *rest)
+        count += 1
 
 
 def _packs(sizes: list[tuple[int, int]], nodes: int, gpus_per_node: int) -> bool:

@@ -45,16 +45,7 @@ Row = tuple[int, int, int, float]  # prompt, batch, output, token ms
 def corrected_plan(problem: Problem, evaluator: Evaluator) -> Rival | None:
     """The best design by the same objective with decode times as measured."""
     corrected = corrected_problem(problem)
-    fresh = Evaluator(
-        corrected.traffic,
-        corrected.judge,
-        rules=Rules.PDSERVE,
-        slo=(),
-        horizon_s=evaluator.horizon_s,
-        num_seeds=evaluator.num_seeds,
-        pdserve=corrected.pdserve,
-        on_run=evaluator.on_run,
-    )
+    fresh = corrected_evaluator(corrected, evaluator)
     contest = Contest(
         corrected.space, fresh, corrected.value, tolerance=problem.inputs.search.tolerance
     )
@@ -71,6 +62,20 @@ def corrected_plan(problem: Problem, evaluator: Evaluator) -> Rival | None:
         goodput_per_gpu=corrected.rate / design.num_gpus,
         usd_per_hour=design.usd_per_hour,
         why_not=f"{goal} {corrected.price(design):.5g}; published tables read at the wrong axis",
+    )
+
+
+def corrected_evaluator(corrected: Problem, evaluator: Evaluator) -> Evaluator:
+    """One that judges the corrected problem on the same horizon and seeds as `evaluator`."""
+    return Evaluator(
+        corrected.traffic,
+        corrected.judge,
+        rules=Rules.PDSERVE,
+        slo=(),
+        horizon_s=evaluator.horizon_s,
+        num_seeds=evaluator.num_seeds,
+        pdserve=corrected.pdserve,
+        on_run=evaluator.on_run,
     )
 
 
