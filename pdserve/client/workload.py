@@ -16,7 +16,11 @@ from pdserve.domain.errors import LocalFault
 
 T = TypeVar("T")
 
-PACKAGED_TRACES = {"azure-code": "azure-code.csv", "azure-conv": "azure-conv.csv.gz"}
+PACKAGED_TRACES = {
+    "azure-code": "azure-code.csv",
+    "azure-code-all": "azure-code-all.csv.gz",
+    "azure-conv": "azure-conv.csv.gz",
+}
 PLAIN_FIELDS = ("arrival_s", "prompt_tokens", "output_tokens")
 AZURE_FIELDS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 FIRST_TEXT_TOKEN_ID = 16
