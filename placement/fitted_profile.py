@@ -50,6 +50,8 @@ class Serving:
     stolen_s: float = 0.0  # that a new request takes from the answers that are decoded
     wake_s: float = 0.0  # what the first decode step after a pause takes longer
     busy_handoff_s: float = 0.0  # added to TTFT where the decode worker is in a step
+    answer_scatter: float = 0.0  # relative standard deviation of TPOT that all this leaves
+    step_scatter: float = 0.0  # and of each step by itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +146,8 @@ class FittedProfile:
             block_size=self.limits.block_size,
             handoff_s=self.handoff.handoff_s,
             busy_handoff_s=self.serving.busy_handoff_s,
+            answer_scatter=self.serving.answer_scatter,
+            step_scatter=self.serving.step_scatter,
         )
 
 

@@ -31,6 +31,7 @@ from placement.fitting import fit_non_negative
 MIN_PROMPT_TOKENS = 96
 LEVEL_S = 10.0
 MIN_REQUESTS, MAX_REQUESTS = 60, 400
+CLIPPED_PERCENT = 98
 MIN_FITTED = 30
 """With fewer requests that can be judged the cluster is taken to serve as it answers probes."""
 
@@ -131,6 +132,8 @@ def fit_serving(
         stolen_s=decode.stolen_s,
         wake_s=decode.wake_s,
         busy_handoff_s=busy_handoff_s,
+        answer_scatter=decode.answer_scatter,
+        step_scatter=decode.step_scatter,
     )
     found = Handoff(
         handoff_s=handoff_s,
@@ -155,6 +158,8 @@ class _DecodeFit:
     stolen_s: float
     wake_s: float
     late_s: float  # KV after the first token at the client
+    answer_scatter: float
+    step_scatter: float
 
 
 class _Seen:
@@ -222,28 +227,28 @@ class _Seen:
         )
         is_busy = self._is_busy_at_first().astype(float)
         span_s = self._last_s - first_s + busy_handoff_s * is_busy
-        # Requests are counted for as long as the answer was expected to take: one that is late for
-        # another reason sees more of them come.
-        end_s = first_s + num * base_s * float(span_s.sum() / (num * base_s).sum())
         beside = _shares(self._reading, first_s, self._last_s, self._steps.num_prefill)
-        is_here = self._writer[None, :] == self._writer[:, None]
-        arrivals = (_within(self._sent_s, first_s, end_s) & is_here).sum(axis=1)
-        landings = (_within(first_s, first_s, end_s) & is_here).sum(axis=1)
-        terms = np.column_stack(
+        # In units of the answer's own time by the fit: long ones say no more than short ones.
+        weight = 1 / (num * base_s)
+        terms = weight[:, None] * np.column_stack(
             [
                 (num + 0.5 * is_busy) * base_s,
                 num * others,
                 num * base_s * beside,
-                (arrivals + landings + is_busy) / 2,
                 1 - is_busy,
                 np.ones(len(num)),
             ]
         )
-        # In units of the answer's own time by the fit: long ones say no more than short ones.
-        weight = 1 / (num * base_s)
-        scale, answer_s, slowed, stolen_s, wake_s, late_s = map(
-            float, fit_non_negative(terms * weight[:, None], span_s * weight)
-        )
+        came = weight * (self._num_new(self._last_s) + is_busy) / 2
+        # An answer that is late for another reason sees more requests come. What it had seen had it
+        # lasted as expected stands in for that (two-stage least squares).
+        expected_s = num * base_s * float(span_s.sum() / (num * base_s).sum())
+        outside = np.column_stack([terms, weight * self._num_new(first_s + expected_s)])
+        foreseen = outside @ np.linalg.lstsq(outside, came, rcond=None)[0]
+        weights = fit_non_negative(np.column_stack([terms, foreseen]), span_s * weight)
+        scale, answer_s, slowed, wake_s, late_s, stolen_s = map(float, weights)
+        explained = np.column_stack([terms, came]) @ weights
+        answer_scatter, step_scatter = _scatter(span_s * weight / explained - 1, num)
         return _DecodeFit(
             scale=scale,
             answer_s=answer_s,
@@ -251,7 +256,19 @@ class _Seen:
             stolen_s=stolen_s,
             wake_s=wake_s,
             late_s=late_s,
+            answer_scatter=answer_scatter,
+            step_scatter=step_scatter,
         )
+
+    def _num_new(self, until_s: Floats) -> Floats:
+        """Requests that come, and that land, at its decode worker from each first token on."""
+        is_here = self._writer[None, :] == self._writer[:, None]
+        came = _within(self._sent_s, self._first_s, until_s)
+        landed = _within(self._first_s, self._first_s, until_s)
+        found: Floats = ((came & is_here).sum(axis=1) + (landed & is_here).sum(axis=1)).astype(
+            float
+        )
+        return found
 
     def _is_busy_at_first(self) -> NDArray[np.bool_]:
         """Whether the decode worker was computing for others when the prompt was read."""
@@ -271,6 +288,16 @@ class _Seen:
         share = both / (last - first)[:, None]
         tokens = self._prompts + self._steps_made / 2
         return share.sum(axis=1), tokens + share @ tokens
+
+
+def _scatter(errors: Floats, num_steps: Floats) -> tuple[float, float]:
+    """Relative standard deviations of answers and of steps: their variances add over n steps as
+    answer**2 + step**2 / n. A few far-off answers count no more than the rest."""
+    most = float(np.percentile(np.abs(errors), CLIPPED_PERCENT))
+    squares = np.minimum(np.abs(errors), most) ** 2
+    terms = np.column_stack([np.ones(len(errors)), 1 / num_steps])
+    answer, step = fit_non_negative(terms, squares)
+    return math.sqrt(answer), math.sqrt(step)
 
 
 def _between(rng: Random, least: int, most: int) -> int:

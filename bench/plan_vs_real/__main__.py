@@ -99,9 +99,13 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=300, help="of each load run")
     parser.add_argument("--rounds", type=int, default=3, help="of each profile")
     parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument(
+        "--also", type=Path, action="append", default=[], help="judge with the runs of this --json"
+    )
     arguments = parser.parse_args()
     console = Console()
-    runs = asyncio.run(run_bench(arguments, console))
+    runs = [run for path in arguments.also for run in read_runs(path)]
+    runs += asyncio.run(run_bench(arguments, console))
     rows = rows_of(runs)
     console.print(render(rows))
     sys.exit(judge(runs, rows, console, arguments.json))
@@ -164,6 +168,13 @@ async def _measure(
         foreign_cores=meter.foreign_cores(),
         own_cores={name: (after[name] - before[name]) / duration_s for name in after},
     )
+
+
+def read_runs(path: Path) -> list[Run]:
+    """The runs of an earlier call."""
+    kept = json.loads(path.read_text())["runs"]
+    figures = [{name: Figures(**run[name]) for name in ("predicted", "measured")} for run in kept]
+    return [Run(**{**run, **pair}) for run, pair in zip(kept, figures, strict=True)]
 
 
 def rows_of(runs: list[Run]) -> list[Row]:

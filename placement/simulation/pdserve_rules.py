@@ -14,6 +14,7 @@ from placement.simulation.values import PdserveOptions, Pool, PoolRole, PrefillO
 UNLIMITED_BLOCKS = 1 << 40
 MIN_TABLE_SIZE = 64
 STALE_EVENTS_PER_INSTANCE = 64
+SCATTER_SEED = 0x5CA7
 
 
 class PdserveCluster:
@@ -50,20 +51,37 @@ class PdserveCluster:
         num_gaps = np.maximum(trace.outputs - 1, 1)
         with np.errstate(invalid="ignore"):
             tpot_s = np.where(is_refused, np.inf, (end_s - first_s) / num_gaps)
+        # KV may land and a step may end while the first token is still on its way.
+        tpot_s = np.maximum(tpot_s, 0.0)
+        factor = self._scatter(num_gaps)
+        e2e_s = np.maximum(end_s, first_s) - arrival_s
+        late_s = np.where(is_refused, 0.0, tpot_s) * (factor - 1) * num_gaps
         reader = cluster.requests[:, state.READER].copy()
         has_decoded = (trace.outputs > 1) & ~is_refused
         return Times(
             arrival_s=arrival_s,
             ttft_s=first_s - arrival_s,
-            # KV may land and a step may end while the first token is still on its way.
-            tpot_s=np.maximum(tpot_s, 0.0),
-            e2e_s=np.maximum(end_s, first_s) - arrival_s,
+            tpot_s=tpot_s * factor,
+            e2e_s=e2e_s + late_s,
             prefill=reader,
             decode=np.where(has_decoded, cluster.requests[:, state.WRITER], state.NONE),
             busy_s=cluster.instance_s[:, state.BUSY].copy(),
             num_refused=int(is_refused.sum()),
             prefix_hit_tokens=int(cluster.scalars[state.HIT_TOKENS]),
         )
+
+    def _scatter(self, num_gaps: Ints) -> Floats:
+        """What each TPOT is multiplied with, of mean 1; request i has the same luck in every run.
+
+        It moves nobody else: steps of one time have it in common only in part.
+        """
+        options = self._options
+        variance = options.answer_scatter**2 + options.step_scatter**2 / num_gaps
+        if not variance.any():
+            return np.ones(len(num_gaps))
+        luck = np.random.default_rng(SCATTER_SEED).standard_normal(len(num_gaps))
+        factor: Floats = np.exp(np.sqrt(variance) * luck - variance / 2)
+        return factor
 
     def _sample_timings(self) -> tuple[Floats, tuple[int, int]]:
         # The router predicts steps of batches that are larger than those that are computed.

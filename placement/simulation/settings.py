@@ -114,6 +114,8 @@ class PdserveSettings(Settings):
     max_tokens_factor: float = Field(1.0, ge=1, description="max_tokens asked / tokens made")
     handoff_s: float = Field(0.002, ge=0)
     busy_handoff_s: float = Field(0.0, ge=0)
+    answer_scatter: float = Field(0.0, ge=0, le=2)
+    step_scatter: float = Field(0.0, ge=0, le=2)
     prefill_order: PrefillOrder = PrefillOrder.FCFS
     prefix_cache_tokens: int = Field(0, ge=0)
     max_num_waiting: int = Field(0, ge=0)

@@ -112,6 +112,8 @@ class PdserveOptions:
     max_tokens_factor: float = 1.0  # max_tokens that clients ask for / tokens they get
     handoff_s: float = 0.002  # messages between router and workers, part of TTFT
     busy_handoff_s: float = 0.0  # added to it while the decode instance is in a step
+    answer_scatter: float = 0.0  # relative standard deviation of TPOT that no rule explains
+    step_scatter: float = 0.0  # and of each step by itself, which long answers level out
     prefill_order: PrefillOrder = PrefillOrder.FCFS
     prefix_cache_tokens: int = 0  # kept by each instance that reads prompts; 0: off
     max_num_waiting: int = 0  # requests without a first token in the cluster; 0: no limit
