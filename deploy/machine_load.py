@@ -55,9 +55,3 @@ def _ticks_of(proc: Path, pid: int) -> int:
     # The name, in parentheses, may hold anything; user and system time are fields 14 and 15.
     fields = stat.rsplit(")", 1)[1].split()
     return int(fields[11]) + int(fields[12])
-
-
-def pin(pid: int, cpus: set[int]) -> None:
-    """Let every thread of a process run on these CPUs only; threads made later inherit that."""
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        os.sched_setaffinity(int(thread.name), cpus)

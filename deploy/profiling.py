@@ -3,12 +3,14 @@
 The command lives above `placement`, which measures and fits, since it may start a cluster itself.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from deploy.deployment import Deployment
     from pdserve.config.cluster import ClusterSettings
     from placement.fitted_profile import FittedProfile
     from placement.probing import Advance, ProbePlan
@@ -36,7 +38,7 @@ def profile(
         int, typer.Option(min=1, help="Answers side by side at one decode worker at most.")
     ] = 16,
     gpu: Annotated[
-        str, typer.Option(help="What plans are to call the machine that is measured.")
+        str, typer.Option(help="GPU type of the workers, as in `pdserve gpus`; plans name it.")
     ] = "profiled",
     as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON.")] = False,
 ) -> None:
@@ -49,7 +51,7 @@ def profile(
       pdserve profile --model demo
       pdserve profile --address 127.0.0.1:7451 --output a100.json --sim sim.yaml
       pdserve simulate --config sim.yaml --workload w.csv
-      pdserve profile --model demo --gpu laptop --output laptop.json
+      pdserve profile --address 10.0.0.5:7451 --gpu h100_sxm --output h100.json
     """
     from dataclasses import replace
 
@@ -111,6 +113,16 @@ def profiled_settings(model: str) -> "ClusterSettings":
     )
 
 
+def profiled_deployment(settings: "ClusterSettings") -> "Deployment":
+    """On cores as a plan's workers have them, so that the profile is of what a plan starts."""
+    from deploy.deployment import deployment_of_cluster
+    from deploy.opening import MIN_CPUS_TO_PIN
+
+    deployment = deployment_of_cluster(settings)
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return deployment.pinned_to(cpus) if len(cpus) >= MIN_CPUS_TO_PIN else deployment
+
+
 async def _measure(address: str | None, model: str | None, plan: "ProbePlan") -> "FittedProfile":
     from dataclasses import replace
 
@@ -123,7 +135,8 @@ async def _measure(address: str | None, model: str | None, plan: "ProbePlan") ->
         if address is not None:
             return await profile_cluster(address, plan, status.update)
         assert model is not None
-        async with LocalCluster.start(profiled_settings(model), report=status.update) as cluster:
+        deployment = profiled_deployment(profiled_settings(model))
+        async with LocalCluster.start(deployment, report=status.update) as cluster:
             meter = LoadMeter(process.pid for process in cluster.processes)
             found = await profile_cluster(cluster.internal_address, plan, status.update)
             return replace(found, foreign_cores=meter.foreign_cores())

@@ -1,8 +1,8 @@
 """Profile a cluster, predict, then measure the same requests: `python -m bench.plan_vs_real`.
 
 Each repetition profiles anew, so that prediction and measurement meet the same machine; the table
-compares medians over repetitions. One prefill and one decode worker keep to a core each; router and
-client go wherever there is room, and their share of a core is stated. Under heavy load by other
+compares medians over repetitions. One prefill and one decode worker keep to cores of their own, as
+a plan's do; router and client go wherever there is room, and their share of a core is stated. Under heavy load by other
 programs it prints everything and judges nothing.
 
 With `--engine timed` steps sleep instead of computing: what is left to get wrong are the rules of
@@ -29,8 +29,8 @@ from rich.table import Table
 from bench.plan_vs_real.figures import Figures, capacity, measured, objectives, predict
 from bench.plan_vs_real.workload import draw_requests
 from deploy.local import LocalCluster
-from deploy.machine_load import LoadMeter, cpu_s, pin
-from deploy.profiling import profile_cluster, profiled_settings
+from deploy.machine_load import LoadMeter, cpu_s
+from deploy.profiling import profile_cluster, profiled_deployment, profiled_settings
 from pdserve.client.inference import InferenceClient
 from pdserve.client.load import only_model, run_load
 from pdserve.client.values import Model
@@ -121,8 +121,7 @@ async def run_bench(arguments: argparse.Namespace, console: Console) -> list[Run
     settings = profiled_settings("demo")
     if arguments.engine == "timed":
         settings = settings.model_copy(update={"engine": "timed", "coefficients": TIMED})
-    async with LocalCluster.start(settings) as cluster:
-        _pin_workers(cluster)
+    async with LocalCluster.start(profiled_deployment(settings)) as cluster:
         async with InferenceClient(cluster.public_address) as client:
             model = await only_model(client)
         slo: SloClass | None = None
@@ -236,18 +235,6 @@ def judge(runs: list[Run], rows: list[Row], console: Console, json_file: Path | 
         }
         json_file.write_text(json.dumps(clean(content), indent=1, allow_nan=False) + "\n")
     return int(is_judged and bool(bad))
-
-
-def _pin_workers(cluster: LocalCluster) -> None:
-    """A core for each worker; with four or more, router and client have theirs as well."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        return
-    pin(cluster.process("prefill-0").pid, {cores[0]})
-    pin(cluster.process("decode-0").pid, {cores[1]})
-    if len(cores) >= 4:
-        pin(cluster.router.pid, {cores[2]})
-        pin(os.getpid(), set(cores[3:]))
 
 
 def _pids(cluster: LocalCluster) -> dict[str, int]:
