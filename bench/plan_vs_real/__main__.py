@@ -2,8 +2,8 @@
 
 Each repetition profiles anew, so that prediction and measurement meet the same machine; the table
 compares medians over repetitions. One prefill and one decode worker keep to cores of their own, as
-a plan's do; router and client go wherever there is room, and their share of a core is stated. Under heavy load by other
-programs it prints everything and judges nothing.
+a plan's do; router and client go wherever there is room, and their share of a core is stated. Under
+heavy load by other programs it prints everything and judges nothing.
 
 With `--engine timed` steps sleep instead of computing: what is left to get wrong are the rules of
 router and workers, the profile and the host's own times, and a busy machine disturbs these less.
