@@ -1,7 +1,8 @@
-"""A closed loop of clients against one instance, or against pools, over a `LatencyGrid`.
+"""A closed loop of clients against one instance, over a `LatencyGrid`.
 
-Each of `concurrency` clients sends its next request when the last one ended. The three batching
-rules are those of the engines that were measured:
+Each of `concurrency` clients sends its next request when the last one ended. The planner's
+simulator knows only our own batching, so these engines' rules, with preemption and one frontend
+process for all tokens, stand here; `predict_by_planner` checks one against the other. The rules:
 
 - VLLM: decodes first, the rest of the token budget goes to prompt chunks; both in one step.
 - SGLANG: waiting prompts go first, in steps of their own; decodes wait.

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from bench.latency_fidelity.predict import predict, predict_by_planner
@@ -28,6 +29,7 @@ from bench.latency_fidelity.report import (
 )
 from bench.latency_fidelity.rows import DATA, Run, read_runs
 from pdserve.domain.errors import LocalFault
+from placement.framework import Framework
 
 Predictor = Callable[[Run], tuple[float, float]]
 GROUPS = {"model": by_model, "family": by_family}
@@ -48,6 +50,12 @@ def outcomes(
     return found, refused
 
 
+def _predictor(arguments: argparse.Namespace) -> Predictor:
+    if arguments.planner:
+        return predict_by_planner
+    return partial(predict, framework=Framework(name="none")) if arguments.plain else predict
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", type=Path, default=DATA, help="rows to judge")
@@ -59,6 +67,7 @@ def main() -> None:
         action="store_true",
         help="aggregated rows too by the planner's simulator, batched as by our own workers",
     )
+    parser.add_argument("--plain", action="store_true", help="no framework's corrections")
     parser.add_argument("--worst", type=int, default=12)
     parser.add_argument("--dense", action="store_true", help="dense models only")
     arguments = parser.parse_args()
@@ -68,7 +77,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if arguments.dense:
         runs = [run for run in runs if run.is_dense]
-    found, refused = outcomes(runs, predict_by_planner if arguments.planner else predict)
+    found, refused = outcomes(runs, _predictor(arguments))
     refused = unread + refused
     groups, modes = table(found, GROUPS[arguments.by]), table(found, by_mode)
     show(groups)
