@@ -105,19 +105,18 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console()
     runs = [run for path in arguments.also for run in read_runs(path)]
-    runs += asyncio.run(run_bench(arguments, console))
+    asyncio.run(run_bench(arguments, console, runs))
     rows = rows_of(runs)
     console.print(render(rows))
-    sys.exit(judge(runs, rows, console, arguments.json))
+    sys.exit(judge(runs, rows, console))
 
 
-async def run_bench(arguments: argparse.Namespace, console: Console) -> list[Run]:
-    """Repetitions of profile, prediction and measurement on one cluster."""
+async def run_bench(arguments: argparse.Namespace, console: Console, runs: list[Run]) -> None:
+    """Repetitions of profile, prediction and measurement on one cluster, added to `runs`."""
     console.print(
         f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}; "
         f"{arguments.repetitions} repetitions"
     )
-    runs: list[Run] = []
     settings = profiled_settings("demo")
     if arguments.engine == "timed":
         settings = settings.model_copy(update={"engine": "timed", "coefficients": TIMED})
@@ -136,7 +135,8 @@ async def run_bench(arguments: argparse.Namespace, console: Console) -> list[Run
                 run = await _measure(cluster, model, profile, slo, share, most, arguments.requests)
                 runs.append(run)
                 _say_run(console, run)
-    return runs
+            if arguments.json is not None:  # a run that is cut short leaves what it has
+                write_runs(runs, arguments.json)
 
 
 async def _measure(
@@ -176,6 +176,23 @@ def read_runs(path: Path) -> list[Run]:
     return [Run(**{**run, **pair}) for run, pair in zip(kept, figures, strict=True)]
 
 
+def write_runs(runs: list[Run], path: Path) -> None:
+    """All that was measured, and what it comes to."""
+    content = {
+        "cores": os.cpu_count(),
+        "foreign_cores": foreign_cores(runs),
+        "rows": [{**asdict(row), "error": row.error} for row in rows_of(runs)],
+        "runs": [asdict(run) for run in runs],
+    }
+    path.write_text(json.dumps(clean(content), indent=1, allow_nan=False) + "\n")
+
+
+def foreign_cores(runs: list[Run]) -> float:
+    """What other programs kept busy, the median; 0 where the system does not tell."""
+    known = [run.foreign_cores for run in runs if run.foreign_cores is not None]
+    return median(known) if known else 0.0
+
+
 def rows_of(runs: list[Run]) -> list[Row]:
     """Medians over repetitions, by load and figure."""
     rows = []
@@ -208,10 +225,9 @@ def render(rows: list[Row]) -> Table:
     return table
 
 
-def judge(runs: list[Run], rows: list[Row], console: Console, json_file: Path | None) -> int:
+def judge(runs: list[Run], rows: list[Row], console: Console) -> int:
     """Say what it comes to; 1 for errors above the limit on a quiet machine."""
-    foreign = [run.foreign_cores for run in runs if run.foreign_cores is not None]
-    busy = median(foreign) if foreign else 0.0
+    busy = foreign_cores(runs)
     bad = [row for row in rows if abs(row.error) > LIMIT]
     p50, p90 = error_summary([row.error for row in rows])
     console.print(
@@ -225,15 +241,6 @@ def judge(runs: list[Run], rows: list[Row], console: Console, json_file: Path | 
             f"not judged: other programs kept {busy:.1f} of {os.cpu_count()} cores busy "
             f"(limit {MAX_FOREIGN_CORES})"
         )
-    if json_file is not None:
-        content = {
-            "cores": os.cpu_count(),
-            "foreign_cores": busy,
-            "is_judged": is_judged,
-            "rows": [{**asdict(row), "error": row.error} for row in rows],
-            "runs": [asdict(run) for run in runs],
-        }
-        json_file.write_text(json.dumps(clean(content), indent=1, allow_nan=False) + "\n")
     return int(is_judged and bool(bad))
 
 

@@ -128,3 +128,17 @@ def test_many_workers_that_slow_each_other_serve_all() -> None:
     assert (times.ttft_s >= READ_S - 1e-9).all()
     end_s = float((times.arrival_s + times.e2e_s).max())
     assert (times.busy_s <= end_s).all()
+
+
+def test_scatter_spreads_answers_around_what_the_rules_say() -> None:
+    requests = [(float(at), 21) for at in range(2000)]
+    plain = run(*requests)
+    spread = run(*requests, answer_scatter=0.1, step_scatter=0.3)
+    factor = spread.tpot_s / plain.tpot_s
+    assert factor.mean() == pytest.approx(1.0, abs=0.01)
+    # Variances add; 20 steps level their own part out.
+    assert factor.std() == pytest.approx((0.1**2 + 0.3**2 / 20) ** 0.5, rel=0.05)
+    assert spread.ttft_s.tolist() == plain.ttft_s.tolist()
+    assert spread.e2e_s - spread.ttft_s == pytest.approx(20 * spread.tpot_s)
+    again = run(*requests, answer_scatter=0.1, step_scatter=0.3)
+    assert again.tpot_s.tolist() == spread.tpot_s.tolist()
