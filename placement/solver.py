@@ -14,6 +14,7 @@ from placement.assign import Assignment, Unplaceable, assign
 from placement.plan_inputs import PlanInputs
 from placement.search.choose import Choice, choose, new_evaluator
 from placement.search.designs import Design, Worker
+from placement.search.enumerate import fitted_of
 from placement.search.evaluate import Evaluator
 from placement.search.nearest import explain_no_plan
 from placement.search.predict import economy, predict
@@ -31,6 +32,7 @@ from placement.search.what_if import BURST_CV, HEAVY_CV, Questions
 from placement.simulation.values import PoolRole, Rules
 
 MIN_GAIN = 0.01
+NOUNS = {"cost": "money", "power": "power", "gpus": "GPUs"}
 
 __all__ = ["NoPlan", "PlanResult", "Progress", "solve"]
 
@@ -119,7 +121,8 @@ def _describe(
         neighbours=tuple(find_neighbours(problem, evaluator, choice, design, prediction)),
         disaggregation=_verdict_on_disaggregation(problem, result, design, rivals),
     )
-    result = replace(result, one_gpu_more=one_gpu_more(problem, result.neighbours, design, goodput))
+    more = one_gpu_more(problem, evaluator, result.neighbours, design, goodput)
+    result = replace(result, one_gpu_more=more)
     if problem.inputs.search.what_ifs and problem.slo:
         result = _with_what_ifs(problem, evaluator, choice, result)
     return replace(result, stats=_stats(problem, evaluator, choice))
@@ -204,21 +207,22 @@ def _verdict_on_disaggregation(
         searched = problem.inputs.search
         if not searched.colocated or not searched.disaggregated:
             return f"{design.kind}; the other kind was not searched"
+        if fitted_of(problem.inputs) is not None:
+            return f"{design.kind}; colocated workers were not profiled"
         return f"{design.kind}: no {other} design keeps the promises"
     if problem.is_at_rate:
-        ours, theirs = problem.price(design), problem.price(rival.design)
-        gain = theirs / ours - 1
-        what = f"{abs(gain):.0%} {'less' if gain > 0 else 'more'} {problem.inputs.objective.goal}"
+        gain = problem.price(rival.design) / problem.price(design) - 1
     else:
-        ours = problem.value(design, result.goodput)
         theirs = problem.value(rival.design, rival.goodput)
-        gain = ours / theirs - 1 if theirs else float("inf")
-        what = f"{gain:.0%} more goodput"
-    if abs(gain) < MIN_GAIN:
+        gain = problem.value(design, result.goodput) / theirs - 1 if theirs else float("inf")
+    if gain < MIN_GAIN:  # of short traces: a little below 0 is nothing either
         return f"{design.kind} and {other} are equal here: {rival.design.label}"
     pays = "does not pay" if design.kind == "colocated" else "pays"
     beaten = f"the best {other} ({rival.design.label})"
-    return f"disaggregation {pays}: {design.kind} has {what} than {beaten}"
+    if problem.is_at_rate:
+        need = f"takes {gain:.0%} more {NOUNS[problem.inputs.objective.goal]}"
+        return f"disaggregation {pays}: {beaten} {need}"
+    return f"disaggregation {pays}: {design.kind} has {gain:.0%} more goodput than {beaten}"
 
 
 def _with_what_ifs(
