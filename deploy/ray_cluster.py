@@ -31,6 +31,10 @@ KILL_GRACE_S = 5.0
 """A process that takes this much longer to drain than its own limit is killed."""
 CLOSE_S = 3.0
 REGISTERED_POLL_S = 0.1
+SETTLE_S = 2.0
+"""Resources of a cluster that has just ended show up as free this much later, at most."""
+LOG_S = 2.0
+"""The last lines of a process that has ended arrive within this time."""
 WILDCARDS = ("0.0.0.0", "::", "[::]")
 SHOWN_LEVELS = ("error", "critical")
 
@@ -53,6 +57,7 @@ class RayCluster:
         self._report = report
         self._events: asyncio.Queue[ClusterEvent] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._log_copies: set[asyncio.Task[None]] = set()
         self._supervisor: Supervisor | None = None
         self._stop_request: StopRequest | None = None
         self._logs: LogDir | None = None
@@ -136,6 +141,8 @@ class RayCluster:
         """Let requests finish: first the router, then the workers; `_end_all` ends what is left."""
         await self._stop(self.slots[:1])
         await self._stop(self.slots[1:])
+        if self._log_copies:
+            await asyncio.wait(self._log_copies, timeout=LOG_S)
 
     def kill(self) -> None:
         """End every process at once; `async with` still waits for their ends."""
@@ -148,8 +155,7 @@ class RayCluster:
         self._report("joining the Ray cluster")
         needs = needs_of(self.deployment, self.options)
         self._has_connected = await connect(self.options.address)
-        nodes = await living_nodes()
-        placement = self._place(needs, nodes)
+        nodes, placement = await self._place(needs)
         self._logs = LogDir.open(self.deployment.log_dir)
         self.slots = [_router_slot(self.deployment.router), *self._worker_slots(needs)]
         self._supervisor = Supervisor(
@@ -167,14 +173,21 @@ class RayCluster:
         self._supervisor.watch_all(self.internal_address)
         self._tell_exposure()
 
-    def _place(self, needs: Sequence[Need], nodes: Sequence[RayNode]) -> Placement:
-        found = place(needs, nodes)
-        if not isinstance(found, Placement):
-            gpus = {worker.name: worker.gpu for worker in self.deployment.workers}
-            raise LocalFault(explain_unfit(found, nodes, gpus))
-        for note in found.notes:
-            self._tell(f"note: {note}")
-        return found
+    async def _place(self, needs: Sequence[Need]) -> tuple[Sequence[RayNode], Placement]:
+        """Nodes and what goes where; raises `LocalFault` where the workers do not fit."""
+        deadline = asyncio.get_running_loop().time() + SETTLE_S
+        while True:
+            nodes = await living_nodes()
+            found = place(needs, nodes)
+            if isinstance(found, Placement):
+                for note in found.notes:
+                    self._tell(f"note: {note}")
+                return nodes, found
+            could_fit = isinstance(place(needs, [node.emptied() for node in nodes]), Placement)
+            if not could_fit or asyncio.get_running_loop().time() > deadline:
+                gpus = {worker.name: worker.gpu for worker in self.deployment.workers}
+                raise LocalFault(explain_unfit(found, nodes, gpus))
+            await asyncio.sleep(REGISTERED_POLL_S)
 
     def _worker_slots(self, needs: Sequence[Need]) -> list[Slot]:
         # Cores are pinned where they are known: not on machines of others.
@@ -289,7 +302,9 @@ class RayCluster:
             self._logs.remove()
 
     def _follow_log(self, slot: Slot) -> None:
-        self._spawn(self._copy_log(slot.name, _hosted(slot)))
+        copy = self._spawn(self._copy_log(slot.name, _hosted(slot)))
+        self._log_copies.add(copy)
+        copy.add_done_callback(self._log_copies.discard)
 
     async def _copy_log(self, name: str, life: HostedProcess) -> None:
         """Append the log of one life to the file of its name; tell what a person must know."""
@@ -302,10 +317,11 @@ class RayCluster:
                     if self.options.shows_logs or _is_serious(line):
                         self._tell(f"{name} | {line.decode(errors='replace')}")
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _tell(self, message: str) -> None:
         self._events.put_nowait(ClusterEvent(message))

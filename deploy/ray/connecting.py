@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import grpc
 import ray
+import ray._private.worker
 from ray._private.state import available_resources_per_node
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
@@ -35,6 +36,8 @@ async def connect(address: str | None) -> bool:
         return False
     gcs = find_gcs(address)
     await _check_gcs(gcs)
+    # A node that is lost would fill stdout with pages of its raylet's log: we say it in a line.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     try:
         # In a thread: it blocks for seconds, and in the main one it would take SIGTERM for itself.
         await asyncio.to_thread(

@@ -6,7 +6,7 @@ of their own where there are enough. Amounts are Ray's: resource name to a numbe
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 UNITS = 10_000
 
@@ -27,6 +27,10 @@ class RayNode:
     def label(self) -> str:
         """For people; test clusters have several nodes at one address."""
         return f"{self.host} ({self.node_id[:6]})"
+
+    def emptied(self) -> "RayNode":
+        """The node as if nothing ran on it."""
+        return replace(self, free=self.total)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
