@@ -53,10 +53,6 @@ class ProbePlan:
         most = min(self.max_batch, max_num_requests)
         return tuple(batch for batch in BATCHES if batch <= most)
 
-    def num_probes(self, model: Model, workers: "Workers") -> int:
-        num_batches = len(self.batches(workers.decode[0].max_num_requests))
-        return 2 * len(self.lengths(model.max_context_tokens)) + 2 * num_batches + len(self.levels)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
