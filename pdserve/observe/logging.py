@@ -41,7 +41,8 @@ def configure_logging(
         ],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
         logger_factory=structlog.PrintLoggerFactory(stream),
-        cache_logger_on_first_use=True,
+        # Lines are rare. A cached logger would keep this stream where one process is configured anew.
+        cache_logger_on_first_use=False,
     )
 
 

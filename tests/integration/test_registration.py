@@ -65,23 +65,22 @@ async def test_load_that_cannot_be_told_once_does_not_end_the_registration() -> 
             raise RuntimeError("a bug")
         return make_load()
 
-    with structlog.testing.capture_logs() as logs:
-        async with registered(server.address, load):
-            await registry.hellos.get()
-            await registry.hellos.get()
-            await registry.loads.get()
-    assert "registration.crashed" in [entry["event"] for entry in logs]
-    await server.close()
+    async with server:
+        with structlog.testing.capture_logs() as logs:
+            async with registered(server.address, load):
+                await registry.hellos.get()
+                await registry.hellos.get()
+                await registry.loads.get()
+        assert "registration.crashed" in [entry["event"] for entry in logs]
 
 
 async def test_router_that_asks_for_no_pause_gets_no_flood() -> None:
     registry = Registry(heartbeat_s=0.0)
     server = await registry.serve()
-    async with registered(server.address):
+    async with server, registered(server.address):
         await registry.loads.get()
         await asyncio.sleep(0.3)
         assert registry.loads.qsize() < 60
-    await server.close()
 
 
 async def test_load_that_changed_is_reported_before_the_next_heartbeat() -> None:

@@ -70,7 +70,8 @@ def num_fds() -> int:
 @pytest.fixture(autouse=True)
 async def nothing_held(event_loop_policy: object) -> AsyncIterator[None]:
     """Every test ends with as many descriptors and tasks as it began with."""
-    await asyncio.to_thread(gc.collect)  # starts the loop's thread pool, too
+    await asyncio.to_thread(bool)  # starts the loop's thread pool
+    gc.collect()
     before = open_fds()
     yield
     gc.collect()
