@@ -41,7 +41,7 @@ def configure_logging(
         ],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
         logger_factory=structlog.PrintLoggerFactory(stream),
-        # Lines are rare. A cached logger would keep this stream where one process is configured anew.
+        # Lines are rare, and a cached logger would keep its stream in a process configured anew.
         cache_logger_on_first_use=False,
     )
 
