@@ -252,13 +252,14 @@ def kv_capacity_tokens(
 ) -> int:
     """Tokens of KV that one instance holds; 0 when the weights alone do not fit.
 
-    `max_num_seqs` sequences keep their sliding windows or recurrent states besides.
+    Sliding layers keep all positions, unless `max_num_seqs` is given: so many sequences then keep
+    their windows or recurrent states besides.
     """
     free = gpu.memory_bytes * memory_share - runtime_bytes - spec.weight_bytes(parallelism)
     window = spec.kv_bytes(float(spec.sliding_window or 0))
     state = max_num_seqs * (window if spec.num_sliding_layers or spec.linear else 0.0)
     free -= state / (parallelism.tp * parallelism.pp * parallelism.attention_dp)
-    per_token = spec.kv_bytes_per_gpu_token(parallelism)
+    per_token = spec.kv_bytes_per_gpu_token(parallelism, is_windowed=max_num_seqs > 0)
     return max(0, int(free / per_token)) * parallelism.attention_dp
 
 

@@ -16,6 +16,7 @@ GROUPED_FLOPS_SHARE = 0.45  # grouped expert GEMMs, of the peak
 GROUPED_MEMORY_SHARE = 0.65
 GROUPED_LAUNCHES = 8  # route, sort, gather, two GEMMs, activation, scatter, sum
 MIN_EXPERT_ROWS = 16.0  # rows that a grouped GEMM pads an expert's tokens to
+EXPERT_COLUMNS = 64.0  # columns that a grouped GEMM pads a share of an expert to
 LATENT_FLOPS_SHARE = 0.45  # absorbed MLA decode kernels, of the bfloat16 peak
 LARGE_STEP_TOKENS = 256.0  # from here on arithmetic, not weight reading, sets a GEMM's time
 
@@ -112,14 +113,26 @@ class LayerTimes:
         return up + self._linear_gemm_s(tokens, spec.hidden_size, width)
 
     def _moe_s(self, tokens: Array, experts: Experts) -> Array:
-        """Grouped GEMMs: weights of every touched expert, rows padded to a tile."""
-        spec, gpus = self.spec, self.parallelism.stage_gpus
+        """Grouped GEMMs on the busiest GPU: weights of every expert touched, rows padded to a tile.
+
+        Of the stage's GPUs `ep` hold whole experts, and the rest share an expert's columns, which
+        are padded to a tile too: narrow shares waste arithmetic, whole experts are never evenly
+        asked.
+        """
+        spec, ep = self.spec, self.parallelism.ep
         gpu, precision = self.kernels.gpu, spec.precision
         share = experts.experts_per_token / experts.num_experts
         touched = experts.num_experts * (1.0 - (1.0 - share) ** tokens)
-        rows = np.maximum(tokens * experts.experts_per_token, touched * MIN_EXPERT_ROWS)
-        moved = touched * spec.expert_params * precision.expert_bytes / gpus
-        flops = 2.0 * rows * spec.expert_params / gpus
+        sent = tokens * experts.experts_per_token
+        held = experts.num_experts / ep
+        touched = np.minimum(_busiest(touched, ep, held), sent)
+        sent = np.minimum(_busiest(sent, ep), tokens * min(experts.experts_per_token, held))
+        rows = np.maximum(sent, touched * MIN_EXPERT_ROWS)
+        columns = experts.intermediate_size * ep / self.parallelism.stage_gpus
+        padded = np.ceil(columns / EXPERT_COLUMNS) * EXPERT_COLUMNS / columns
+        params = spec.expert_params * ep / self.parallelism.stage_gpus
+        moved = touched * params * precision.expert_bytes
+        flops = 2.0 * rows * params * padded
         compute = flops / (gpu.flops(precision.expert_compute) * GROUPED_FLOPS_SHARE)
         memory = moved / (gpu.memory_gb_per_s * 1e9 * GROUPED_MEMORY_SHARE)
         time = GROUPED_LAUNCHES * LAUNCH_S + np.maximum(compute, memory)
@@ -214,3 +227,15 @@ class LayerTimes:
         compute = flops / (self.kernels.gpu.flops("bfloat16") * LATENT_FLOPS_SHARE)
         per_layer = 3 * LAUNCH_S + np.maximum(memory, compute)
         return np.asarray(spec.num_layers * per_layer * self.framework.attention_scale)
+
+
+def _busiest(total: Array, num: int, most: float = np.inf) -> Array:
+    """The greatest of `num` shares of `total` that chance spreads evenly, each at most `most`.
+
+    A share's mean and deviation, and the mean of the greatest of `num` normal ones.
+    """
+    if num == 1:
+        return total
+    mean = total / num
+    deviation = np.sqrt(mean * np.maximum(1.0 - mean / most, 0.0))
+    return np.asarray(np.minimum(mean + deviation * np.sqrt(2.0 * np.log(num)), most))

@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -130,27 +131,31 @@ def parse_config(config: Config, *, name: str, source: str) -> ModelSpec:
     return spec.with_precision(_config_precision(outer, config))
 
 
-def with_quantisation(spec: ModelSpec, *, weights: str, kv: str = "bf16") -> ModelSpec:
-    """The same model with other storage: `weights` bf16, fp8, int8, int4, mxfp4 or nvfp4.
+def with_quantisation(
+    spec: ModelSpec, *, weights: str | None = None, kv: str | None = None
+) -> ModelSpec:
+    """The same model with other storage; what is left out stays as it is.
 
-    int4 and mxfp4 apply to the experts alone where there are any (as in Kimi-K2 and gpt-oss).
+    `weights` is bf16, fp8, int8, int4, mxfp4 or nvfp4. int4 and mxfp4 apply to the experts alone
+    where there are any (as in Kimi-K2 and gpt-oss).
     """
-    if weights not in WEIGHT_BYTES or kv not in KV_BYTES:
-        raise LocalFault(
-            f"unknown precision {weights!r}/{kv!r}; weights: {', '.join(WEIGHT_BYTES)}; "
-            f"kv: {', '.join(KV_BYTES)}"
-        )
-    experts_only = spec.experts is not None and weights in ("int4", "mxfp4")
-    linear = "bf16" if experts_only else weights
-    return spec.with_precision(
-        Precision(
+    for field, given, known in (("weights", weights, WEIGHT_BYTES), ("kv", kv, KV_BYTES)):
+        if given not in (None, *known):
+            raise LocalFault(f"{field}: unknown precision {given!r}; known: {', '.join(known)}")
+    precision = spec.precision
+    if kv is not None:
+        precision = replace(precision, kv_bytes=KV_BYTES[kv])
+    if weights is not None:
+        experts_only = spec.experts is not None and weights in ("int4", "mxfp4")
+        linear = "bf16" if experts_only else weights
+        precision = replace(
+            precision,
             linear_bytes=WEIGHT_BYTES[linear],
             expert_bytes=WEIGHT_BYTES[weights],
-            kv_bytes=KV_BYTES[kv],
             linear_compute=COMPUTE.get(linear, "bfloat16"),
             expert_compute=COMPUTE.get(weights, "bfloat16"),
         )
-    )
+    return spec.with_precision(precision)
 
 
 class _Reader:

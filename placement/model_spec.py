@@ -259,12 +259,16 @@ class ModelSpec:
         layers = self.num_full_layers * context_tokens + self.num_sliding_layers * window
         return self._kv_bytes_per_layer(1) * layers + state
 
-    def kv_bytes_per_gpu_token(self, parallelism: Parallelism) -> float:
-        """KV that one token of a long context takes on one GPU (the fullest stage).
+    def kv_bytes_per_gpu_token(
+        self, parallelism: Parallelism, *, is_windowed: bool = False
+    ) -> float:
+        """KV that one token takes on one GPU (the fullest stage).
 
-        Sliding layers are left out: their window is a constant, counted per sequence.
+        With `is_windowed` sliding layers are left out: their window is a constant, counted per
+        sequence. Without, they keep all positions, as our engine does.
         """
-        layers = -(-self.num_full_layers // parallelism.pp)
+        layers = self.num_full_layers + (0 if is_windowed else self.num_sliding_layers)
+        layers = -(-layers // parallelism.pp)
         return self._kv_bytes_per_layer(parallelism.tp) * max(layers, 1)
 
     def weight_bytes(self, parallelism: Parallelism = ONE_GPU) -> float:

@@ -175,7 +175,9 @@ def find_workers(inputs: PlanInputs, fleets: tuple[Fleet, ...], facts: LengthFac
                 continue
             workers += [base.with_role(role) for role in _roles(inputs)]
     if not workers:
-        reasons = "; ".join(f"{name}: {why}" for name, why in rejected) or "no cut is allowed"
+        sizes = ", ".join(f"{f.num_gpus} {f.gpu}, {f.gpus_per_node} a node" for f in fleets)
+        reasons = "; ".join(f"{name}: {why}" for name, why in rejected)
+        reasons = reasons or f"no cut of search.tp and search.pp fits {sizes}"
         raise LocalFault(f"{inputs.model} fits no worker of this cluster: {reasons}")
     return Found(workers=tuple(workers), rejected=tuple(rejected))
 
@@ -318,9 +320,7 @@ def _spec(inputs: PlanInputs):  # type: ignore[no-untyped-def]
     from placement.model_config import load_model, with_quantisation
 
     spec = load_model(inputs.model)
-    if inputs.weights or inputs.kv:
-        spec = with_quantisation(spec, weights=inputs.weights or "bf16", kv=inputs.kv or "bf16")
-    return spec
+    return with_quantisation(spec, weights=inputs.weights, kv=inputs.kv)
 
 
 def _modelled_pool(

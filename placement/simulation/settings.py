@@ -183,11 +183,20 @@ def parse_config(data: object, *, source: str, folder: Path | None = None) -> Si
     return SimulationConfig(
         rules=settings.rules,
         pools=_resolve_pools(settings, pdserve, fitted, source, folder),
-        slo=tuple(SloClass(**item.model_dump()) for item in classes),
+        slo=_named(classes),
         rate=arrivals.rate,
         concurrency=arrivals.concurrency,
         pdserve=pdserve,
         splitwise=_splitwise_options(settings),
+    )
+
+
+def _named(classes: tuple[SloSettings, ...]) -> tuple[SloClass, ...]:
+    """Classes by their names; several without one are class 0, class 1, ..."""
+    has_no_names = len(classes) > 1 and all("name" not in c.model_fields_set for c in classes)
+    return tuple(
+        SloClass(**item.model_dump() | ({"name": f"class {index}"} if has_no_names else {}))
+        for index, item in enumerate(classes)
     )
 
 
@@ -309,9 +318,8 @@ def _modelled_pool(
         raise LocalFault(f"{source}: latency: give profile, or gpu here or in each pool")
     path = (folder or Path()) / latency.model
     spec = load_model(path if path.exists() else latency.model)
-    weights, kv = latency.weights or "bf16", latency.kv or "bf16"
-    if latency.weights or latency.kv:
-        spec = with_quantisation(spec, weights=weights, kv=kv)
+    weights = latency.weights or "bf16"
+    spec = with_quantisation(spec, weights=latency.weights, kv=latency.kv)
     gpu, tp = find_gpu(name), pool.tp or 1
     parallelism = Parallelism(tp=tp, pp=pool.pp)
     framework = find_framework(latency.framework, weights, gpu.name)
