@@ -11,6 +11,24 @@ if TYPE_CHECKING:
     from placement.model_spec import ModelSpec
 
 
+EXAMPLE = """\
+# GPU types of your own: pdserve gpus --file gpus.yaml; in inputs of a plan cluster.gpus_file
+gpus:
+  - name: acme_x1              # a name of the catalogue replaces that type
+    memory_gib: 96
+    memory_gb_per_s: 4000      # 1e9 bytes/s
+    bf16_tflops: 900           # dense
+    fp8_tflops: 1800           # fp8_tflops, fp4_tflops left out: it has none
+    tdp_w: 600
+    gpus_per_node: 8
+    intra_node_gb_per_s: 400   # one GPU to its node, one way
+    inter_node_gb_per_s: 50    # one GPU to other nodes, one way
+    usd_per_hour: 2.5          # needed for costs
+    # tables: h100_sxm         # take step times from this system's measured tables
+    source: data sheet of 2026-01
+"""
+
+
 def gpus(
     name: Annotated[
         str | None, typer.Argument(help="One GPU type, in full; left out: all, as a table.")
@@ -23,8 +41,14 @@ def gpus(
         typer.Option("--model", "-m", help="Model name or config.json: adds what fits, how fast."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    example: Annotated[
+        bool, typer.Option("--example", help="Print a file of own GPU types, explained.")
+    ] = False,
 ) -> None:
     """List GPU types: memory, bandwidth, arithmetic, links, power, assumed price."""
+    if example:
+        typer.echo(EXAMPLE, nl=False)
+        return
     from placement.hardware import find_gpu, load_gpus
     from placement.model_config import load_model
 

@@ -56,11 +56,14 @@ def simulate(
 def describe_workload(
     file: Annotated[Path, typer.Argument(help="A trace: our, Azure's or Mooncake's form.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write a page of charts (HTML).")
+    ] = None,
 ) -> None:
     """Lengths, arrivals, burstiness and shared prefixes of a trace."""
     from placement.simulation.workload_view import show_workload
 
-    show_workload(file, as_json=as_json)
+    show_workload(file, as_json=as_json, report=report)
 
 
 @workload.command("fit")

@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pdserve.client.workload import PACKAGED_TRACES
 from pdserve.config.base import read_yaml
 from pdserve.domain.errors import LocalFault
 from placement.plan import Plan, format_plan, parse_plan, plan_of
@@ -144,11 +145,12 @@ def _read_inputs(path: Path) -> PlanInputs:
 
 
 def _located(inputs: PlanInputs, path: Path) -> PlanInputs:
-    """File names in the inputs are relative to their folder."""
+    """File names in the inputs are relative to their folder; packaged traces have no folder."""
     folder = path.parent
     update: dict[str, object] = {}
-    if inputs.workload.trace is not None:
-        trace = str(folder / inputs.workload.trace)
+    named = inputs.workload.trace
+    if named is not None and (named not in PACKAGED_TRACES or (folder / named).exists()):
+        trace = str(folder / named)
         update["workload"] = inputs.workload.model_copy(update={"trace": trace})
     if inputs.cluster.gpus_file is not None:
         gpus = str(folder / inputs.cluster.gpus_file)
@@ -157,7 +159,8 @@ def _located(inputs: PlanInputs, path: Path) -> PlanInputs:
     if latency is not None and latency.profile and (folder / latency.profile).exists():
         profile = str(folder / latency.profile)
         update["latency"] = latency.model_copy(update={"profile": profile})
-    if (folder / inputs.model).exists() and "/" in inputs.model:
+    is_path = "/" in inputs.model or inputs.model.endswith(".json")
+    if is_path and (folder / inputs.model).exists():
         update["model"] = str(folder / inputs.model)
     return inputs.model_copy(update=update) if update else inputs
 
@@ -225,6 +228,8 @@ def show(result: PlanResult, console: Console) -> None:
         console.print(f"note: {note}")
     console.print(_pools_table(result))
     console.print(_prediction_table(result))
+    if result.prediction.slowdowns:
+        console.print(_slowdown_table(result.prediction))
     console.print(_economy_table(result))
     if result.neighbours or result.runner_ups or result.spare:
         console.print(_rivals_table(result))
@@ -300,9 +305,9 @@ def _prediction_table(result: PlanResult) -> Table:
         "TTFT p50/p90/p99 (promise), ms",
         "TPOT p50/p90/p99 (promise), ms",
     )
-    ttft, tpot = _percentiles(seen, "ttft_s"), _percentiles(seen, "tpot_s")
     for item in seen.classes:
         low, high = item.interval
+        ttft, tpot = (_percentiles(seen, item.percentiles, name) for name in ("ttft_s", "tpot_s"))
         table.add_row(
             item.name,
             f"{item.attainment:.1%}",
@@ -312,14 +317,26 @@ def _prediction_table(result: PlanResult) -> Table:
             f"{tpot} ({item.tpot_s * 1e3:g})",
         )
     if not seen.classes:
+        ttft, tpot = (_percentiles(seen, seen.percentiles, name) for name in ("ttft_s", "tpot_s"))
         table.add_row("all", "kept" if seen.is_kept else "missed", "", "", ttft, tpot)
     return table
 
 
-def _percentiles(seen: Prediction, measure: str) -> str:
-    if seen.percentiles is None:
+def _slowdown_table(seen: Prediction) -> Table:
+    """Splitwise's nine limits: times over those of one A100 machine alone."""
+    table = _table("slowdown against one A100 machine alone (limit)", "", "p50", "p90", "p99")
+    cells = {item.name: f"{item.value:.3g} ({item.limit:g})" for item in seen.slowdowns}
+    for name in ("TTFT", "TBT", "E2E"):
+        table.add_row(name, *(cells[f"{name} {column}"] for column in ("p50", "p90", "p99")))
+    return table
+
+
+def _percentiles(
+    seen: Prediction, percentiles: dict[str, dict[str, float]] | None, measure: str
+) -> str:
+    if percentiles is None:
         return seen.verdict
-    values = seen.percentiles[measure]
+    values = percentiles[measure]
     return " / ".join(f"{values[name] * 1e3:.3g}" for name in ("p50", "p90", "p99"))
 
 

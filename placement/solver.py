@@ -191,10 +191,30 @@ def _notes(problem: Problem, prediction: Prediction) -> tuple[str, ...]:
         notes.append("planned for the peak of the diurnal profile")
     if problem.inputs.rules is Rules.DISTSERVE:
         notes.append("rules distserve: KV transfers take no time and KV memory has no limit")
+    if (context := _context_note(problem)) is not None:
+        notes.append(context)
     low, high = prediction.interval
     if high - low > 0.1:
         notes.append("the interval of the attainment is wide: more seeds or a longer duration_s")
     return tuple(notes)
+
+
+def _context_note(problem: Problem) -> str | None:
+    """Requests that the model cannot read, where its config says how long its context is."""
+    inputs = problem.inputs
+    if inputs.latency is not None and inputs.latency.profile is not None:
+        return None
+    from placement.model_config import load_model
+
+    context = load_model(inputs.model).max_position
+    prompts, outputs = problem.traffic.sample()
+    share = float((prompts + outputs > context).mean()) if context else 0.0
+    if share == 0.0:
+        return None
+    return (
+        f"{share:.1%} of the requests are longer than the model's context of {context} tokens: "
+        "lower max of their lengths, or give a trace max_context_tokens"
+    )
 
 
 def _verdict_on_disaggregation(

@@ -146,6 +146,19 @@ def run_instance(seed: int, *, is_two_types: bool) -> dict[str, Any]:
     designs = list(all_designs(problem) if is_two_types else problem.space.listed())
     best = brute_force(problem, force, designs)
 
+    gap = None
+    if choice.design is not None and best[0] is not None and not problem.is_at_rate:
+        # The plan's own design as brute force measures it, so that only the choice is compared.
+        measured = force.goodput(
+            choice.design,
+            choice.goodput.rate,
+            num_seeds=force.num_seeds,
+            tolerance=problem.inputs.search.tolerance,
+        )
+        gap = 1 - problem.value(choice.design, measured.rate) / problem.value(best[0], best[1].rate)
+    elif choice.design is not None and best[0] is not None:
+        gap = problem.price(choice.design) / problem.price(best[0]) - 1
+
     def objective(design: Design | None, rate: float) -> float | None:
         if design is None:
             return None
@@ -161,6 +174,7 @@ def run_instance(seed: int, *, is_two_types: bool) -> dict[str, Any]:
         "plan_objective": objective(choice.design, choice.goodput.rate),
         "best": best[0].label if best[0] else None,
         "best_objective": objective(best[0], best[1].rate),
+        "gap": gap,
         "agrees": agrees(problem, choice, best),
         "plan_runs": evaluator.num_runs,
         "force_runs": force.num_runs,
@@ -190,7 +204,12 @@ def main() -> None:
             f"against {row['force_runs']} runs {row['force_cpu_s']:.1f} s",
             flush=True,
         )
-    print(f"{sum(row['agrees'] for row in rows)} of {len(rows)} agree")
+    gaps = sorted(max(row["gap"] or 0.0, 0.0) for row in rows)
+    print(
+        f"{sum(row['agrees'] for row in rows)} of {len(rows)} agree; "
+        f"{sum(row['plan'] == row['best'] for row in rows)} are the same design; the plan's is "
+        f"worse by {gaps[len(gaps) // 2]:.1%} in the median, {gaps[-1]:.1%} at most"
+    )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1, default=float) + "\n")
 

@@ -16,6 +16,8 @@ CALIBRATIONS = 2
 DINKELBACH_ROUNDS = 4
 MAX_FORMER = 4
 RATE_MARGINS = (1.0, 1.1, 1.25, 1.45)
+COARSE = 0.02
+MAX_MIXTURES = 2000
 CERTIFY_FACTOR = 1.015
 MAX_CELL_REQUESTS = 9_000
 LEAST_CELL_S = 80.0
@@ -80,10 +82,51 @@ def most_goodput(
         contest.run()
     if len(problem.fleets) > 1 or not problem.space.is_listable:
         _consider_programs(problem, contest)
+    if len(problem.fleets) > 1:
+        contest.consider(problem.space.mixtures(MAX_MIXTURES))
     contest.climb()
+    if _challenge_by_other_kind(problem, contest):
+        contest.climb()
     if is_certified and contest.best is not None:
         certify(problem.space, contest)
     return Choice(design=contest.best, goodput=contest.best_goodput, contest=contest)
+
+
+def _challenge_by_other_kind(problem: Problem, contest: Contest) -> bool:
+    """Let the best of the other kind, by simulation among its own, challenge; whether it won.
+
+    Estimates of one kind may be off altogether, and then drop what is better.
+    """
+    if contest.best is None:
+        return False
+    other = best_of_other_kind(problem.space, contest.evaluator, contest.value, contest.best)
+    if other is None:
+        return False
+    design, found = other
+    if contest.value(design, found.rate) <= contest.best_value * (1 + contest.tolerance):
+        return False
+    return contest._crown(design, found.rate)
+
+
+def best_of_other_kind(
+    space: Space, evaluator: Evaluator, value: Callable[[Design, float], float], design: Design
+) -> tuple[Design, Goodput] | None:
+    """The best disaggregated design beside one that colocates, or the best colocated one."""
+    wanted = "disaggregated" if design.kind == "colocated" else "colocated"
+    designs = [other for other in reachable(space) if other.kind == wanted]
+    contest = Contest(space, evaluator, value, tolerance=COARSE)
+    contest.consider(designs)
+    return None if contest.best is None else (contest.best, contest.best_goodput)
+
+
+def reachable(space: Space) -> list[Design]:
+    """All designs of a small cluster; of a large one, all of it colocated in one cut."""
+    if space.is_listable:
+        return list(space.listed())
+    return [
+        space.design({worker: space.max_count(worker)})
+        for worker in space.of_role(PoolRole.COLOCATED)
+    ]
 
 
 def certify(space: Space, contest: Contest) -> None:
@@ -115,6 +158,8 @@ def _better_neighbour(space: Space, contest: Contest, design: Design) -> Design 
     evaluator = contest.evaluator
     # Those that led before may have been measured badly on few traces.
     others = [other for _, other in space.neighbours(design)]
+    if contest.is_small:
+        others += [other for other in space.steps(design) if other not in others]
     others += [other for other, _ in contest.tally.trail[-MAX_FORMER:] if other != design]
     for other in others:
         if not space.fits(other):
@@ -152,6 +197,7 @@ def cheapest(problem: Problem, bargain: Bargain) -> Design | None:
             _consider_cheap_programs(problem, bargain)
         if problem.space.is_listable or len(problem.fleets) == 1:
             bargain.run()
+            _bargain_with_other_kind(problem, bargain)
         bargain.climb()
         bargain.sweep()
         if bargain.best is None:
@@ -160,6 +206,26 @@ def cheapest(problem: Problem, bargain: Bargain) -> Design | None:
             return bargain.best
         bargain.refuse(bargain.best)
     return None
+
+
+def _bargain_with_other_kind(problem: Problem, bargain: Bargain) -> None:
+    """The same search among designs of the other kind alone: guesses of one kind may be off."""
+    if bargain.best is None:
+        return
+    is_colocated = bargain.best.kind == "colocated"
+    workers = tuple(
+        worker
+        for worker in problem.space.workers
+        if (worker.role is PoolRole.COLOCATED) != is_colocated
+    )
+    if not workers:
+        return
+    space = replace(problem.space, workers=workers, is_mixed_allowed=False)
+    contest = Contest(space, bargain.contest.evaluator, problem.value, tolerance=COARSE)
+    other = Bargain(space, contest, problem.price, bargain.rate)
+    other.run()
+    if other.best is not None:
+        bargain.consider([other.best])
 
 
 def _single_rates(space: Space, tokens: int) -> dict[Worker, float]:

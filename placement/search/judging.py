@@ -11,17 +11,49 @@ from placement.simulation.values import SloClass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Slowdown:
+    """One of Splitwise's nine limits: a percentile of a time over that of one machine alone."""
+
+    name: str  # such as TTFT p90
+    value: float
+    limit: float
+
+    @property
+    def room(self) -> float:
+        """Share of the limit that is left; strictly below is kept, so a value at it has none."""
+        left = 1 - self.value / self.limit
+        return left if left > 0 else min(left, -1e-9)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Margin:
     """How far a run is from its promises; 0 and more is kept.
 
     `all` is the least over the classes of attainment less target, both promises together; `ttft`
-    and `tpot` the same for each alone. `attainment` is of all requests.
+    and `tpot` the same for each alone. `attainment` is of all requests. `slowdowns` are there where
+    the promises are Splitwise's.
     """
 
     all: float
     ttft: float
     tpot: float
     attainment: float
+    slowdowns: tuple[Slowdown, ...] = ()
+
+    @property
+    def binding(self) -> str:
+        """The promise that gives way first."""
+        if self.slowdowns:
+            return min(self.slowdowns, key=lambda item: item.room).name
+        return "TTFT" if self.ttft <= self.tpot else "TPOT"
+
+    @property
+    def miss(self) -> str:
+        """How far the binding promise is from being kept, in a few words."""
+        if self.slowdowns:
+            worst = min(self.slowdowns, key=lambda item: item.room)
+            return f"{worst.name} slowdown {worst.value:.3g}, limit {worst.limit:g}"
+        return f"{self.binding}: attainment {self.attainment:.0%}"
 
 
 LOST = Margin(all=-1.0, ttft=-1.0, tpot=-1.0, attainment=0.0)
@@ -65,12 +97,20 @@ def slowdown_judge(reference: SplitwiseTiming, token_s: Callable[[Ints], Floats]
     def judge(times: Times, trace: Trace, class_index: Ints) -> Margin:
         prompt_s = _curve(reference.tokens, reference.prompt_s, trace.prompts)
         alone_s = token_s(trace.prompts)
-        ttft = _room(times.ttft_s / prompt_s, TTFT_LIMITS)
-        tbt = _room(times.tpot_s / alone_s, TBT_LIMITS)
         whole_s = prompt_s + alone_s * (trace.outputs - 1)
-        e2e = _room(times.e2e_s / whole_s, TBT_LIMITS)
-        least = min(ttft, tbt, e2e)
-        return Margin(all=least, ttft=ttft, tpot=tbt, attainment=1.0 if least > 0 else 0.0)
+        ttft = _slowdowns("TTFT", times.ttft_s / prompt_s, TTFT_LIMITS)
+        tbt = _slowdowns("TBT", times.tpot_s / alone_s, TBT_LIMITS)
+        e2e = _slowdowns("E2E", times.e2e_s / whole_s, TBT_LIMITS)
+        if not (ttft and tbt and e2e):
+            return LOST
+        least = min(_room(ttft), _room(tbt), _room(e2e))
+        return Margin(
+            all=least,
+            ttft=_room(ttft),
+            tpot=_room(tbt),
+            attainment=1.0 if least > 0 else 0.0,
+            slowdowns=ttft + tbt + e2e,
+        )
 
     return judge
 
@@ -80,13 +120,19 @@ def splitwise_token_s(reference: SplitwiseTiming) -> Callable[[Ints], Floats]:
     return lambda prompts: _curve(reference.tokens, reference.token_s, prompts)
 
 
-def _room(slowdown: Floats, limits: tuple[float, ...]) -> float:
-    if len(slowdown) == 0 or not np.isfinite(slowdown).all():
-        return -1.0
-    found = np.percentile(slowdown, PERCENTILES)
-    # Strictly below: a slowdown at its limit fails.
-    room = min(float(1 - value / limit) for value, limit in zip(found, limits, strict=True))
-    return room if room > 0 else min(room, -1e-9)
+def _slowdowns(name: str, found: Floats, limits: tuple[float, ...]) -> tuple[Slowdown, ...]:
+    """At each percentile; nothing where a request was refused, or where there are none."""
+    if len(found) == 0 or not np.isfinite(found).all():
+        return ()
+    values = np.percentile(found, PERCENTILES)
+    return tuple(
+        Slowdown(name=f"{name} p{percentile}", value=float(value), limit=limit)
+        for percentile, value, limit in zip(PERCENTILES, values, limits, strict=True)
+    )
+
+
+def _room(slowdowns: tuple[Slowdown, ...]) -> float:
+    return min(item.room for item in slowdowns)
 
 
 def _curve(knots: Floats, values: Floats, at: Ints) -> Floats:

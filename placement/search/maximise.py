@@ -16,9 +16,10 @@ from placement.simulation.values import PoolRole, Rules
 SHORT_SHARE = 0.2  # of the horizon, for the first look
 SHORT_MARGIN = -0.08  # a short trace says no only this clearly
 LONG_MARGIN = -0.025  # and one whole trace this clearly
-BLAME_MARGIN = -0.02
+SHORT_CLEAR, LONG_CLEAR = -0.3, -0.15  # so clearly that no second trace is asked
 ESTIMATE_SLACK = 0.78  # of the best: an estimate below it is not simulated
 SMALL_SPACE, SMALL_SLACK = 300, 0.35  # so few designs may be looked at more closely
+TWICE_THE_LIMIT = -1.0  # a short trace so slow, by Splitwise's limits: its queues grow
 MAX_ROUNDS = 12
 
 
@@ -32,6 +33,15 @@ class Tally:
     by_blame: int = 0
     simulated: int = 0
     trail: list[tuple[Design, float]] = field(default_factory=list)  # each best in its turn
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A share of the horizon, the mean margin below which it says no, and when at once."""
+
+    share: float
+    margin: float
+    clear: float
 
 
 @dataclass(slots=True)
@@ -75,6 +85,7 @@ class Contest:
         self.value = value  # of a design at a goodput; linear in the goodput
         self.tolerance = tolerance
         self.slack = ESTIMATE_SLACK
+        self.is_small = False  # so few designs that the best's steps are certified too
         self.tally = Tally()
         self.blame = Blame(evaluator.rules)
         self.best: Design | None = None
@@ -85,7 +96,7 @@ class Contest:
         """Judge all that is listed, then walk from the best until no step helps."""
         designs = list(self.space.listed())
         if len(designs) <= SMALL_SPACE:
-            self.slack = SMALL_SLACK
+            self.slack, self.is_small = SMALL_SLACK, True
         self.tally.listed += len(designs)
         self.consider(designs)
 
@@ -135,17 +146,30 @@ class Contest:
     def reaches(self, design: Design, rate: float) -> bool:
         """Whether promises hold at a rate: a short look, a long one, then more seeds."""
         if self.evaluator.rules is Rules.SPLITWISE or not self.evaluator.slo:
+            horizon_s = self.evaluator.horizon_s * SHORT_SHARE
+            if self.evaluator.margin(design, rate, 0, horizon_s).all < TWICE_THE_LIMIT:
+                return False
             return self.evaluator.holds(design, rate, self.evaluator.num_seeds)
         horizon_s = self.evaluator.search_horizon_s(rate)
-        short = self.evaluator.margin(design, rate, 0, horizon_s * SHORT_SHARE)
-        if short.all < SHORT_MARGIN:
-            self._assign_blame(design, rate, short.ttft, short.tpot)
-            return False
-        long = self.evaluator.margin(design, rate, 0, horizon_s)
-        if long.all < LONG_MARGIN:
-            self._assign_blame(design, rate, long.ttft, long.tpot)
+        looks = (Look(SHORT_SHARE, SHORT_MARGIN, SHORT_CLEAR), Look(1.0, LONG_MARGIN, LONG_CLEAR))
+        if not all(self._passes(look, design, rate, horizon_s) for look in looks):
             return False
         return self.evaluator.holds(design, rate, self.evaluator.search_seeds, horizon_s)
+
+    def _passes(self, look: Look, design: Design, rate: float, horizon_s: float) -> bool:
+        """Whether one look does not speak against a design; one trace alone may be unlucky."""
+        found = []
+        for seed in range(self.evaluator.search_seeds):
+            found.append(self.evaluator.margin(design, rate, seed, horizon_s * look.share))
+            mean = sum(item.all for item in found) / len(found)
+            if mean >= look.margin:
+                return True
+            if mean < look.clear:
+                break
+        ttft = sum(item.ttft for item in found) / len(found)
+        tpot = sum(item.tpot for item in found) / len(found)
+        self._assign_blame(design, rate, ttft, tpot, look.margin)
+        return False
 
     def _crown(self, design: Design, guess: float) -> bool:
         rate = guess if self.best is not None else self.space.estimate(design)
@@ -171,8 +195,10 @@ class Contest:
             return design.side(PoolRole.PREFILL), design.side(PoolRole.DECODE)
         return (design.counts,)
 
-    def _assign_blame(self, design: Design, rate: float, ttft: float, tpot: float) -> None:
-        """Which pool failed, where that is certain."""
+    def _assign_blame(
+        self, design: Design, rate: float, ttft: float, tpot: float, margin: float
+    ) -> None:
+        """Which pool failed, where that is certain: its promise alone misses by `margin`."""
         if self.evaluator.spare_workers or self.evaluator.rules is Rules.SPLITWISE:
             return
         if design.kind != "disaggregated":
@@ -182,7 +208,7 @@ class Contest:
         bounds = self.space.bound_of(design)
         is_exact = self.evaluator.rules is Rules.DISTSERVE
         # Under our own rules a full decode pool delays the first token too.
-        if ttft < BLAME_MARGIN and (is_exact or bounds.decode_estimate(decode) > 1.3 * rate):
+        if ttft < margin and (is_exact or bounds.decode_estimate(decode) > 1.3 * rate):
             self.blame.add(prefill, rate)
-        if tpot < BLAME_MARGIN:
+        if tpot < margin:
             self.blame.add(decode, rate)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from placement.search.choose import most_goodput, new_evaluator
+from placement.search.choose import most_goodput
 from placement.search.designs import Design
 from placement.search.evaluate import Evaluator
 from placement.search.problem import Problem
@@ -33,7 +33,7 @@ def explain_no_plan(problem: Problem, evaluator: Evaluator) -> NoPlan:
         return NoPlan(reason="no design was certified", nearest=(), best=best, best_rate=rate)
     nearest = [f"rate: {rate * cells:.3g} requests/s with {best.label}"]
     nearest += _nearest_slo(problem, evaluator, best, asked)
-    nearest += _nearest_cluster(problem, asked, rate)
+    nearest += _nearest_cluster(problem, evaluator, best, asked, rate)
     return NoPlan(
         reason=f"{asked * cells:.4g} requests/s are beyond this cluster of "
         f"{problem.num_gpus * cells} GPUs; the best it can do is {rate * cells:.3g} requests/s",
@@ -54,7 +54,8 @@ def _nearest_slo(problem: Problem, evaluator: Evaluator, design: Design, rate: f
 
     seen = predict(evaluator, design, rate, num_seeds=1, horizon_s=evaluator.search_horizon_s(rate))
     if seen.percentiles is None:
-        return [f"no promise holds: at {rate * problem.num_cells:.4g} requests/s it is overloaded"]
+        asked = rate * problem.num_cells
+        return [f"promise: none; at {asked:.4g} requests/s {design.label} is overloaded"]
     times, _, classes = done
     parts = []
     for index, item in enumerate(problem.slo):
@@ -67,8 +68,13 @@ def _nearest_slo(problem: Problem, evaluator: Evaluator, design: Design, rate: f
     return [f"promise: {'; '.join(parts)} with {design.label}"]
 
 
-def _nearest_cluster(problem: Problem, asked: float, rate: float) -> list[str]:
-    """The same node types, so many times as many, checked by simulating."""
+def _nearest_cluster(
+    problem: Problem, evaluator: Evaluator, best: Design, asked: float, rate: float
+) -> list[str]:
+    """The same node types, so many times as many, with so many times the best design's workers.
+
+    Checked by simulating; a search there might need fewer.
+    """
     times = asked / max(rate, 1e-9)
     if times > MAX_TIMES:
         return []
@@ -77,11 +83,15 @@ def _nearest_cluster(problem: Problem, asked: float, rate: float) -> list[str]:
         fleets = tuple(
             replace(fleet, nodes=math.ceil(fleet.nodes * factor)) for fleet in problem.fleets
         )
-        grown = replace(problem, fleets=fleets, space=replace(problem.space, fleets=fleets))
-        found = most_goodput(
-            grown, new_evaluator(grown), value=lambda design, rate: rate, is_certified=False
+        grown = min(new.nodes / old.nodes for new, old in zip(fleets, problem.fleets, strict=True))
+        design = problem.space.design(
+            {worker: math.floor(count * grown) for worker, count in best.counts},
+            best.max_step_tokens,
         )
-        if found.goodput.rate >= asked and found.design is not None:
+        horizon_s = evaluator.search_horizon_s(asked)
+        if not replace(problem.space, fleets=fleets).fits(design):
+            continue
+        if evaluator.holds(design, asked, evaluator.search_seeds, horizon_s):
             nodes = ", ".join(f"{f.nodes * problem.num_cells} nodes of {f.gpu}" for f in fleets)
-            return [f"cluster: {nodes}, with {found.design.label}"]
+            return [f"cluster: {nodes}, with {design.label}"]
     return []

@@ -1,13 +1,14 @@
 """A design at one rate over all seeds: what to expect, how sure, and what gives way first."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from placement.search.designs import Design
 from placement.search.evaluate import Evaluator, interval_of_mean
 from placement.search.results import ClassPrediction, Economy, Prediction
-from placement.simulation.summary import Verdict, judge_load
+from placement.simulation.summary import Verdict, attainment_interval, judge_load
 from placement.simulation.trace import Ints, Times, Trace
 from placement.simulation.values import SimulationResult, SloClass
 
@@ -32,37 +33,38 @@ def predict(
     margins = [evaluator.judge(*run) for run in runs]
     attainments = [margin.attainment for margin in margins]
     verdict = _verdict(runs)
-    ttft = np.concatenate([times.ttft_s for times, _, _ in runs])
-    tpot = np.concatenate([times.tpot_s for times, _, _ in runs])
-    e2e = np.concatenate([times.e2e_s for times, _, _ in runs])
-    percentiles = {
-        name: {f"p{p}": float(np.percentile(values, p, method="higher")) for p in PERCENTILES}
-        for name, values in (("ttft_s", ttft), ("tpot_s", tpot), ("e2e_s", e2e))
-    }
+    is_overloaded = verdict == Verdict.OVERLOADED
     utilisation = _utilisation(design, runs)
     bottleneck = max(utilisation, key=lambda name: utilisation[name])
     mean_ttft = float(np.mean([margin.ttft for margin in margins]))
     mean_tpot = float(np.mean([margin.tpot for margin in margins]))
+    binds = "TTFT" if mean_ttft <= mean_tpot else "TPOT"
     margin = float(np.mean([item.all for item in margins]))
     return Prediction(
         rate=rate,
         goodput=float(np.mean(attainments)) * rate,
         attainment=float(np.mean(attainments)),
-        interval=_share(interval_of_mean(attainments)),
+        interval=_interval(attainments, [] if len(runs) > 1 else _met(evaluator.slo, runs[0])),
         classes=tuple(
-            _class_prediction(item, index, runs, len(evaluator.slo))
+            _class_prediction(
+                item,
+                runs,
+                index if len(evaluator.slo) > 1 else None,
+                has_percentiles=not is_overloaded,
+            )
             for index, item in enumerate(evaluator.slo)
         ),
-        percentiles=None if verdict == Verdict.OVERLOADED else percentiles,
+        percentiles=None if is_overloaded else _percentiles(runs, None),
         utilisation=utilisation,
         verdict=str(verdict),
         is_kept=margin >= 0,
         margin=margin,
         bottleneck=bottleneck,
-        binds="TTFT" if mean_ttft <= mean_tpot else "TPOT",
+        binds=margins[0].binding if margins[0].slowdowns else binds,
         horizon_s=horizon_s,
         num_seeds=len(runs),
         num_requests=sum(len(trace) for _, trace, _ in runs),
+        slowdowns=margins[0].slowdowns,
     )
 
 
@@ -114,16 +116,19 @@ def _utilisation(design: Design, runs: list[Run]) -> dict[str, float]:
 
 
 def _class_prediction(
-    item: SloClass, index: int, runs: list[Run], num_classes: int
+    item: SloClass, runs: list[Run], index: int | None, *, has_percentiles: bool
 ) -> ClassPrediction:
+    """Of the requests of class `index`; None: of all."""
     joint, ttfts, tpots = [], [], []
+    met = np.zeros(0, bool)
     for times, _, classes in runs:
-        members = classes == index if num_classes > 1 else np.ones(len(classes), bool)
+        members = _members(classes, index)
         if not members.any():
             continue
         ttft_met = times.ttft_s[members] <= item.ttft_s
         tpot_met = times.tpot_s[members] <= item.tpot_s
-        joint.append(float((ttft_met & tpot_met).mean()))
+        met = ttft_met & tpot_met
+        joint.append(float(met.mean()))
         ttfts.append(float(ttft_met.mean()))
         tpots.append(float(tpot_met.mean()))
     found = joint or [0.0]
@@ -133,10 +138,46 @@ def _class_prediction(
         tpot_s=item.tpot_s,
         target=item.attainment,
         attainment=float(np.mean(found)),
-        interval=_share(interval_of_mean(found)),
+        interval=_interval(found, met),
         attainment_ttft=float(np.mean(ttfts or [0.0])),
         attainment_tpot=float(np.mean(tpots or [0.0])),
+        percentiles=_percentiles(runs, index) if joint and has_percentiles else None,
     )
+
+
+def _members(classes: Ints, index: int | None) -> Any:
+    return np.ones(len(classes), bool) if index is None else classes == index
+
+
+def _percentiles(runs: list[Run], index: int | None) -> dict[str, dict[str, float]]:
+    """Over the requests of all runs, of class `index` where one is given."""
+    found = {}
+    for name in ("ttft_s", "tpot_s", "e2e_s"):
+        parts = [getattr(times, name)[_members(classes, index)] for times, _, classes in runs]
+        values = np.concatenate(parts)
+        found[name] = {
+            f"p{p}": float(np.percentile(values, p, method="higher")) for p in PERCENTILES
+        }
+    return found
+
+
+def _met(slo: tuple[SloClass, ...], run: Run) -> Any:
+    """Which requests of a run met the promises of their class, in order of arrival."""
+    times, _, classes = run
+    if not slo:
+        return []
+    ttft_s = np.array([item.ttft_s for item in slo])
+    tpot_s = np.array([item.tpot_s for item in slo])
+    return (times.ttft_s <= ttft_s[classes]) & (times.tpot_s <= tpot_s[classes])
+
+
+def _interval(by_seed: list[float], met: Any) -> tuple[float, float]:
+    """Over seeds; of a single one, from the requests within it."""
+    if len(by_seed) > 1:
+        return _share(interval_of_mean(by_seed))
+    if len(met) == 0:
+        return (by_seed[0], by_seed[0])
+    return attainment_interval(met)
 
 
 def _share(interval: tuple[float, float]) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from placement.search.designs import Design
+from placement.search.judging import Slowdown
 from placement.simulation.summary import clean
 
 
@@ -20,6 +21,7 @@ class ClassPrediction:
     interval: tuple[float, float]
     attainment_ttft: float
     attainment_tpot: float
+    percentiles: dict[str, dict[str, float]] | None = None  # of its requests, as in Prediction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,7 @@ class Prediction:
     horizon_s: float
     num_seeds: int
     num_requests: int
+    slowdowns: tuple[Slowdown, ...] = ()  # of the first seed, under Splitwise's promises
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

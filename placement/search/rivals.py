@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from placement.search.choose import Choice
+from placement.search.choose import COARSE, Choice, best_of_other_kind, reachable
 from placement.search.designs import Design, Worker
 from placement.search.evaluate import CLEARLY_LOST, Evaluator, Goodput
 from placement.search.maximise import Contest
@@ -12,7 +12,6 @@ from placement.search.problem import Problem
 from placement.search.results import PlanResult, Prediction, Rival
 from placement.simulation.values import PoolRole
 
-COARSE = 0.02
 CELL_COARSE = 0.05
 EDGE = 0.03
 MAX_KINDS = 3
@@ -53,9 +52,8 @@ def _neighbour_at_rate(
         share = problem.price(other) / problem.price(design) - 1
         why = f"keeps the promises at {share:+.0%} {problem.inputs.objective.goal}"
     else:
-        margin = evaluator.margin(other, rate, 0)
-        binding = "TTFT" if margin.ttft <= margin.tpot else "TPOT"
-        why = f"misses {binding}: attainment {margin.attainment:.0%}"
+        after = " after a loss" if evaluator.spare_workers else ""
+        why = f"misses {evaluator.margin(other, rate, 0).miss}{after}"
     return Rival(
         design=other,
         what=text,
@@ -86,9 +84,8 @@ def _neighbour_goodput(
     rough = _rough_goodput(evaluator, other, guess, coarse)
     value = problem.value(other, rough.rate)
     margin = evaluator.margin(other, needed, 0)
-    binding = "TTFT" if margin.ttft <= margin.tpot else "TPOT"
     gap = value / best - 1 if best else 0.0
-    why = f"{gap:+.1%} of the objective; {binding} gives way first"
+    why = f"{gap:+.1%} of the objective; {margin.binding} gives way first"
     if not fits:
         why += "; larger than the cluster"
     return Rival(
@@ -126,12 +123,12 @@ def find_runner_ups(
     if problem.is_at_rate:
         return _runner_ups_at_rate(problem, evaluator, choice, design, prediction)
     rivals = []
-    other_kind = _best_of_kind(problem, evaluator, design)
+    other_kind = best_of_other_kind(problem.space, evaluator, problem.value, design)
     if other_kind is not None:
         rivals.append(_rival(problem, evaluator, choice, *other_kind, design))
     families: dict[tuple[object, ...], Design] = {}
     for other in sorted(
-        (item for item in _reachable(problem) if item.kind == design.kind),
+        (item for item in reachable(problem.space) if item.kind == design.kind),
         key=lambda item: (-problem.value(item, problem.space.estimate(item)), item.key),
     ):
         if _family(other) != _family(design):
@@ -141,27 +138,6 @@ def find_runner_ups(
         tuned = _tuned(problem, evaluator, other, found)
         rivals.append(_rival(problem, evaluator, choice, *tuned, design))
     return sorted(rivals, key=lambda item: -problem.value(item.design, item.goodput))
-
-
-def _best_of_kind(
-    problem: Problem, evaluator: Evaluator, design: Design
-) -> tuple[Design, Goodput] | None:
-    """The winner among the designs of the other kind, so that both compete on equal terms."""
-    is_wanted = design.kind == "colocated"
-    designs = [d for d in _reachable(problem) if (d.kind == "disaggregated") == is_wanted]
-    designs = [d for d in designs if is_wanted or d.kind == "colocated"]
-    contest = Contest(problem.space, evaluator, problem.value, tolerance=COARSE)
-    contest.consider(designs)
-    return None if contest.best is None else (contest.best, contest.best_goodput)
-
-
-def _reachable(problem: Problem) -> list[Design]:
-    if problem.space.is_listable:
-        return list(problem.space.listed())
-    found = []
-    for worker in problem.space.of_role(PoolRole.COLOCATED):
-        found.append(problem.space.design({worker: problem.space.max_count(worker)}))
-    return found
 
 
 def _family(design: Design) -> tuple[object, ...]:
@@ -180,14 +156,13 @@ def _rival(
     value = problem.value(other, found.rate)
     beyond = max(found.rate, 1e-3) * 1.1
     margin = evaluator.margin(other, beyond, 0, evaluator.search_horizon_s(beyond))
-    binding = "TTFT" if margin.ttft <= margin.tpot else "TPOT"
     return Rival(
         design=other,
         what=f"best of {_cuts_text(other)}",
         goodput=found.rate,
         goodput_per_gpu=found.rate / other.num_gpus,
         usd_per_hour=other.usd_per_hour,
-        why_not=f"{value / best - 1:+.0%} of the objective; {binding} gives way first",
+        why_not=f"{value / best - 1:+.0%} of the objective; {margin.binding} gives way first",
         interval=found.interval,
     )
 
@@ -265,14 +240,18 @@ def _without(gone: Worker) -> Callable[[Worker], bool]:
 
 
 def one_gpu_more(
-    problem: Problem, neighbours: tuple[Rival, ...], design: Design, goodput: Goodput
+    problem: Problem,
+    evaluator: Evaluator,
+    neighbours: tuple[Rival, ...],
+    design: Design,
+    goodput: Goodput,
 ) -> str:
     """What the next worker brings, for each of its GPUs."""
-    if problem.is_at_rate or goodput.rate == 0:
-        return "at a given rate more GPUs only raise the attainment; see what ifs and neighbours"
     more = [item for item in neighbours if item.design.num_gpus > design.num_gpus]
     if not more:
         return ""
+    if problem.is_at_rate:
+        return _one_gpu_more_at_rate(problem, evaluator, more, design)
 
     def gain(item: Rival) -> float:
         return (item.goodput - goodput.rate) / (item.design.num_gpus - design.num_gpus)
@@ -282,6 +261,29 @@ def one_gpu_more(
     return (
         f"{best.what} ({gpus} GPUs) brings {max(gain(best), 0.0):.2f} requests/s for each GPU "
         f"(the plan has {goodput.rate / design.num_gpus:.2f})"
+    )
+
+
+def _one_gpu_more_at_rate(
+    problem: Problem, evaluator: Evaluator, more: list[Rival], design: Design
+) -> str:
+    """How much further than the asked rate the plan goes, and how far with the best worker more."""
+    assert problem.rate is not None
+    coarse = COARSE if problem.num_cells == 1 else CELL_COARSE
+    own = _rough_goodput(evaluator, design, problem.rate, coarse).rate
+    reached = [(_rough_goodput(evaluator, r.design, max(own, 1e-3), coarse).rate, r) for r in more]
+
+    def gain(item: tuple[float, Rival]) -> float:
+        return (item[0] - own) / (item[1].design.num_gpus - design.num_gpus)
+
+    rate, best = max(reached, key=gain)
+    cells = problem.num_cells
+    usd = (best.usd_per_hour - design.usd_per_hour) * cells
+    each = " in each cell" if cells > 1 else ""
+    return (
+        f"the plan goes up to {own * cells:.3g} requests/s; with {best.what}{each} "
+        f"({(best.design.num_gpus - design.num_gpus) * cells} GPUs, {usd:+.2f} USD/h) up to "
+        f"{max(rate, own) * cells:.3g}"
     )
 
 

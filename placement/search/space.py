@@ -152,6 +152,33 @@ class Space:
                         return None
         return [other for _, _, other in sorted(found, key=lambda item: item[:2])]
 
+    def mixtures(self, most: int) -> list[Design]:
+        """Every number of every worker, types and kinds mixed, in clusters that hold few of them.
+
+        Where all cuts are more than `most`, the most promising one of each role and GPU type;
+        where those are too many, none.
+        """
+        for workers in (self.workers, tuple(self._promising(next(iter(self.bounds.values()))))):
+            found: list[Design] = []
+            for design in self._grown(workers, 0, {}):
+                found.append(design)
+                if len(found) > most:
+                    break
+            else:
+                return [design for design in found if design.is_complete]
+        return []
+
+    def _grown(
+        self, workers: Sequence[Worker], first: int, counts: dict[Worker, int]
+    ) -> Iterator[Design]:
+        for index in range(first, len(workers)):
+            grown = {**counts, workers[index]: counts.get(workers[index], 0) + 1}
+            kinds = {worker.role is PoolRole.COLOCATED for worker in grown}
+            design = self.design(grown)
+            if self.fits(design) and (self.is_mixed_allowed or len(kinds) == 1):
+                yield design
+                yield from self._grown(workers, index, grown)
+
     def neighbours(self, design: Design) -> list[tuple[str, Design]]:
         """One worker more or less of each kind that it has; also beyond the cluster's size."""
         found = []
@@ -201,15 +228,19 @@ class Space:
             is_other = role is not PoolRole.COLOCATED and design.kind == "colocated"
             if is_other and not is_free:
                 continue
-            best: dict[str, tuple[float, Worker]] = {}
+            kinds += [w for w in self._promising(bounds) if w.role is role and w not in kinds]
+        return kinds
+
+    def _promising(self, bounds: Bounds) -> list[Worker]:
+        """Of each role and GPU type the worker with the highest rate for each GPU."""
+        best: dict[tuple[PoolRole, str], tuple[float, Worker]] = {}
+        for role in PoolRole:
             for worker in self.of_role(role):
                 rate = bounds.single_estimate(worker) / worker.num_gpus
-                if worker.gpu not in best or rate > best[worker.gpu][0]:
-                    best[worker.gpu] = (rate, worker)
-            for _, worker in best.values():
-                if worker not in kinds:
-                    kinds.append(worker)
-        return kinds
+                key = (role, worker.gpu)
+                if key not in best or rate > best[key][0]:
+                    best[key] = (rate, worker)
+        return [worker for _, worker in best.values()]
 
 
 def _cheaper_counts(each: Sequence[float], limit: float) -> Iterator[tuple[int, ...]]:

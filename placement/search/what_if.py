@@ -1,5 +1,6 @@
 """The plan under changed circumstances: losses, bursts, other lengths and rates, closed loops."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ BURST_CV = 2.0
 HEAVY_CV = 1.0
 RATE_FACTORS = (0.8, 0.9, 1.1, 1.2)
 MAX_ADVICE = 6
+LEAST_GAIN = 0.005  # a worker that adds less to the margin than this: more of them will not do
 
 
 class Questions:
@@ -170,19 +172,63 @@ class Questions:
         if floor:
             return floor
         horizon_s = self._horizon_s(rate)
-        added = design
-        chosen: dict[Worker, int] = {}
+        added, last = design, -math.inf
         for _ in range(self.max_advice):
-            worker = self._weak(evaluator, added, rate, horizon_s)
-            if worker is None:
-                break
-            chosen[worker] = chosen.get(worker, 0) + 1
-            added = added.with_change(worker, 1)
-            if evaluator.margin(added, rate, 0, horizon_s).all >= 0:
-                parts = [f"{count} {kind.label}" for kind, count in chosen.items()]
+            added, reached = self._best_addition(evaluator, added, rate, horizon_s)
+            if reached >= 0:
+                parts = [
+                    f"{count - dict(design.counts).get(kind, 0)} {kind.label}"
+                    for kind, count in added.counts
+                    if count > dict(design.counts).get(kind, 0)
+                ]
                 gpus = added.num_gpus - design.num_gpus
                 return f"add {' + '.join(parts)} ({gpus} GPUs)"
-        return f"more than {self.max_advice} workers more are needed, or a lower rate"
+            if reached < last + LEAST_GAIN and added.is_complete:
+                break
+            last = reached
+        return self._lower_rate(evaluator, design, rate, horizon_s)
+
+    def _best_addition(
+        self, evaluator: Evaluator, design: Design, rate: float, horizon_s: float
+    ) -> tuple[Design, float]:
+        """One worker more of the plan's kinds: the smallest that does, else what helps most.
+
+        A pool that is empty comes first. Of each role only the plan's largest pool is tried.
+        """
+        empty = [worker for worker, _ in self.design.counts if worker not in dict(design.counts)]
+        largest: dict[PoolRole, tuple[int, Worker]] = {}
+        for worker, count in self.design.counts:
+            if worker.role not in largest or count > largest[worker.role][0]:
+                largest[worker.role] = (count, worker)
+        kinds = sorted((w for _, w in largest.values()), key=lambda w: (w.num_gpus, w.key))
+        best: tuple[Design, float] | None = None
+        for worker in empty[:1] or kinds:
+            other = design.with_change(worker, 1)
+            margin = evaluator.margin(other, rate, 0, horizon_s)
+            if margin.all >= 0:
+                return other, margin.all
+            # Both alone miss where the joint attainment is nothing: their sum still tells.
+            reached = margin.all + (margin.ttft + margin.tpot) / 10
+            if best is None or reached > best[1]:
+                best = (other, min(reached, -1e-9))
+        assert best is not None
+        return best
+
+    def _lower_rate(
+        self, evaluator: Evaluator, design: Design, rate: float, horizon_s: float
+    ) -> str:
+        """What the design keeps its promises at, where more workers of its kinds do not help."""
+        if not design.is_complete:
+            return f"more than {self.max_advice} workers more are needed"
+        found = evaluator.goodput(
+            design, rate * 0.8, num_seeds=1, tolerance=0.05, horizon_s=horizon_s
+        )
+        if found.rate == 0:
+            return "no more workers of these kinds and no lower rate help: other cuts or promises"
+        return (
+            f"at most {found.rate * self.problem.num_cells:.3g} requests/s; "
+            f"{self.max_advice} workers more do not help enough"
+        )
 
     def _floor(self, evaluator: Evaluator, design: Design) -> str:
         """Whether the changed prompts are too long for any number of these workers."""
@@ -206,18 +252,6 @@ class Questions:
                 f"prompt, {item.ttft_s:g} s are promised: {to_do}"
             )
         return ""
-
-    def _weak(
-        self, evaluator: Evaluator, design: Design, rate: float, horizon_s: float
-    ) -> Worker | None:
-        margin = evaluator.margin(design, rate, 0, horizon_s)
-        both = design.side(PoolRole.COLOCATED)
-        if both:
-            return both[0][0]
-        role = PoolRole.PREFILL if margin.ttft <= margin.tpot else PoolRole.DECODE
-        side = design.side(role)
-        kinds = side or self.design.side(role)
-        return kinds[0][0] if kinds else None
 
 
 def _met(times, promises, classes, problem: Problem):  # type: ignore[no-untyped-def]

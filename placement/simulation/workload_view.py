@@ -29,10 +29,14 @@ seed: 0
 BAR_WIDTH = 40
 
 
-def show_workload(file: Path, *, as_json: bool) -> None:
-    """Print statistics as tables and histograms, or as JSON."""
+def show_workload(file: Path, *, as_json: bool, report: Path | None = None) -> None:
+    """Print statistics as tables and histograms, or as JSON; write a page where one is wanted."""
     workload = read_workload(file)
     stats = describe(workload)
+    if report is not None:
+        from placement.workload_report import write_workload_report
+
+        write_workload_report(report, workload, stats)
     if as_json:
         print(json.dumps(clean(stats.to_json()), indent=2, allow_nan=False))
         return

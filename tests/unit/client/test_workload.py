@@ -30,6 +30,12 @@ def test_packaged_azure_trace_has_its_first_thousand_requests() -> None:
     assert (requests[1].prompt_tokens, requests[1].output_tokens) == (3180, 8)
 
 
+def test_code_trace_is_packaged_whole_too() -> None:
+    whole = read_trace("azure-code-all")
+    assert len(whole) == 8819
+    assert whole[:1000] == read_trace("azure-code")
+
+
 def test_azure_columns_with_windows_line_ends_and_zones_are_read(tmp_path: Path) -> None:
     text = (
         "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"

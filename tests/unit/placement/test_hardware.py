@@ -94,3 +94,12 @@ def test_gpus_says_what_a_model_needs() -> None:
     assert record["model"]["tp"] == 2
     assert 0.02 < record["model"]["decode_16_s"] < 0.05
     assert "no fit" in run_gpus("l4", "--model", "Llama-3.1-405B")
+
+
+def test_gpus_example_is_a_file_that_it_reads(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(gpus)
+    shown = CliRunner().invoke(app, ["--example"])
+    assert shown.exit_code == 0
+    (tmp_path / "gpus.yaml").write_text(shown.output)
+    assert load_gpus(tmp_path / "gpus.yaml")["acme_x1"].usd_per_hour == 2.5

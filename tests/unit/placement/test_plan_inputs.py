@@ -1,12 +1,14 @@
 """Inputs of a plan: every mistake is named with what would be right."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from pdserve.domain.errors import LocalFault
-from placement.plan_inputs import EXAMPLE, parse_inputs
+from placement.plan_inputs import EXAMPLE, PlanInputs, parse_inputs
+from placement.plan_view import _located
 
 
 def inputs(**changes: Any) -> dict[str, Any]:
@@ -67,3 +69,15 @@ def test_mistake_is_named(changes: dict[str, Any], words: str) -> None:
 def test_diurnal_profile_is_planned_for_its_peak() -> None:
     workload = {**inputs()["workload"], "rate": 10.0, "diurnal": [0.5, 1.0, 1.5]}
     assert parse_inputs(inputs(workload=workload), source="x").workload.peak_rate == 15.0
+
+
+def test_names_in_a_file_are_relative_to_it_and_packaged_traces_are_not(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    def located(trace: str) -> PlanInputs:
+        data = inputs(model="config.json", workload={"trace": trace})
+        return _located(parse_inputs(data, source="in.yaml"), tmp_path / "in.yaml")
+
+    assert located("azure-code").workload.trace == "azure-code"
+    assert located("t.csv").workload.trace == str(tmp_path / "t.csv")
+    assert located("t.csv").model == str(tmp_path / "config.json")

@@ -1,10 +1,14 @@
 """The solver's answers, and its refusals."""
 
 import json
+import re
 
 import pytest
 
+from bench.planner.optimality import all_designs, two_type_question
 from pdserve.domain.errors import LocalFault
+from placement.plan_inputs import parse_inputs
+from placement.search.problem import new_problem
 from placement.search.results import NoPlan, PlanResult
 from placement.solver import solve
 from tests.support.plan_inputs import small_inputs
@@ -134,3 +138,45 @@ def test_classes_are_kept_one_by_one() -> None:
     result = plan(slo=classes)
     assert [item.name for item in result.prediction.classes] == ["chat", "bulk"]
     assert result.prediction.margin >= 0
+
+
+def test_one_gpu_more_at_a_rate_is_told_as_the_rate_that_it_allows() -> None:
+    result = plan(objective={"goal": "gpus"}, workload=at_rate(2.0))
+    words = re.fullmatch(
+        r"the plan goes up to (\S+) requests/s; with 1 .* more \(\d+ GPUs, .* USD/h\) up to (\S+)",
+        result.one_gpu_more,
+    )
+    assert words is not None, result.one_gpu_more
+    assert 2.0 * 0.95 <= float(words[1]) <= float(words[2])
+
+
+def test_interval_of_a_single_trace_comes_from_its_requests() -> None:
+    result = plan(search={"seeds": 1})
+    low, high = result.prediction.interval
+    assert result.prediction.attainment - 0.3 < low < result.prediction.attainment < high
+    assert result.prediction.classes[0].interval == (low, high)
+
+
+def test_clusters_of_few_gpus_of_two_types_are_looked_at_in_every_mixture() -> None:
+    problem = new_problem(parse_inputs(two_type_question(501), source="two types"))
+    every = set(all_designs(problem))
+    assert set(problem.space.mixtures(len(every) + 100)) == every
+    some = problem.space.mixtures(150)
+    assert 0 < len(some) < 150
+    cuts = {(worker.role, worker.gpu, worker.cut) for d in some for worker, _ in d.counts}
+    assert len(cuts) == len({(role, gpu) for role, gpu, _ in cuts})
+    assert problem.space.mixtures(3) == []
+
+
+def test_requests_beyond_the_models_context_are_noted() -> None:
+    changes = {"rules": "pdserve", "latency": None, "slo": {"ttft_s": 2.0, "tpot_s": 0.1}}
+    assert not any("context" in note for note in plan(**changes).notes)
+    lengths = {"prompt_tokens": {"mean": 900, "cv": 0.6, "max": 4000}}
+    outputs = {"output_tokens": {"mean": 50, "cv": 0.6, "max": 600}}
+    notes = plan(**changes, workload={**lengths, **outputs}).notes
+    assert any("longer than the model's context of 2048 tokens" in note for note in notes)
+
+
+def test_cuts_that_no_node_holds_are_named_with_the_nodes() -> None:
+    with pytest.raises(LocalFault, match=r"no cut of search.tp and .* fits 4 a100_sxm, 4 a node"):
+        solve(small_inputs(search={"tp": [8]}))

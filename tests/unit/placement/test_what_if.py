@@ -1,6 +1,11 @@
 """What-ifs of a plan."""
 
+import re
+
+from placement.search.choose import choose, new_evaluator
+from placement.search.problem import new_problem
 from placement.search.results import PlanResult
+from placement.search.what_if import Questions
 from placement.solver import solve
 from tests.support.plan_inputs import small_inputs
 
@@ -44,3 +49,33 @@ def test_curve_falls_with_the_rate() -> None:
     points = asked().curves[0].points
     assert points[0][1] >= points[-1][1]
     assert [rate for rate, _ in points] == sorted(rate for rate, _ in points)
+
+
+def test_what_is_advised_after_a_loss_is_the_worker_that_was_lost() -> None:
+    workload = small_inputs().workload.model_dump(mode="json", exclude_none=True)
+    result = solve(
+        small_inputs(
+            objective={"goal": "gpus"},
+            workload={**workload, "rate": 6.0},
+            search={"what_ifs": True, "colocated": False},
+        )
+    )
+    assert isinstance(result, PlanResult)
+    lost = [item for item in result.what_ifs if item.name.endswith(" lost") and not item.is_kept]
+    assert lost
+    for item in lost:
+        label = item.name.removeprefix("1 ").removesuffix(" lost")
+        assert item.advice.startswith(f"add 1 {label} "), item
+
+
+def test_where_no_worker_helps_the_rate_that_holds_is_told() -> None:
+    problem = new_problem(small_inputs())
+    evaluator = new_evaluator(problem)
+    design = choose(problem, evaluator).design
+    assert design is not None
+    questions = Questions(problem, evaluator, design, 2.0)
+    questions.max_advice = 1
+    advice = questions._advice(evaluator, design, 60.0)
+    words = re.fullmatch(r"at most (\S+) requests/s; 1 workers more do not help enough", advice)
+    assert words is not None, advice
+    assert evaluator.margin(design, float(words[1]) * 0.97, 0).all >= 0
