@@ -69,14 +69,19 @@ class Workload:
         )
 
     def fitted(self, max_context_tokens: int) -> "Workload":
-        """Lengths shrunk for a model with a short context, as `pdserve bench` does it."""
+        """Lengths shrunk for a model with a short context, as `pdserve bench` does it.
+
+        Prefix blocks shrink with the prompts, so that as large a share of a prompt is known.
+        """
         requests = [
             TraceRequest(0.0, int(prompt), int(output))
             for prompt, output in zip(self.prompt_tokens, self.output_tokens, strict=True)
         ]
         fitted = fit_to_context(requests, max_context_tokens)
+        factor = max(request.prompt_tokens for request in fitted) / int(self.prompt_tokens.max())
         return replace(
             self,
+            prefix_block_tokens=max(int(self.prefix_block_tokens * factor), 1),
             prompt_tokens=np.array([request.prompt_tokens for request in fitted], np.int64),
             output_tokens=np.array([request.output_tokens for request in fitted], np.int64),
         )

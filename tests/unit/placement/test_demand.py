@@ -193,3 +193,17 @@ def test_lengths_of_a_trace_are_fitted_as_the_bench_does() -> None:
     assert fitted.prompt_tokens.tolist() == [request.prompt_tokens for request in sent]
     assert fitted.output_tokens.tolist() == [request.output_tokens for request in sent]
     assert int((fitted.prompt_tokens + fitted.output_tokens).max()) <= 1024
+
+
+def test_prefix_blocks_shrink_with_the_prompts() -> None:
+    workload = Workload(
+        prompt_tokens=np.array([4096, 512]),
+        output_tokens=np.array([1, 1]),
+        unit_gaps=np.array([0.0, 1.0]),
+        prefix_starts=np.array([0, 8, 9]),
+        prefix_ids=np.array([0, 1, 2, 3, 4, 5, 6, 7, 0]),
+    )
+    assert workload.fitted(10_000).prefix_block_tokens == 512
+    fitted = workload.fitted(513)
+    assert fitted.prompt_tokens.tolist() == [512, 64]
+    assert fitted.prefix_block_tokens == 64
