@@ -19,6 +19,7 @@ from pdserve.domain.errors import LocalFault
 from placement.plan import Plan, format_plan, parse_plan, plan_of
 from placement.plan_inputs import PlanInputs, parse_inputs
 from placement.plan_report import add_curves, write_plan_report
+from placement.search.designs import gpus_text
 from placement.search.results import NoPlan, PlanResult, Prediction, Rival, WhatIf
 from placement.solver import Progress, solve
 
@@ -222,7 +223,7 @@ def show(result: PlanResult, console: Console) -> None:
     """All tables of an answer."""
     design, cells = result.design, result.num_cells
     copies = f"{cells} x " if cells > 1 else ""
-    console.print(f"plan: {copies}{design.label} ({design.num_gpus * cells} GPUs)")
+    console.print(f"plan: {copies}{design.label} ({gpus_text(design.num_gpus * cells)})")
     console.print(result.disaggregation)
     for note in result.notes:
         console.print(f"note: {note}")
@@ -255,7 +256,8 @@ def _show_judged(judged: PlanResult, console: Console) -> None:
     seen = judged.prediction
     low, high = seen.interval
     console.print(
-        f"the design that was asked about: {judged.design.label} ({judged.design.num_gpus} GPUs, "
+        f"the design that was asked about: {judged.design.label} "
+        f"({gpus_text(judged.design.num_gpus)}, "
         f"{judged.economy.usd_per_hour:.2f} USD/h) at {judged.total_rate:.4g} requests/s: "
         f"attainment {seen.attainment:.1%} [{low:.1%}, {high:.1%}], "
         + ("keeps" if seen.is_kept else "misses")

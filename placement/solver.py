@@ -13,7 +13,7 @@ from pdserve.domain.errors import LocalFault
 from placement.assign import Assignment, Unplaceable, assign
 from placement.plan_inputs import PlanInputs
 from placement.search.choose import Choice, choose, new_evaluator
-from placement.search.designs import Design, Worker
+from placement.search.designs import Design, Worker, gpus_text
 from placement.search.enumerate import fitted_of
 from placement.search.evaluate import Evaluator
 from placement.search.nearest import explain_no_plan
@@ -186,7 +186,7 @@ def _notes(problem: Problem, prediction: Prediction) -> tuple[str, ...]:
             "workers at once does at least as well"
         )
     if problem.num_unused_gpus:
-        notes.append(f"{problem.num_unused_gpus} GPUs fit no cell and stay free")
+        notes.append(f"free, since no cell has room for them: {gpus_text(problem.num_unused_gpus)}")
     if problem.inputs.workload.diurnal:
         notes.append("planned for the peak of the diurnal profile")
     if problem.inputs.rules is Rules.DISTSERVE:
@@ -311,7 +311,7 @@ def _with_plan(problem: Problem, item: WhatIf) -> WhatIf:
         return replace(item, advice=f"{advice}no plan for it: {error.message}")
     if found is None:
         return replace(item, advice=f"{advice}this cluster holds no plan for it")
-    cost = f"{found.num_gpus} GPUs, {found.usd_per_hour:.2f} USD/h"
+    cost = f"{gpus_text(found.num_gpus)}, {found.usd_per_hour:.2f} USD/h"
     return replace(item, advice=f"{advice}the plan for it: {found.label} ({cost})")
 
 

@@ -190,6 +190,11 @@ class Design:
         )
 
 
+def gpus_text(num: int) -> str:
+    """Such as 1 GPU, 8 GPUs."""
+    return f"{num} GPU{'' if abs(num) == 1 else 's'}"
+
+
 def single_losses(design: Design) -> list[tuple[Worker, Design]]:
     """The design without one worker, for each kind, the smallest pools first.
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from placement.search.choose import COARSE, Choice, best_of_other_kind, reachable
-from placement.search.designs import Design, Worker
+from placement.search.designs import Design, Worker, gpus_text
 from placement.search.evaluate import CLEARLY_LOST, Evaluator, Goodput
 from placement.search.maximise import Contest
 from placement.search.minimise import Bargain
@@ -50,7 +50,7 @@ def _neighbour_at_rate(
     is_cheaper = problem.price(other) < problem.price(design)
     if is_kept:
         share = problem.price(other) / problem.price(design) - 1
-        why = f"keeps the promises at {share:+.0%} {problem.inputs.objective.goal}"
+        why = f"keeps the promises at {share:+.0%} {_noun(problem)}"
     else:
         after = " after a loss" if evaluator.spare_workers else ""
         why = f"misses {evaluator.margin(other, rate, 0).miss}{after}"
@@ -186,6 +186,11 @@ def _tuned(
     return design, found
 
 
+def _noun(problem: Problem) -> str:
+    goal = problem.inputs.objective.goal
+    return "GPUs" if goal == "gpus" else goal
+
+
 def _cuts_text(design: Design) -> str:
     return ", ".join(f"{worker.role} {worker.gpu} {worker.cut}" for worker, _ in design.counts)
 
@@ -217,7 +222,7 @@ def _runner_ups_at_rate(
                 goodput=prediction.rate,
                 goodput_per_gpu=prediction.rate / other.num_gpus,
                 usd_per_hour=other.usd_per_hour,
-                why_not=f"{share:+.0%} {problem.inputs.objective.goal} for the same promise",
+                why_not=f"{share:+.0%} {_noun(problem)} for the same promise",
             )
         )
     return sorted(rivals, key=lambda item: problem.price(item.design))
@@ -259,8 +264,8 @@ def one_gpu_more(
     best = max(more, key=gain)
     gpus = best.design.num_gpus - design.num_gpus
     return (
-        f"{best.what} ({gpus} GPUs) brings {max(gain(best), 0.0):.2f} requests/s for each GPU "
-        f"(the plan has {goodput.rate / design.num_gpus:.2f})"
+        f"{best.what} ({gpus_text(gpus)}) brings {max(gain(best), 0.0):.2f} requests/s for each "
+        f"GPU (the plan has {goodput.rate / design.num_gpus:.2f})"
     )
 
 
@@ -282,7 +287,7 @@ def _one_gpu_more_at_rate(
     each = " in each cell" if cells > 1 else ""
     return (
         f"the plan goes up to {own * cells:.3g} requests/s; with {best.what}{each} "
-        f"({(best.design.num_gpus - design.num_gpus) * cells} GPUs, {usd:+.2f} USD/h) up to "
+        f"({gpus_text((best.design.num_gpus - design.num_gpus) * cells)}, {usd:+.2f} USD/h) up to "
         f"{max(rate, own) * cells:.3g}"
     )
 
@@ -316,7 +321,7 @@ def spare_plan(
         goodput=rate,
         goodput_per_gpu=rate / best.num_gpus,
         usd_per_hour=best.usd_per_hour,
-        why_not=f"{extra:+d} GPUs, {more_usd:+.2f} USD/h{where}",
+        why_not=f"{extra:+d} {gpus_text(extra).split()[1]}, {more_usd:+.2f} USD/h{where}",
     )
 
 

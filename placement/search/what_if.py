@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from placement.search.designs import Design, Worker
+from placement.search.designs import Design, Worker, gpus_text
 from placement.search.evaluate import Evaluator
 from placement.search.predict import predict
 from placement.search.problem import Problem, bounds_of
@@ -176,16 +176,13 @@ class Questions:
         for _ in range(self.max_advice):
             added, reached = self._best_addition(evaluator, added, rate, horizon_s)
             if reached >= 0:
-                parts = [
-                    f"{count - dict(design.counts).get(kind, 0)} {kind.label}"
-                    for kind, count in added.counts
-                    if count > dict(design.counts).get(kind, 0)
-                ]
-                gpus = added.num_gpus - design.num_gpus
-                return f"add {' + '.join(parts)} ({gpus} GPUs)"
-            if reached < last + LEAST_GAIN and added.is_complete:
+                return f"add {_difference(design, added)}"
+            if self.problem.num_cells > 1 and reached < last + LEAST_GAIN and added.is_complete:
                 break
             last = reached
+        is_plain = evaluator is self.evaluator and rate <= self.rate
+        if is_plain and design.num_gpus < self.design.num_gpus:
+            return f"add what was lost: {_difference(design, self.design)}"
         return self._lower_rate(evaluator, design, rate, horizon_s)
 
     def _best_addition(
@@ -252,6 +249,17 @@ class Questions:
                 f"prompt, {item.ttft_s:g} s are promised: {to_do}"
             )
         return ""
+
+
+def _difference(design: Design, added: Design) -> str:
+    """What one design has more than another, and how many GPUs that is."""
+    before = dict(design.counts)
+    parts = [
+        f"{count - before.get(kind, 0)} {kind.label}"
+        for kind, count in added.counts
+        if count > before.get(kind, 0)
+    ]
+    return f"{' + '.join(parts)} ({gpus_text(added.num_gpus - design.num_gpus)})"
 
 
 def _met(times, promises, classes, problem: Problem):  # type: ignore[no-untyped-def]

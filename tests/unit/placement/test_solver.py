@@ -143,7 +143,7 @@ def test_classes_are_kept_one_by_one() -> None:
 def test_one_gpu_more_at_a_rate_is_told_as_the_rate_that_it_allows() -> None:
     result = plan(objective={"goal": "gpus"}, workload=at_rate(2.0))
     words = re.fullmatch(
-        r"the plan goes up to (\S+) requests/s; with 1 .* more \(\d+ GPUs, .* USD/h\) up to (\S+)",
+        r"the plan goes up to (\S+) requests/s; with 1 .* more \(\d+ GPUs?, .* USD/h\) up to (\S+)",
         result.one_gpu_more,
     )
     assert words is not None, result.one_gpu_more
