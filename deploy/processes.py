@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal, Protocol
 
 from pdserve.cli.problems import ClusterFailed
 from pdserve.config.base import Settings
@@ -35,6 +35,23 @@ class Ready:
     metrics_address: str = ""  # empty: no metrics
 
 
+class Child(Protocol):
+    """A child process, however it was made; `asyncio.subprocess.Process` is one."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    @property
+    def stdout(self) -> asyncio.StreamReader | None: ...
+
+    async def wait(self) -> int: ...
+
+    def send_signal(self, signal: int) -> None: ...
+
+
 class LocalProcess:
     """Owns one child process. Its stderr is the log file; its stdout says when it is ready.
 
@@ -56,7 +73,8 @@ class LocalProcess:
         self.log_path = log_path
         self.ready: Ready | None = None
         self._on_parent_death = "--die-with-parent" if dies_at_once else "--exit-with-parent"
-        self._child: asyncio.subprocess.Process | None = None
+        self._child: Child | None = None
+        self._stdin: asyncio.StreamWriter | None = None
 
     @property
     def pid(self) -> int:
@@ -75,16 +93,8 @@ class LocalProcess:
     async def start(self) -> Ready:
         """Start and wait for its ready line; raises `ClusterFailed` with its reason or its log."""
         with _open_log(self.log_path) as log:
-            self._child = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", MODULES[self.role]),
-                *("--settings", "-", self._on_parent_death),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=log,
-                env=_environment(),
-                start_new_session=True,  # Ctrl-C on the terminal is for us: we drain in order
-            )
-        await self._send_settings(self._child)
+            self._child = await self._spawn(log)
+        await self._send_settings()
         self.ready = await self._read_ready(self._child)
         return self.ready
 
@@ -114,17 +124,33 @@ class LocalProcess:
         lines = _tail(self.log_path) or ["(empty)"]
         return "\n".join(f"    {line[:MAX_LOG_LINE_CHARS]}" for line in lines)
 
-    async def _send_settings(self, child: asyncio.subprocess.Process) -> None:
-        assert child.stdin is not None
-        child.stdin.write(self.settings.model_dump_json().encode())
+    async def _spawn(self, log: BinaryIO) -> "Child":
+        """Start the child, whose stderr is `log`."""
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", MODULES[self.role]),
+            *("--settings", "-", self._on_parent_death),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=log,
+            env=environment(),
+            start_new_session=True,  # Ctrl-C on the terminal is for us: we drain in order
+        )
+        self._stdin = child.stdin
+        return child
+
+    async def _send_settings(self) -> None:
+        """To its stdin, unless it was started with them."""
+        if self._stdin is None:
+            return
+        self._stdin.write(self.settings.model_dump_json().encode())
         try:
-            await child.stdin.drain()
-            child.stdin.close()
-            await child.stdin.wait_closed()
+            await self._stdin.drain()
+            self._stdin.close()
+            await self._stdin.wait_closed()
         except (BrokenPipeError, ConnectionResetError):
             return  # it died first; reading its stdout tells
 
-    async def _read_ready(self, child: asyncio.subprocess.Process) -> Ready:
+    async def _read_ready(self, child: "Child") -> Ready:
         assert child.stdout is not None
         while line := await child.stdout.readline():
             said = _parse_line(line)
@@ -155,12 +181,13 @@ def describe_exit(code: int) -> str:
         return f"was killed by signal {-code}"
 
 
-def _environment() -> Mapping[str, str]:
+def environment() -> Mapping[str, str]:
+    """What a serving process sees."""
     # One compute thread a worker: pools share the machine, and batches give the parallelism.
     return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _open_log(path: Path) -> Any:
+def _open_log(path: Path) -> BinaryIO:
     try:
         return path.open("ab")
     except OSError as error:

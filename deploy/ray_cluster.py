@@ -13,6 +13,7 @@ from deploy.backend import ClusterEvent, ProcessRow, Report
 from deploy.deployment import Deployment
 from deploy.log_dir import LogDir
 from deploy.ray.connecting import connect, disconnect, living_nodes, this_node
+from deploy.ray.fork_servers import ForkServers
 from deploy.ray.hosted import HostedProcess
 from deploy.ray.placing import Need, Placement, RayNode, place
 from deploy.ray.resources import RayOptions, explain_unfit, needs_of
@@ -23,7 +24,6 @@ from pdserve.cli.problems import ClusterFailed
 from pdserve.client.admin import AdminClient
 from pdserve.client.faults import ClusterUnreachable
 from pdserve.config.binding import is_loopback
-from pdserve.config.processes import RouterSettings
 from pdserve.domain.errors import LocalFault, PdserveError
 from pdserve.engine.model_files import ModelFiles
 
@@ -59,6 +59,7 @@ class RayCluster:
         self._tasks: set[asyncio.Task[None]] = set()
         self._log_copies: set[asyncio.Task[None]] = set()
         self._supervisor: Supervisor | None = None
+        self._fork_servers = ForkServers()
         self._stop_request: StopRequest | None = None
         self._logs: LogDir | None = None
         self._has_connected = False
@@ -157,7 +158,7 @@ class RayCluster:
         self._has_connected = await connect(self.options.address)
         nodes, placement = await self._place(needs)
         self._logs = LogDir.open(self.deployment.log_dir)
-        self.slots = [_router_slot(self.deployment.router), *self._worker_slots(needs)]
+        self.slots = [self._router_slot(), *self._worker_slots(needs)]
         self._supervisor = Supervisor(
             self.slots, self.deployment.router.timers, self._tell, self._follow_log
         )
@@ -189,6 +190,14 @@ class RayCluster:
                 raise LocalFault(explain_unfit(found, nodes, gpus))
             await asyncio.sleep(REGISTERED_POLL_S)
 
+    def _router_slot(self) -> Slot:
+        return Slot(
+            role="router",
+            settings=self.deployment.router,
+            need=Need(name="router", bundle={}),
+            fork_servers=self._fork_servers,
+        )
+
     def _worker_slots(self, needs: Sequence[Need]) -> list[Slot]:
         # Cores are pinned where they are known: not on machines of others.
         return [
@@ -196,6 +205,7 @@ class RayCluster:
                 role=worker.settings.role,
                 settings=worker.settings.model_copy(update={"cpus": ()}),
                 need=need,
+                fork_servers=self._fork_servers,
             )
             for worker, need in zip(self.deployment.workers, needs, strict=True)
         ]
@@ -288,6 +298,7 @@ class RayCluster:
             await self._supervisor.stop()
         close_s = 0.0 if self._is_killed else CLOSE_S
         await asyncio.gather(*(slot.close(close_s, keeps_log=keeps_logs) for slot in self.slots))
+        await self._fork_servers.close()
         if self._stop_request is not None:
             self._stop_request.close()
             self._stop_request = None
@@ -344,10 +355,6 @@ class RayCluster:
         if not late:
             return f"the router did not see all workers within {limit}; logs in {self.log_dir}"
         return f"{', '.join(late)} did not serve within {limit}; logs in {self.log_dir}"
-
-
-def _router_slot(settings: RouterSettings) -> Slot:
-    return Slot(role="router", settings=settings, need=Need(name="router", bundle={}))
 
 
 def _row(slot: Slot) -> ProcessRow:

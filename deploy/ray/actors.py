@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.processes import LocalProcess, ProcessRole, Ready, describe_exit
+from deploy.ray.forked import ForkedProcess, ForkServer
 from pdserve.config.base import Settings
 from pdserve.config.processes import RouterSettings, WorkerSettings
-from pdserve.domain.errors import PdserveError
+from pdserve.domain.errors import LocalFault, PdserveError
 from pdserve.domain.ids import PROTOCOL_VERSION
 
 LOG_POLL_S = 0.2
@@ -68,16 +69,18 @@ class RankActor:
             protocol_version=PROTOCOL_VERSION,
         )
 
-    async def start(self, name: str, role: ProcessRole, settings: str) -> Started | NotStarted:
-        """Run the serving process; `settings` is JSON."""
+    async def start(
+        self, name: str, role: ProcessRole, settings: str, fork_server: str
+    ) -> Started | NotStarted:
+        """Run the serving process; `settings` is JSON, an empty `fork_server` is none."""
         kind: type[Settings] = RouterSettings if role == "router" else WorkerSettings
+        told = kind.model_validate_json(settings)
         self._log_dir = Path(tempfile.mkdtemp(prefix=f"pdserve-{name}-"))
-        process = LocalProcess(
-            name,
-            role,
-            kind.model_validate_json(settings),
-            self._log_dir / f"{name}.log",
-            dies_at_once=True,
+        log_path = self._log_dir / f"{name}.log"
+        process = (
+            ForkedProcess(fork_server, name, role, told, log_path)
+            if fork_server
+            else LocalProcess(name, role, told, log_path, dies_at_once=True)
         )
         self._process = process
         try:
@@ -121,6 +124,26 @@ class RankActor:
             await self._process.wait()
         if self._log_dir is not None and not keeps_log:
             shutil.rmtree(self._log_dir, ignore_errors=True)
+
+
+class NodeActor:
+    """Keeps a fork server on its node, so that workers begin there in a second, not in four."""
+
+    def __init__(self) -> None:
+        self._server: ForkServer | None = None
+
+    async def start(self, name: str) -> str:
+        """Empty once the server forks; else why it does not."""
+        self._server = ForkServer(name)
+        try:
+            await self._server.start()
+        except LocalFault as fault:
+            return fault.message
+        return ""
+
+    async def close(self) -> None:
+        if self._server is not None:
+            await self._server.close()
 
 
 class StopFlag:

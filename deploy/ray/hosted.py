@@ -106,10 +106,12 @@ class HostedProcess:
                 "install the same pdserve on all machines"
             )
 
-    async def start(self, role: ProcessRole, settings: Settings, within_s: float) -> Started:
+    async def start(
+        self, role: ProcessRole, settings: Settings, within_s: float, *, fork_server: str = ""
+    ) -> Started:
         """Run the serving process; raises `ClusterFailed` with its reason or its log."""
         text = settings.model_dump_json()
-        call = self._leader.start.remote(self.name, role, text)
+        call = self._leader.start.remote(self.name, role, text, fork_server)
         said: Started | NotStarted = await self._ask(_result(call), within_s, "did not start")
         if isinstance(said, NotStarted):
             raise ClusterFailed(f"on {self.node.label}: {said.message}")

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 
 from deploy.processes import ProcessRole
+from deploy.ray.fork_servers import ForkServers
 from deploy.ray.hosted import HostedProcess, Reservation
 from deploy.ray.placing import Need, RayNode
 from pdserve.config.binding import is_loopback
@@ -17,6 +18,7 @@ class Slot:
     role: ProcessRole
     settings: RouterSettings | WorkerSettings
     need: Need
+    fork_servers: ForkServers
     hosted: HostedProcess | None = None
     serving_since_s: float | None = None  # by time.monotonic(); None: it does not serve
     num_lives: int = 0
@@ -30,10 +32,20 @@ class Slot:
         """KV blocks; none in a router."""
         return self.settings.engine.num_blocks if isinstance(self.settings, WorkerSettings) else 0
 
+    @property
+    def can_fork(self) -> bool:
+        """Whether it imports torch, and no CUDA with it, which cannot be forked."""
+        if not isinstance(self.settings, WorkerSettings):
+            return False
+        engine = self.settings.engine
+        return engine.engine == "torch" and engine.device == "cpu"
+
     async def reserve(self, node: RayNode) -> None:
         """Take the node's resources for a new life; raises `ClusterFailed`."""
         reservation = await Reservation.take(self.need, node)
         self.hosted = HostedProcess(reservation)
+        if self.can_fork:
+            self.fork_servers.prepare(node)
         self.num_lives += 1
 
     async def launch(self, within_s: float) -> None:
@@ -41,7 +53,9 @@ class Slot:
         hosted = self.hosted
         assert hosted is not None, f"{self.name} has no place"
         await hosted.open()
-        await hosted.start(self.role, self._settings_on(hosted.host), within_s)
+        server = await self.fork_servers.on(hosted.node) if self.can_fork else ""
+        settings = self._settings_on(hosted.host)
+        await hosted.start(self.role, settings, within_s, fork_server=server)
         self.serving_since_s = time.monotonic()
 
     async def close(self, within_s: float, *, keeps_log: bool = True) -> None:

@@ -1,0 +1,64 @@
+"""A Ray cluster of several nodes on this machine, with custom resources standing for GPUs."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+GPU = "big_gpu"
+MIB = 2**20
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+class RayNodes:
+    """The head, which has no GPU, and the nodes that were added to it."""
+
+    def __init__(self, cluster: Any) -> None:
+        self._cluster = cluster
+        self.address: str = cluster.address
+
+    def add(self, *, gpus: int, cpus: int = 8) -> Any:
+        """One more node; returns what `kill` takes."""
+        node = self._cluster.add_node(
+            num_cpus=cpus, resources={GPU: gpus}, object_store_memory=80 * MIB
+        )
+        self._cluster.wait_for_nodes()
+        return node
+
+    def kill(self, node: Any) -> None:
+        """SIGKILL for the node's own process: nothing is shut down in order."""
+        self._cluster.remove_node(node, allow_graceful=False)
+
+
+@contextlib.contextmanager
+def ray_nodes() -> Iterator[RayNodes]:
+    """Start the head; everything is gone when the block ends."""
+    folder = tempfile.mkdtemp(prefix="pdray")  # sockets lie below it: their paths must be short
+    patch = pytest.MonkeyPatch()
+    for name, value in QUIET.items():
+        patch.setenv(name, value)
+    patch.delenv("RAY_ADDRESS", raising=False)
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 2,
+            "object_store_memory": 80 * MIB,
+            "include_dashboard": False,
+            "temp_dir": folder,
+        },
+    )
+    try:
+        yield RayNodes(cluster)
+    finally:
+        cluster.shutdown()
+        patch.undo()
+        shutil.rmtree(folder, ignore_errors=True)
