@@ -12,6 +12,7 @@ from typing import Any
 from pdserve.domain.errors import LocalFault
 from placement.assign import Assignment, Unplaceable, assign
 from placement.plan_inputs import PlanInputs
+from placement.profiles import DistserveProfile, load_profile
 from placement.search.choose import Choice, choose, new_evaluator
 from placement.search.designs import Design, Worker, gpus_text
 from placement.search.enumerate import fitted_of
@@ -191,12 +192,22 @@ def _notes(problem: Problem, prediction: Prediction) -> tuple[str, ...]:
         notes.append("planned for the peak of the diurnal profile")
     if problem.inputs.rules is Rules.DISTSERVE:
         notes.append("rules distserve: KV transfers take no time and KV memory has no limit")
+    if len(problem.fleets) > 1 and _is_of_one_type(problem.inputs):
+        notes.append("the profile's step times are taken for every GPU type")
     if (context := _context_note(problem)) is not None:
         notes.append(context)
     low, high = prediction.interval
     if high - low > 0.1:
         notes.append("the interval of the attainment is wide: more seeds or a longer duration_s")
     return tuple(notes)
+
+
+def _is_of_one_type(inputs: PlanInputs) -> bool:
+    """Whether step times are DistServe's, whose form does not know GPU types."""
+    latency = inputs.latency
+    if latency is None or latency.profile is None:
+        return False
+    return isinstance(load_profile(latency.profile), DistserveProfile)
 
 
 def _context_note(problem: Problem) -> str | None:

@@ -28,6 +28,7 @@ from placement.search.problem import Problem, new_problem
 from placement.search.results import PlanResult
 from placement.search.splitwise_question import corrected_evaluator, corrected_problem
 from placement.simulation.values import PoolRole
+from placement.simulation.warm import warm_up
 from placement.solver import solve
 
 MODELS = ("bloom-176b", "llama2-70b")
@@ -193,6 +194,7 @@ def main() -> None:
     parser.add_argument("--exhaustive-corrected", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    warm_up()  # compiling is not part of what is compared
     rows = []
     for model in options.models:
         for trace in options.traces:

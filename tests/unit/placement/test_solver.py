@@ -180,3 +180,10 @@ def test_requests_beyond_the_models_context_are_noted() -> None:
 def test_cuts_that_no_node_holds_are_named_with_the_nodes() -> None:
     with pytest.raises(LocalFault, match=r"no cut of search.tp and .* fits 4 a100_sxm, 4 a node"):
         solve(small_inputs(search={"tp": [8]}))
+
+
+def test_profile_that_knows_no_gpu_types_is_noted_in_a_cluster_of_two() -> None:
+    nodes = [{"gpu": gpu, "nodes": 1, "gpus_per_node": 2} for gpu in ("a100_sxm", "h100_sxm")]
+    notes = plan(cluster={"nodes": nodes}).notes
+    assert "the profile's step times are taken for every GPU type" in notes
+    assert not any("every GPU type" in note for note in plan().notes)
