@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 import typer
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 
 from deploy.backend import Cluster, Report
@@ -19,6 +19,7 @@ from deploy.deployment import Deployment
 from deploy.runs import Run, noted_run
 from pdserve.cli.problems import ClusterFailed
 from pdserve.cli.running import EXIT_INTERRUPTED
+from pdserve.cli.status_view import plain_console
 from pdserve.domain.errors import PdserveError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -54,7 +55,7 @@ class _Up:
         self._deployment = deployment
         self._backend = backend
         self._as_json = as_json
-        self._console = Console(stderr=True, highlight=False)
+        self._console = plain_console(stderr=True)
         self._stop = asyncio.Event()
         self._is_forced = False
         self._status = self._console.status("starting")

@@ -165,7 +165,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def plain_console() -> Console:
-    """Standard output; where that is no terminal, wide enough that no cell is cut."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
+def plain_console(*, stderr: bool = False) -> Console:
+    """Standard output or error; where that is no terminal, wide enough that no cell is cut."""
+    console = Console(highlight=False, stderr=stderr)
+    return console if console.is_terminal else Console(highlight=False, stderr=stderr, width=120)
