@@ -551,6 +551,24 @@ def test_up_and_down_on_ray_as_a_person_runs_them(nodes: RayNodes, tmp_path: Pat
         run.kill_all()
 
 
+async def test_an_up_that_is_killed_leaves_nothing_on_ray(nodes: RayNodes, tmp_path: Path) -> None:
+    on_ray = ("--backend", "ray", "--address", nodes.address, "--ray-resource", f"h100_sxm={GPU}")
+    options = ("--engine", "timed", "--device", "cpu", "--port", "0", "--internal-port", "0")
+    own = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    run = Up(str(plan_file(tmp_path)), *on_ray, *options, env=own)
+    try:
+        serving = [each["pid"] for each in run.said["processes"]]
+        assert leftovers()
+        run.child.kill()
+        await wait_until(
+            lambda: not leftovers() and not any(map(psutil.pid_exists, serving)),
+            within_s=BACK_WITHIN_S,
+            what="actors, groups and processes are gone",
+        )
+    finally:
+        run.kill_all()
+
+
 @pytest.mark.parametrize(
     ("address", "code", "said"),
     [
