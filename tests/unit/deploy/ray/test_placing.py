@@ -27,8 +27,8 @@ def placed(found: Placement | Unfit) -> Mapping[str, str]:
 def test_workers_of_one_plan_node_share_a_node_and_plan_nodes_have_their_own() -> None:
     needs = [
         gpu_need("prefill-0", group="h100:0"),
-        gpu_need("prefill-1", group="h100:1"),
         gpu_need("decode-0", group="h100:0"),
+        gpu_need("prefill-1", group="h100:1"),
         gpu_need("decode-1", group="h100:1"),
     ]
     nodes = placed(place(needs, [node("a", GPU=8, CPU=8), node("b", GPU=8, CPU=8)]))
