@@ -94,7 +94,7 @@ class HostedProcess:
 
     async def open(self) -> None:
         """Until all ranks have their place; raises `ClusterFailed` where one does not get it."""
-        sites: list[Site] = await self._ask(
+        sites: list[Site] = await self.ask(
             _gather([actor.site.remote() for actor in self._actors]), OPEN_S, "has no actor"
         )
         self.host = sites[0].host
@@ -112,7 +112,7 @@ class HostedProcess:
         """Run the serving process; raises `ClusterFailed` with its reason or its log."""
         text = settings.model_dump_json()
         call = self._leader.start.remote(self.name, role, text, fork_server)
-        said: Started | NotStarted = await self._ask(_result(call), within_s, "did not start")
+        said: Started | NotStarted = await self.ask(_result(call), within_s, "did not start")
         if isinstance(said, NotStarted):
             raise ClusterFailed(f"on {self.node.label}: {said.message}")
         self.started = said
@@ -184,8 +184,11 @@ class HostedProcess:
     def _leader(self) -> Any:
         return self._actors[0]
 
-    async def _ask(self, call: Coroutine[None, None, T], within_s: float, what: str) -> T:
-        """The answer of an actor; raises `ClusterFailed` where none comes, or the life is lost."""
+    async def ask(self, call: Coroutine[None, None, T], within_s: float, what: str) -> T:
+        """An answer that this life needs; raises `ClusterFailed` where none comes, or it is lost.
+
+        `what` completes "decode-0 ... on 10.0.0.5 within 5 s".
+        """
         where = f"{self.name} {what} on {self.node.label}"
         asked = asyncio.create_task(call)
         try:

@@ -53,7 +53,9 @@ class Slot:
         hosted = self.hosted
         assert hosted is not None, f"{self.name} has no place"
         await hosted.open()
-        server = await self.fork_servers.on(hosted.node) if self.can_fork else ""
+        server = ""
+        if self.can_fork:
+            server = await hosted.ask(self.fork_servers.on(hosted.node), within_s, "cannot fork")
         settings = self._settings_on(hosted.host)
         await hosted.start(self.role, settings, within_s, fork_server=server)
         self.serving_since_s = time.monotonic()

@@ -10,6 +10,8 @@ import contextlib
 import time
 from collections.abc import Callable, Coroutine, Sequence
 
+from ray.exceptions import RayError
+
 from deploy.ray.absence import AbsenceJudge
 from deploy.ray.connecting import answering, living_nodes
 from deploy.ray.hosted import HostedProcess
@@ -70,7 +72,17 @@ class Supervisor:
             await asyncio.wait(self._tasks)
 
     def _run(self, work: Coroutine[None, None, None]) -> None:
-        self._tasks.append(asyncio.create_task(work))
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._on_end)
+        self._tasks.append(task)
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """They only end when they are cancelled; a person should know otherwise."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._tell(
+                f"the watch failed ({type(error).__name__}: {error}): what is lost from here on "
+                "may not come back"
+            )
 
     async def _keep(self, slot: Slot) -> None:
         """One slot: lose a life, start the next, for ever."""
@@ -104,12 +116,13 @@ class Supervisor:
                 self._on_launch(slot)
                 assert slot.hosted is not None
                 return slot.hosted.node
-            except ClusterFailed as error:
+            except (ClusterFailed, RayError) as error:
                 await slot.close(END_S)
+                why = error.message if isinstance(error, ClusterFailed) else type(error).__name__
                 # Resources that were freed a moment ago show up late: no reason to alarm anyone.
                 is_early = time.monotonic() - started_s < STATE_S
-                if error.message != told and not is_early:
-                    told = error.message
+                if why != told and not is_early:
+                    told = why
                     self._tell(f"{slot.name} waits: {told}; trying again")
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
