@@ -102,7 +102,7 @@ async def test_death_of_the_only_prefill_worker_while_it_reads_does_not_hang_the
 async def test_next_request_is_served_after_the_prefill_worker_died() -> None:
     async with running() as (cluster, client):
         cluster.process("prefill-0").signal(signal.SIGKILL)
-        await cluster.next_exit()
+        await cluster.next_event()
         answer = await client.complete(
             PROMPT[:5], Sampling(max_tokens=3, ignore_eos=True), timeout_s=10
         )
