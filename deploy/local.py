@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import shutil
 import signal
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +10,7 @@ from typing import Self
 
 from deploy.backend import ClusterEvent, ProcessRow, Report
 from deploy.deployment import Deployment, deployment_of_cluster
+from deploy.log_dir import LogDir
 from deploy.preflight import check_deployment
 from deploy.processes import LocalProcess, Ready, describe_exit
 from pdserve.cli.problems import ClusterFailed
@@ -19,7 +18,7 @@ from pdserve.client.admin import AdminClient
 from pdserve.client.faults import ClusterUnreachable
 from pdserve.config.cluster import ClusterSettings
 from pdserve.config.processes import WorkerSettings
-from pdserve.domain.errors import LocalFault, PdserveError
+from pdserve.domain.errors import PdserveError
 
 KILL_GRACE_S = 5.0
 """A process that takes this much longer to drain than its own limit is killed."""
@@ -39,9 +38,8 @@ class LocalCluster:
     def __init__(self, deployment: Deployment, report: Report) -> None:
         self.deployment = deployment
         self.processes: list[LocalProcess] = []
-        self.log_dir = Path()
+        self._logs: LogDir | None = None
         self._report = report
-        self._has_own_log_dir = False
         self._watchers: list[asyncio.Task[None]] = []
         self._exits: asyncio.Queue[tuple[LocalProcess, int]] = asyncio.Queue()
 
@@ -79,6 +77,11 @@ class LocalCluster:
         return next(process for process in self.processes if process.name == name)
 
     @property
+    def log_dir(self) -> Path:
+        assert self._logs is not None, "the cluster was not started"
+        return self._logs.path
+
+    @property
     def rows(self) -> Sequence[ProcessRow]:
         return [
             ProcessRow(
@@ -98,7 +101,7 @@ class LocalCluster:
 
     async def __aenter__(self) -> Self:
         check_deployment(self.deployment)
-        self._make_log_dir()
+        self._logs = LogDir.open(self.deployment.log_dir)
         try:
             async with asyncio.timeout(self.deployment.start_s):
                 await self._start_all()
@@ -123,7 +126,8 @@ class LocalCluster:
         finally:
             await self._kill_all()
             if error is None:
-                self._remove_log_dir()
+                assert self._logs is not None
+                self._logs.remove()
 
     async def next_event(self) -> ClusterEvent:
         """The next end of a process; the cluster lives on while a decode worker does."""
@@ -230,21 +234,6 @@ class LocalCluster:
         ends = [process.wait() for process in self.processes]
         # A second Ctrl-C must not leave zombies behind: they are dead already, this is brief.
         await asyncio.shield(asyncio.gather(*ends, *self._watchers))
-
-    def _make_log_dir(self) -> None:
-        if not self.deployment.log_dir:
-            self.log_dir = Path(tempfile.mkdtemp(prefix="pdserve-"))
-            self._has_own_log_dir = True
-            return
-        self.log_dir = Path(self.deployment.log_dir).expanduser().resolve()
-        try:
-            self.log_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LocalFault(f"log_dir {self.log_dir}: {error.strerror}") from None
-
-    def _remove_log_dir(self) -> None:
-        if self._has_own_log_dir:
-            shutil.rmtree(self.log_dir, ignore_errors=True)
 
     def _late_message(self) -> str:
         late = [process for process in self.processes if process.ready is None]
