@@ -1,5 +1,6 @@
 """`plan.yaml`: what to run, the limits that protect its prediction, and that prediction."""
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from placement.simulation.settings import SloSettings
 from placement.simulation.values import PoolRole
 
 PLAN_VERSION = 1
+WAITING_SIGMAS, MIN_WAITING = 6.0, 4
 WAIT_SHARE = 1.0  # of the loosest TTFT: who would wait longer is refused
 
 
@@ -128,7 +130,9 @@ def plan_of(result: PlanResult) -> Plan:
         limits=PlanLimits(
             max_step_tokens=design.max_step_tokens,
             max_num_requests=design.max_num_requests,
-            max_num_waiting=max(round(prediction.rate * result.num_cells * loosest), 1),
+            max_num_waiting=_max_num_waiting(
+                prediction.rate * result.num_cells * loosest, _gap_cv(result)
+            ),
             max_wait_s=loosest * WAIT_SHARE,
             max_rate=_rounded(max(result.goodput, prediction.rate) * result.num_cells),
         ),
@@ -166,6 +170,21 @@ def _step_times(worker: Worker, design: Design) -> CoefficientSettings:
 def _block_size(result: PlanResult) -> int:
     limits = result.inputs.get("pdserve")
     return int(limits.get("block_size", 16)) if isinstance(limits, dict) else 16
+
+
+def _max_num_waiting(mean: float, gap_cv: float) -> int:
+    """Waiting requests beyond which a promise is lost anyway; `mean` come within its TTFT.
+
+    Those who wait longer than their TTFT are lost, so that at most the arrivals of one TTFT are
+    worth keeping. They vary with a standard deviation of cv * sqrt(mean): six of them above the
+    mean, plus a few, leave what the prediction holds for untouched.
+    """
+    return math.ceil(mean + WAITING_SIGMAS * max(gap_cv, 1.0) * math.sqrt(mean)) + MIN_WAITING
+
+
+def _gap_cv(result: PlanResult) -> float:
+    workload = result.inputs.get("workload")
+    return float(workload.get("cv", 1.0)) if isinstance(workload, dict) else 1.0
 
 
 def _share(result: PlanResult, name: str) -> float:

@@ -3,14 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.domain.errors import LocalFault
+from placement.demand import Workload
 from placement.plan import Plan, format_plan, parse_plan, plan_of, read_plan, write_plan
 from placement.search.results import PlanResult
+from placement.simulate import Simulator
+from placement.simulation.values import PdserveOptions, Rules, SplitwiseOptions
 from placement.solver import solve
 from tests.support.plan_inputs import small_inputs
 
@@ -94,3 +98,28 @@ def test_bad_plan_is_refused(changes: dict[str, Any], words: str) -> None:
 
 def test_plan_counts_its_cells() -> None:
     assert Plan.model_validate(data(cells=3)).num_gpus == 12
+
+
+@pytest.mark.parametrize("ttft_s", [0.15, 0.4, 2.0])
+def test_limits_refuse_nobody_for_whom_the_plan_was_made(ttft_s: float) -> None:
+    result = solve(
+        small_inputs(
+            rules="pdserve",
+            slo={"ttft_s": ttft_s, "tpot_s": 0.08},
+            search={"duration_s": 120},
+        )
+    )
+    assert isinstance(result, PlanResult)
+    plan = plan_of(result)
+    rng = np.random.default_rng(7)
+    num = 3000
+    workload = Workload(
+        arrival_s=np.cumsum(rng.exponential(1 / plan.prediction.rate, num)),
+        prompt_tokens=np.clip(rng.lognormal(6.06, 0.55, num), 1, 1800).astype(np.int64),
+        output_tokens=np.clip(rng.lognormal(4.6, 0.55, num), 1, 600).astype(np.int64),
+    )
+    limits = PdserveOptions(
+        max_num_waiting=plan.limits.max_num_waiting, max_wait_s=plan.limits.max_wait_s
+    )
+    config = result.design.config(Rules.PDSERVE, (), limits, SplitwiseOptions())
+    assert Simulator(config).run(workload.trace()).num_refused <= 0.01 * num
