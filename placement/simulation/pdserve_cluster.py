@@ -62,9 +62,10 @@ from placement.simulation.pdserve_state import (
     step_under_way,
 )
 from placement.simulation.pdserve_workers import (
-    ask_reader,
+    admit,
     finish_chunks,
     finish_run,
+    has_room,
     queue_prompt,
     receive_kv,
     release,
@@ -168,9 +169,8 @@ def _arrive(c: Cluster, request: int, now: float) -> None:
     row = c.instances[writer]
     row[ASSIGNED] += 1
     row[ASSIGNED_PROMPTS] += prompt
-    if row[WAITING] == NONE and c.requests[request, WRITER_BLOCKS] <= row[FREE_BLOCKS]:
-        row[FREE_BLOCKS] -= c.requests[request, WRITER_BLOCKS]
-        ask_reader(c, request, now)
+    if row[WAITING] == NONE and has_room(c, writer, request):
+        admit(c, writer, request, now)
     else:
         enqueue(c, writer, WAITING, request)
 

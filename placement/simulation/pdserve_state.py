@@ -35,7 +35,7 @@ QUEUE = 5  # prompts to read: head, tail, length
 UNREAD = 8  # tokens of prompts that were sent here
 IN_FLIGHT, OLDEST = 9, 10  # steps in the pipeline, and the ring place of the first
 FREE_BLOCKS, NUM_BLOCKS = 11, 12
-WAITING = 13  # for blocks: head, tail, length
+WAITING = 13  # for blocks or a place: head, tail, length
 JOINING = 16  # KV is here, next step's batch: head, tail, length
 ACTIVE, CONTEXT, STEP = 19, 20, 21
 RUN_STEPS, IS_CUT, VERSION = 22, 23, 24
@@ -44,7 +44,8 @@ ASSIGNED_PROMPTS = 26  # tokens of those that are not in the batch yet
 NUM_KNOTS = 27
 NUM_CACHED = 28  # prefix blocks
 IS_STAGE_BUSY = 29
-NUM_INSTANCE_COLUMNS = 30
+ADMITTED = 30  # requests that hold blocks to decode, read or not: MAX_ACTIVE at most
+NUM_INSTANCE_COLUMNS = 31
 
 # Columns of `instance_s`.
 RUN_START, RUN_FIRST, RUN_GROWTH, BUSY = 0, 1, 2, 3

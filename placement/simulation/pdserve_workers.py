@@ -17,6 +17,7 @@ from placement.simulation.pdserve_shared import (
 )
 from placement.simulation.pdserve_state import (
     ACTIVE,
+    ADMITTED,
     ARRIVE,
     ASSIGNED,
     ASSIGNED_PROMPTS,
@@ -106,6 +107,24 @@ def ask_reader(c: Cluster, request: int, now: float) -> None:
         schedule(c, now + seconds, PREPARED, request, 0)
     else:
         queue_prompt(c, request, now)
+
+
+@inlined
+def has_room(c: Cluster, writer: int, request: int) -> bool:
+    """Whether a decode side can promise blocks for prompt and answer, and a place in its batch."""
+    row = c.instances[writer]
+    return bool(
+        c.requests[request, WRITER_BLOCKS] <= row[FREE_BLOCKS] and row[ADMITTED] < row[MAX_ACTIVE]
+    )
+
+
+@compiled
+def admit(c: Cluster, writer: int, request: int, now: float) -> None:
+    """Promise blocks and place; only then is a reader asked."""
+    row = c.instances[writer]
+    row[FREE_BLOCKS] -= c.requests[request, WRITER_BLOCKS]
+    row[ADMITTED] += 1
+    ask_reader(c, request, now)
 
 
 @compiled
@@ -278,6 +297,7 @@ def _finish(c: Cluster, request: int, now: float, end: float) -> None:
     writer = c.requests[request, WRITER]
     row = c.instances[writer]
     row[ASSIGNED] -= 1
+    row[ADMITTED] -= 1
     row[FREE_BLOCKS] += c.requests[request, WRITER_BLOCKS]
     if c.scalars[IS_CLOSED_LOOP] and c.scalars[NEXT_REQUEST] < len(c.requests):
         schedule(c, end, ARRIVE, c.scalars[NEXT_REQUEST], 0)
@@ -289,15 +309,14 @@ def _finish(c: Cluster, request: int, now: float, end: float) -> None:
 
 @inlined
 def release(c: Cluster, writer: int, now: float) -> None:
-    """Promise free blocks to who waits, first come first served."""
+    """Admit who waits, first come first served."""
     row = c.instances[writer]
     while row[WAITING] != NONE:
         waiting = row[WAITING]
-        if c.requests[waiting, WRITER_BLOCKS] > row[FREE_BLOCKS]:
+        if not has_room(c, writer, waiting):
             break
         dequeue(c, writer, WAITING)
-        row[FREE_BLOCKS] -= c.requests[waiting, WRITER_BLOCKS]
-        ask_reader(c, waiting, now)
+        admit(c, writer, waiting, now)
 
 
 @compiled

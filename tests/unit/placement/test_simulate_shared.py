@@ -142,3 +142,10 @@ def test_scatter_spreads_answers_around_what_the_rules_say() -> None:
     assert spread.e2e_s - spread.ttft_s == pytest.approx(20 * spread.tpot_s)
     again = run(*requests, answer_scatter=0.1, step_scatter=0.3)
     assert again.tpot_s.tolist() == spread.tpot_s.tolist()
+
+
+def test_prompt_is_read_only_once_its_decode_worker_has_a_place() -> None:
+    # Our decode workers admit before they ask a prefill worker (`decode_worker.intake`).
+    times = run((0.0, 101), (0.2, 11), max_num_requests=1)
+    assert times.ttft_s[1] == pytest.approx(float(times.e2e_s[0]) - 0.2 + READ_S)
+    assert run((0.0, 101), (0.2, 11), max_num_requests=2).ttft_s[1] == pytest.approx(READ_S)
