@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 
 from rich import box
 from rich.console import Console
@@ -126,11 +127,14 @@ def lengths(plan: Plan) -> tuple[TraceRequest, ...]:
 
 
 def with_arrivals(plan: Plan, requests: Sequence[TraceRequest]) -> tuple[TraceRequest, ...]:
-    """The first of `requests`, as many as are planned, at the times that the plan says."""
-    chosen = requests[: plan.num_requests]
+    """The first of `requests` at their own times, or, at a rate, any of them as they are drawn.
+
+    The beginning of a trace is not like the whole: a rate is a question about the whole.
+    """
     if plan.trace is not None and plan.rate is None:
-        return scale_time(chosen, plan.time_scale)
-    return with_poisson_arrivals(chosen, rate=plan.rate or DEFAULT_RATE, seed=plan.seed)
+        return scale_time(requests[: plan.num_requests], plan.time_scale)
+    drawn = Random(plan.seed).choices(requests, k=plan.num_requests)
+    return with_poisson_arrivals(drawn, rate=plan.rate or DEFAULT_RATE, seed=plan.seed)
 
 
 def _latency_table(report: LoadReport) -> Table:

@@ -152,7 +152,7 @@ def bench(
     trace: Annotated[
         str | None,
         typer.Option(
-            help="azure-code, azure-conv, or a file: lengths, and times unless --rate is given."
+            help="azure-code, azure-conv, or a file: its requests; at a --rate drawn at random."
         ),
     ] = None,
     time_scale: Annotated[

@@ -127,9 +127,8 @@ def _steps(
     latency = full * whole + parts + attention
     packed = float(np.mean(lengths * (whole / budget) + attention))
     batches = _batch_axis(most)
-    size = np.minimum(-(-batches // pp), len(timing.decode_s) - 1)
-    beyond = np.maximum(-(-batches // pp) / size, 1.0)
-    step = (timing.decode_s[size] + timing.context_s[size] * size * context) * beyond
+    size = -(-batches // pp)
+    step = _at(timing.decode_s, size) + _at(timing.context_s, size) * size * context
     return PhaseTimes(
         latency_s=latency,
         occupied_s=latency / pp,
@@ -138,3 +137,11 @@ def _steps(
         step_s=step,
         floor_step_s=float(step[0]),
     )
+
+
+def _at(table: Floats, size: Ints) -> Floats:
+    """Entries of a table by batch size; beyond its end it goes on along its last segment."""
+    last = len(table) - 1
+    beyond = np.maximum(size - last, 0)
+    found: Floats = table[np.minimum(size, last)] + beyond * (table[last] - table[last - 1])
+    return found

@@ -28,10 +28,20 @@ def test_trace_gives_lengths_and_times() -> None:
     assert len(requests) == 5
 
 
-def test_rate_replaces_the_times_of_a_trace() -> None:
-    requests = planned_requests(Plan(trace="azure-code", num_requests=50, rate=10.0))
-    assert requests[0].prompt_tokens == 4808
-    assert 2.0 < requests[-1].arrival_s < 10.0
+def test_at_a_rate_requests_are_drawn_from_the_whole_trace() -> None:
+    trace = read_trace("azure-conv")
+    requests = planned_requests(Plan(trace="azure-conv", num_requests=4000, rate=10.0))
+    assert 380 < requests[-1].arrival_s < 420
+    mean = sum(request.output_tokens for request in trace) / len(trace)
+    drawn = sum(request.output_tokens for request in requests) / len(requests)
+    first = sum(request.output_tokens for request in trace[:4000]) / 4000
+    assert abs(drawn - mean) < 0.05 * mean < abs(first - mean)  # it begins with longer answers
+    again = planned_requests(Plan(trace="azure-conv", num_requests=4000, rate=10.0))
+    assert again == requests
+    assert (
+        planned_requests(Plan(trace="azure-conv", num_requests=9, rate=10.0, seed=1))
+        != (requests[:9])
+    )
 
 
 def test_the_conversation_trace_is_whole() -> None:
