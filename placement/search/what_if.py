@@ -20,7 +20,7 @@ MAX_SECONDS_OF_TRACE = 600.0
 MAX_REQUESTS = 9000
 BURST_CV = 2.0
 HEAVY_CV = 1.0
-RATE_FACTORS = (0.8, 0.9, 1.1, 1.2)
+RATE_FACTORS = (0.5, 0.8, 0.9, 1.1, 1.2)
 MAX_ADVICE = 6
 LEAST_GAIN = 0.005  # a worker that adds less to the margin than this: more of them will not do
 
