@@ -14,6 +14,7 @@ from placement.simulation.values import PoolRole
 
 CELL_COARSE = 0.05
 EDGE = 0.03
+LARGE_GPUS = 32
 MAX_KINDS = 3
 SEEDS = 2
 MAX_TRIALS = 3
@@ -329,7 +330,8 @@ def _survives(guarded: Evaluator, design: Design, rate: float) -> bool:
     horizon_s = guarded.search_horizon_s(rate)
     if guarded.margin(design, rate, 0, horizon_s).all < CLEARLY_LOST:
         return False
-    num_seeds = min(SEEDS, guarded.num_seeds)
+    # One trace of a large cell has many requests, and every loss is simulated on it.
+    num_seeds = 1 if design.num_gpus >= LARGE_GPUS else min(SEEDS, guarded.num_seeds)
     return guarded.holds(design, rate, num_seeds, horizon_s)
 
 
