@@ -44,6 +44,7 @@ class PlainWorker:
     joining: deque[PlainRequest] = field(default_factory=deque)
     batch: list[PlainRequest] = field(default_factory=list)
     sent_here: list[PlainRequest] = field(default_factory=list)  # to decode, not ended
+    num_admitted: int = 0  # of those that hold blocks and a place
     unread_tokens: int = 0
     unread_pairs: int = 0
     is_busy: bool = False
@@ -127,13 +128,14 @@ class PlainCluster:
         request.reader = request.writer if request.writer.reads else by_time[0]
 
     def promise(self, writer: PlainWorker) -> None:
-        """Blocks to whoever waits first, as long as they last; then the prompt is read."""
+        """Blocks and a place to whoever waits first, while they last; then the prompt is read."""
         while writer.waiting:
             request = writer.waiting[0]
             needed = self.blocks(request.prompt + request.output)
-            if needed > writer.num_free:
+            if needed > writer.num_free or writer.num_admitted >= writer.max_num_requests:
                 return
             writer.num_free -= needed
+            writer.num_admitted += 1
             writer.waiting.popleft()
             assert request.reader is not None
             request.reader.queue.append(request)
@@ -146,7 +148,7 @@ class PlainCluster:
             self.at(self.now_s, lambda: self.start_step(worker))
 
     def start_step(self, worker: PlainWorker) -> None:
-        while worker.joining and len(worker.batch) < worker.max_num_requests:
+        while worker.joining:
             worker.batch.append(worker.joining.popleft())
         chunks: list[tuple[PlainRequest, int, int]] = []
         budget = worker.max_step_tokens
@@ -221,6 +223,7 @@ class PlainCluster:
         writer = request.writer
         assert writer is not None
         writer.sent_here.remove(request)
+        writer.num_admitted -= 1
         writer.num_free += self.blocks(request.prompt + request.output)
         if self.later:
             following = self.later.popleft()
