@@ -248,6 +248,17 @@ class Bounds:
         in_time = times.step_s <= tpot_s
         return int(times.batches[in_time][-1]) if in_time.any() else 1
 
+    def places(self, worker: Worker) -> int:
+        """Requests that a worker takes on at once for its largest batch to fill.
+
+        Ours give a place before the prompt is read, so that it is held for the time to the first
+        token as well as for the answer.
+        """
+        batch = self.largest_batch(worker)
+        tpot_s = max((item.tpot_s for item in self.slo), default=math.inf)
+        ttft_s = max((item.ttft_s for item in self.slo), default=0.0)
+        return math.ceil(batch * (1 + ttft_s / (self._mean_output * tpot_s)))
+
     def single_estimate(self, worker: Worker) -> float:
         """Requests/s of one worker in a large pool, in its role."""
         if worker.role is PoolRole.PREFILL:

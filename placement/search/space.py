@@ -61,11 +61,11 @@ class Space:
         if max_step_tokens is None:
             max_step_tokens = self._best_step_tokens(counts)
         bounds = self.bounds[max_step_tokens]
-        batches = [bounds.largest_batch(w) for w in counts if w.role is not PoolRole.PREFILL]
+        places = [bounds.places(w) for w in counts if w.role is not PoolRole.PREFILL]
         return Design.of(
             counts,
             max_step_tokens=max_step_tokens,
-            max_num_requests=max([MIN_BATCH, *batches]),
+            max_num_requests=max([MIN_BATCH, *places]),
         )
 
     def _best_step_tokens(self, counts: dict[Worker, int]) -> int:

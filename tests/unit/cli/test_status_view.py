@@ -5,55 +5,28 @@ import json
 from rich.console import Console
 
 from pdserve.cli.status_view import render_state, state_as_json
-from pdserve.domain.ids import Epoch, WorkerId
 from pdserve.domain.kv_usage import KvUsage
-from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import (
     ClusterState,
     Role,
     SloState,
-    WorkerHello,
-    WorkerLoad,
     WorkerState,
 )
-
-NO_TIME = StepCoefficients(
-    fixed_s=0.0,
-    prefill_token_s=0.0,
-    prefill_attention_s=0.0,
-    decode_token_s=0.0,
-    decode_context_token_s=0.0,
-)
+from tests.unit.router.builders import make_hello, make_load
 
 
 def worker(worker_id: str, role: Role) -> WorkerState:
-    hello = WorkerHello(
-        worker_id=WorkerId(worker_id),
-        role=role,
-        epoch=Epoch(1),
-        protocol_version=1,
+    hello = make_hello(
+        worker_id,
+        role,
         address="127.0.0.1:4444",
         pid=77,
-        model_name="demo",
         model_hash=b"\x01\xff",
-        layout_hash=b"",
-        tokenizer_hash=b"",
-        max_context_tokens=64,
-        vocab_size=100,
-        block_size=16,
         num_blocks=10,
-        block_bytes=64,
-        max_num_requests=4,
-        max_step_tokens=512,
-        engine="timed",
-        coefficients=NO_TIME,
     )
-    load = WorkerLoad(
-        sequence=1,
+    load = make_load(
         num_waiting=3,
         num_running=2,
-        waiting_prompt_tokens=0,
-        running_context_tokens=0,
         kv=KvUsage(free=1, reserved=2, held=3, pinned=4, total=10),
     )
     return WorkerState(hello=hello, load=load, health="alive", silence_s=0.25, num_assigned=2)

@@ -1,49 +1,17 @@
 """When a worker or the router counts as lost."""
 
-from dataclasses import fields
-
 from deploy.ray.absence import JOIN_S, REJOIN_S, AbsenceJudge, Verdict
 from pdserve.config.timers import Timers
-from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, WorkerId
-from pdserve.domain.kv_usage import KvUsage
-from pdserve.domain.latency import StepCoefficients
-from pdserve.domain.messages import ClusterState, Role, WorkerHello, WorkerLoad, WorkerState
+from pdserve.domain.messages import ClusterState, WorkerState
+from tests.unit.router.builders import make_hello, make_load
 
 TIMERS = Timers()
-NO_TIMES = [each.name for each in fields(StepCoefficients)]
 
 
 def worker(name: str, health: str = "alive") -> WorkerState:
-    hello = WorkerHello(
-        worker_id=WorkerId(name),
-        role=Role.DECODE,
-        epoch=Epoch(1),
-        protocol_version=PROTOCOL_VERSION,
-        address="127.0.0.1:1",
-        pid=1,
-        model_name="demo",
-        model_hash=b"",
-        layout_hash=b"",
-        tokenizer_hash=b"",
-        max_context_tokens=1,
-        vocab_size=1,
-        block_size=1,
-        num_blocks=1,
-        block_bytes=1,
-        max_num_requests=1,
-        max_step_tokens=1,
-        engine="timed",
-        coefficients=StepCoefficients(**dict.fromkeys(NO_TIMES, 0.0)),
+    return WorkerState(
+        hello=make_hello(name), load=make_load(), health=health, silence_s=0.0, num_assigned=0
     )
-    load = WorkerLoad(
-        sequence=1,
-        num_waiting=0,
-        num_running=0,
-        waiting_prompt_tokens=0,
-        running_context_tokens=0,
-        kv=KvUsage(free=1, reserved=0, held=0, pinned=0, total=1),
-    )
-    return WorkerState(hello=hello, load=load, health=health, silence_s=0.0, num_assigned=0)
 
 
 class Router:
