@@ -1,8 +1,8 @@
 """What a cluster does among requests that come as they like, reduced to `Serving`.
 
 Requests of all lengths arrive at random at a few levels of load. From the answers it is known when
-each worker read and decoded. Least squares then say what the time of a prefill step with one prompt
-and the time between first and last token are made of:
+each worker read and decoded. Fits then say what the time of a prefill step with one prompt (least
+absolute errors) and the time between first and last token (least squares) are made of:
 
     prefill      = step * prefill * (1 + (beside_prefill - 1) * D + beside_answer * A)
     last - first = n * step * decode * (1 + (beside_decode - 1) * P)
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pdserve.domain.latency import StepCoefficients, StepShape
 from placement.answered import Answered
 from placement.fitted_profile import Handoff, Serving
-from placement.fitting import fit_non_negative
+from placement.fitting import fit_non_negative, fit_typical
 
 MIN_PROMPT_TOKENS = 96
 LEVEL_S = 10.0
@@ -202,7 +202,7 @@ class _Seen:
         weight = (1 / np.sqrt(lone_s))[is_alone]
         scale, slowed, per_answer = map(
             float,
-            fit_non_negative(terms[is_alone] * weight[:, None], self._prefill_s[is_alone] * weight),
+            fit_typical(terms[is_alone] * weight[:, None], self._prefill_s[is_alone] * weight),
         )
         if scale <= 0:
             return _PrefillFit()
@@ -212,7 +212,7 @@ class _Seen:
         """In TTFT: always, and more while the decode worker computes for others."""
         is_busy = self._is_busy_at_first().astype(float)
         terms = np.column_stack([np.ones(len(is_busy)), is_busy])
-        always_s, busy_s = fit_non_negative(terms, self._handoff_s)
+        always_s, busy_s = fit_typical(terms, self._handoff_s)
         return float(always_s), float(busy_s)
 
     def fit_decode(self, busy_handoff_s: float) -> _DecodeFit:

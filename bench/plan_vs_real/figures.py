@@ -6,11 +6,12 @@ from statistics import median
 
 import numpy as np
 
-from bench.plan_vs_real.workload import draw_requests, to_trace
+from bench.plan_vs_real.workload import MEAN_PROMPT_TOKENS, draw_requests, to_trace
 from pdserve.client.statistics import RequestRecord, Slo, percentile
 from pdserve.client.workload import TraceRequest
 from pdserve.domain.latency import StepShape
 from placement.fitted_profile import FittedProfile
+from placement.fitting import Phase
 from placement.simulate import Simulator, attained
 from placement.simulation.trace import Times
 from placement.simulation.values import SimulationConfig, SloClass
@@ -38,15 +39,21 @@ class Figures:
 
 def objectives(profile: FittedProfile) -> SloClass:
     """Tight enough to be missed near capacity: a few times what an idle cluster needs."""
-    prompt = StepShape.of([(0, 240)])
-    four = StepShape.of((), [260] * 4)
+    alone = step_times(profile)
     return SloClass(
-        ttft_s=round(
-            4 * (profile.coefficients("prefill").step_s(prompt) + profile.handoff.handoff_s), 3
-        ),
-        tpot_s=round(2 * profile.coefficients("decode").step_s(four), 4),
+        ttft_s=round(4 * (alone["prefill"] + profile.handoff.handoff_s), 3),
+        tpot_s=round(2 * alone["decode"], 4),
         attainment=TARGET,
     )
+
+
+def step_times(profile: FittedProfile) -> dict[Phase, float]:
+    """Seconds of the bench's mean prompt, and of a step of four answers."""
+    prompt, four = StepShape.of([(0, MEAN_PROMPT_TOKENS)]), StepShape.of((), [260] * 4)
+    return {
+        "prefill": profile.coefficients("prefill").step_s(prompt),
+        "decode": profile.coefficients("decode").step_s(four),
+    }
 
 
 def predict(profile: FittedProfile, slo: SloClass, requests: Sequence[TraceRequest]) -> Figures:

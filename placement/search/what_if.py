@@ -100,7 +100,7 @@ class Questions:
         return found
 
     def sensitivity(self) -> list[WhatIf]:
-        """Rates a fifth around, prompts 20 % longer."""
+        """Rates from half to a fifth more, prompts 20 % longer."""
         found = [self._ask(f"rate x {f:g}", self.design, rate=self.rate * f) for f in RATE_FACTORS]
         longer = self.evaluator.with_traffic(self.problem.traffic.changed(length_scale=1.2))
         found.append(self._ask("prompts 20 % longer", self.design, longer))

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -19,7 +20,15 @@ from placement.fitted_profile import (
     to_json,
     write_profile,
 )
-from placement.fitting import StepPoint, compare, error_summary, fit_link, fit_phase
+from placement.fitting import (
+    StepPoint,
+    compare,
+    error_summary,
+    fit_link,
+    fit_non_negative,
+    fit_phase,
+    fit_typical,
+)
 from placement.latency import Source, fitted_latency
 from placement.profiles import DistserveProfile, load_profile
 from placement.simulation.settings import parse_config
@@ -91,6 +100,20 @@ def test_no_coefficient_is_negative() -> None:
     fitted = fit_phase(points, "decode")
     assert fitted.decode_context_token_s == 0.0
     assert fitted.fixed_s > 0.0
+
+
+def test_a_pause_of_the_machine_moves_no_typical_time() -> None:
+    terms = np.column_stack([np.ones(100), np.arange(100.0)])
+    target = 3.0 + 0.5 * np.arange(100.0)
+    paused = target.copy()
+    paused[::10] *= 4  # every tenth row is far too late
+    assert fit_typical(terms, paused) == pytest.approx([3.0, 0.5], rel=0.05)
+    assert fit_non_negative(terms, paused)[1] > 0.6  # what least squares would make of it
+
+
+def test_a_typical_term_is_never_negative() -> None:
+    terms = np.column_stack([np.ones(20), np.arange(20.0)])
+    assert fit_typical(terms, 5.0 - 0.1 * np.arange(20.0)) == pytest.approx([4.05, 0.0], abs=0.2)
 
 
 def test_a_phase_without_points_is_an_error() -> None:
