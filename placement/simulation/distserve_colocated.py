@@ -6,7 +6,7 @@ A prompt that waits is read before any decode step; a batch is either prompts or
 import numpy as np
 from numpy.typing import NDArray
 
-from placement.simulation.compiled import compiled, inlined
+from placement.simulation.compiled import compiled, compiled_allocating, inlined
 from placement.simulation.distserve_decode import (
     ACTIVE,
     BOUNDARY,
@@ -93,7 +93,7 @@ def _advance(
             start_steps(state, instance, now if queue[WAITING] > 0 else limit_ms)
 
 
-@compiled
+@compiled_allocating
 def run_colocated_pool(
     arrival_ms: NDArray[np.float64],
     stages: NDArray[np.float64],

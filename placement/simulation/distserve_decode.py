@@ -114,13 +114,12 @@ def _start_rotating(state: DecodeState, instance: int, is_newest_first: bool) ->
         request = requests[request, NEXT]
     if not is_newest_first:
         count[HEAD] = NONE
-    by_rank = np.empty(size, np.int64)
-    for position in range(size):
+    for position in range(size):  # in place: by rank in place of the last step
         request = heap[position] & MASK
-        push_int(by_rank, position, (requests[request, RANK] << SHIFT) | request)
+        push_int(heap, position, (requests[request, RANK] << SHIFT) | request)
     for left in range(size, 0, -1):
-        request = by_rank[0] & MASK
-        pop_int(by_rank, left)
+        request = heap[0] & MASK
+        pop_int(heap, left)
         requests[request, DONE] = count[STEP] - requests[request, DONE]
         _append(requests, count, request)
     while not is_newest_first and newest != NONE:

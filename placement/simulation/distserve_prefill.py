@@ -11,7 +11,7 @@ known when it starts. Times in ms. One row of `stages` describes an instance:
 import numpy as np
 from numpy.typing import NDArray
 
-from placement.simulation.compiled import compiled
+from placement.simulation.compiled import compiled, compiled_allocating
 from placement.simulation.event_heap import pop, push
 
 OVERHEAD_MS = 2.0
@@ -26,7 +26,7 @@ def stage_ms(row: NDArray[np.float64], num_tokens: int, num_squares: int) -> flo
     return float((row[0] + row[1] * num_tokens + row[2] * num_squares) * (1.0 / depth) + depth)
 
 
-@compiled
+@compiled_allocating
 def run_prefill_pool(
     arrival_ms: NDArray[np.float64],
     prompts: NDArray[np.int64],

@@ -20,6 +20,8 @@ from placement.simulation.pdserve_state import (
     END_S,
     FIRST_S,
     FREE_BLOCKS,
+    FULL_PAIR_S,
+    FULL_S,
     HANDOFF_S,
     IS_CLOSED_LOOP,
     IS_STAGE_BUSY,
@@ -78,15 +80,14 @@ from placement.simulation.prefix_cache import cached_tokens
 @compiled
 def _queue_s(c: Cluster, reader: int, tokens: int, pairs: float) -> float:
     """Time to read what was sent to a reader, and `tokens` more."""
-    budget = c.instances[reader, BUDGET]
-    total = c.instances[reader, UNREAD] + tokens
+    row, clock = c.instances[reader], c.instance_s[reader]
+    budget = row[BUDGET]
+    total = row[UNREAD] + tokens
     full, rest = total // budget, total % budget
-    seconds = full * prefill_s(c, reader, budget, 0.0)
+    seconds = full * clock[FULL_S] + (clock[UNREAD_PAIRS] + pairs) * clock[FULL_PAIR_S]
     if rest > 0:
         seconds += prefill_s(c, reader, rest, 0.0)
-    all_pairs = c.instance_s[reader, UNREAD_PAIRS] + pairs
-    seconds += prefill_s(c, reader, budget, all_pairs) - prefill_s(c, reader, budget, 0.0)
-    return float(seconds / c.instances[reader, DEPTH])
+    return float(seconds / row[DEPTH])
 
 
 @compiled
@@ -181,6 +182,10 @@ def run_cluster(c: Cluster, num_at_start: int) -> None:
 
     Fills `request_s` and the instances in `requests`.
     """
+    for instance in range(len(c.instances)):
+        clock, budget = c.instance_s[instance], c.instances[instance, BUDGET]
+        clock[FULL_S] = prefill_s(c, instance, budget, 0.0)
+        clock[FULL_PAIR_S] = prefill_s(c, instance, budget, 1.0) - clock[FULL_S]
     index, num = 0, len(c.requests)
     if c.scalars[IS_CLOSED_LOOP]:
         for request in range(num_at_start):

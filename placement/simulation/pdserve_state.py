@@ -56,7 +56,8 @@ BESIDE, WAKE_S = 12, 13  # see `Pool.beside` and `.wake_s`
 SLOWED, STEP_END = 14, 15  # of a reader's step under way
 STOLEN_S, OWED_S = 16, 17  # see `Pool.stolen_s`; what the next step takes longer for it
 BESIDE_ANSWER = 18
-STAGES = 19  # when each stage of the pipeline is free
+FULL_S, FULL_PAIR_S = 19, 20  # of a step that reads as much as it may: alone, and for each pair
+STAGES = 21  # when each stage of the pipeline is free
 
 # Kinds of events.
 ARRIVE, STEP_DONE, STAGE_FREE, RUN_DONE, KV_HERE, RELEASE, WAKE, PREPARED = 0, 1, 2, 3, 4, 5, 6, 7
@@ -135,9 +136,13 @@ def dequeue(c: Cluster, instance: int, queue: int) -> int:
 def prefill_s(c: Cluster, instance: int, tokens: float, pairs: float) -> float:
     """One step that reads `tokens`, the attention of which covers `pairs`."""
     row, size = c.curves[instance], c.instances[instance, NUM_KNOTS]
-    left = 0
-    while left < size - 2 and row[left + 1] < tokens:
-        left += 1
+    left, last = 0, size - 2
+    while left < last:
+        middle = (left + last) // 2
+        if row[middle + 1] < tokens:
+            left = middle + 1
+        else:
+            last = middle
     along = (tokens - row[left]) / (row[left + 1] - row[left])
     at = size + left
     base = row[at] + (row[at + 1] - row[at]) * along

@@ -1,7 +1,5 @@
 """Splitwise's schedulers, KV transfers and event loop: rules 3 to 6 of its MODEL.md."""
 
-import numpy as np
-
 from placement.simulation.compiled import compiled, inlined
 from placement.simulation.splitwise_machine import (
     count_iterations,
@@ -13,6 +11,7 @@ from placement.simulation.splitwise_state import (
     ARRIVAL,
     ARRIVAL_S,
     BATCH,
+    COMPLETE,
     DONE,
     END_S,
     FIRST_S,
@@ -207,16 +206,14 @@ def _complete(c: Cluster, machine: int, task: int, now: float) -> None:
 @inlined
 def _end_iterations(c: Cluster, machine: int, now: float) -> None:
     count_iterations(c, machine)
-    length = c.machines[machine, LENGTHS + BATCH]
-    complete = np.empty(length, np.int64)
-    num_complete = 0
-    for index in range(length):
+    complete, num_complete = c.lists[-1, COMPLETE], 0
+    for index in range(c.machines[machine, LENGTHS + BATCH]):
         task = c.lists[machine, BATCH, index]
         if c.tasks[task, MADE] == c.tasks[task, GOAL]:
             complete[num_complete] = task
             num_complete += 1
-    for task in complete[:num_complete]:
-        _complete(c, machine, task, now)
+    for index in range(num_complete):
+        _complete(c, machine, complete[index], now)
     c.machines[machine, IS_PAUSING] = 0
     start_iteration(c, machine, now)
 

@@ -45,6 +45,7 @@ NUM_LISTS = 5
 # Lists of the scheduler, which is the last row of `machines`: machines by pool.
 POOL_PROMPT, POOL_MIXED, POOL_TOKEN = 0, 1, 2
 NEW_BATCH = 3  # where a machine's next batch is put together
+COMPLETE = 4  # who of a batch has ended, in its order
 
 # Columns of `machine_s`; the curves follow: batch tokens, prompt seconds, token seconds.
 ITERATION_S, ITERATION_END, BUSY = 0, 1, 2
