@@ -220,9 +220,14 @@ def _form_chunks(c: Cluster, instance: int, budget: int) -> tuple[int, float]:
 
 @compiled
 def start_step(c: Cluster, instance: int, now: float) -> None:
-    """A reader's first stage is free: form the next step and send it down the pipeline."""
+    """A reader's first stage is free: form the next step and send it down the pipeline.
+
+    As many steps as stages are under way at most; a step's end comes back here.
+    """
     row, clock = c.instances[instance], c.instance_s[instance]
-    tokens, pairs = _form_chunks(c, instance, row[BUDGET])
+    tokens, pairs = 0, 0.0
+    if row[IN_FLIGHT] < row[DEPTH]:
+        tokens, pairs = _form_chunks(c, instance, row[BUDGET])
     was_busy, row[IS_STAGE_BUSY] = row[IS_STAGE_BUSY], tokens > 0
     if c.scalars[IS_SHARED] and row[IS_STAGE_BUSY] != was_busy:
         count_busy_readers(c, row[IS_STAGE_BUSY] - was_busy, now)

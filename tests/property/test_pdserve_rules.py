@@ -26,6 +26,7 @@ def pools(draw: st.DrawFn) -> list[Pool]:
         Pool(
             role=role,
             replicas=draw(st.integers(1, 3)),
+            pp=draw(st.sampled_from((1, 1, 2, 4))),
             timing=StepTiming.of_coefficients(
                 StepCoefficients(
                     fixed_s=draw(st.floats(0.003, 0.03)) + 1e-6 * number,
@@ -87,6 +88,7 @@ def plain_times(
                 max_step_tokens=limits.max_step_tokens,
                 max_num_requests=limits.max_num_requests,
                 seconds_per_token=BYTES_PER_TOKEN / pool.link.bytes_per_s,
+                depth=pool.pp,
             )
             for copy in range(pool.replicas)
         ]

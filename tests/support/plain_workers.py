@@ -1,7 +1,8 @@
 """Our router and workers (rules pdserve) in plain Python: every step an event, nothing skipped.
 
-Written for comparison with `placement.simulation.pdserve_rules`: no pipelines, no prefix cache, no
-refusals. Coefficients are the linear ones of `pdserve.domain.latency`.
+Written for comparison with `placement.simulation.pdserve_rules`: no prefix cache, no refusals.
+Coefficients are the linear ones of `pdserve.domain.latency`. Of `depth` stages each takes its part
+of a prefill step's time, one step after the other; a decode batch goes through in `depth` parts.
 """
 
 import heapq
@@ -9,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pdserve.domain.latency import StepCoefficients, StepShape, num_attention_pairs
+from pdserve.domain.latency import StepCoefficients, num_attention_pairs
 
 HANDOFF_S = 0.002
 
@@ -39,6 +40,9 @@ class PlainWorker:
     max_step_tokens: int
     max_num_requests: int
     seconds_per_token: float
+    depth: int = 1
+    num_in_flight: int = 0  # steps of a reader's pipeline
+    stage_free_s: dict[int, float] = field(default_factory=dict)
     queue: deque[PlainRequest] = field(default_factory=deque)
     waiting: deque[PlainRequest] = field(default_factory=deque)
     joining: deque[PlainRequest] = field(default_factory=deque)
@@ -61,6 +65,16 @@ class PlainWorker:
             c.fixed_s * -(-total // self.max_step_tokens)
             + c.prefill_token_s * total
             + c.prefill_attention_s * (self.unread_pairs + pairs)
+        ) / self.depth
+
+    def round_s(self, tokens: int, pairs: int, num_decodes: int, context: int) -> float:
+        """A step, of which each of the `depth` parts under way computes its share."""
+        c = self.coefficients
+        return (
+            c.fixed_s
+            + (c.prefill_token_s * tokens + c.prefill_attention_s * pairs) / self.depth
+            + c.decode_token_s * -(-num_decodes // self.depth)
+            + c.decode_context_token_s * context / self.depth
         )
 
 
@@ -113,12 +127,7 @@ class PlainCluster:
                 writer.context(other) if other in writer.batch else other.prompt
                 for other in writer.sent_here
             )
-            step_s = writer.coefficients.step_s(
-                StepShape(
-                    num_decodes=len(writer.sent_here) + 1,
-                    num_decode_context_tokens=context + request.prompt,
-                )
-            )
+            step_s = writer.round_s(0, 0, len(writer.sent_here) + 1, context + request.prompt)
             free = writer.num_free - self.blocks(request.prompt + request.output)
             is_full = free < 0 or len(writer.sent_here) >= writer.max_num_requests
             total_s = reader.queue_s(request.prompt, pairs) + HANDOFF_S + request.output * step_s
@@ -148,6 +157,9 @@ class PlainCluster:
             self.at(self.now_s, lambda: self.start_step(worker))
 
     def start_step(self, worker: PlainWorker) -> None:
+        if not worker.writes and worker.num_in_flight == worker.depth:
+            worker.is_busy = False
+            return
         while worker.joining:
             worker.batch.append(worker.joining.popleft())
         chunks: list[tuple[PlainRequest, int, int]] = []
@@ -169,13 +181,40 @@ class PlainCluster:
             if request.num_read == request.prompt:
                 worker.queue.popleft()
         worker.is_busy = bool(chunks or worker.batch)
-        if worker.is_busy:
-            shape = StepShape.of(
-                [(start, length) for _, start, length in chunks],
-                [worker.context(request) for request in worker.batch],
-            )
-            end_s = self.now_s + worker.coefficients.step_s(shape)
+        tokens = sum(length for _, _, length in chunks)
+        pairs = sum(num_attention_pairs(start, length) for _, start, length in chunks)
+        if chunks and not worker.writes:
+            self.send_down(worker, chunks, tokens, pairs)
+        elif worker.is_busy:
+            context = sum(worker.context(request) for request in worker.batch)
+            end_s = self.now_s + worker.round_s(tokens, pairs, len(worker.batch), context)
             self.at(end_s, lambda: self.end_step(worker, chunks))
+
+    def send_down(
+        self,
+        worker: PlainWorker,
+        chunks: list[tuple[PlainRequest, int, int]],
+        tokens: int,
+        pairs: int,
+    ) -> None:
+        """Through one stage after the other, each of which serves one step at a time."""
+        c = worker.coefficients
+        step_s = c.fixed_s + c.prefill_token_s * tokens + c.prefill_attention_s * pairs
+        worker.num_in_flight += 1
+        end_s = self.now_s
+        for stage in range(worker.depth):
+            end_s = max(end_s, worker.stage_free_s.get(stage, 0.0)) + step_s / worker.depth
+            worker.stage_free_s[stage] = end_s
+            if stage == 0 and worker.depth > 1:
+                self.at(end_s, lambda: self.start_step(worker))
+        self.at(end_s, lambda: self.end_read(worker, chunks))
+
+    def end_read(self, worker: PlainWorker, chunks: list[tuple[PlainRequest, int, int]]) -> None:
+        worker.num_in_flight -= 1
+        for request, start, length in chunks:
+            self.end_chunk(worker, request, start + length)
+        if worker.depth == 1 or not worker.is_busy:
+            self.start_step(worker)
 
     def end_step(self, worker: PlainWorker, chunks: list[tuple[PlainRequest, int, int]]) -> None:
         for request in list(worker.batch):
