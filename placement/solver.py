@@ -198,7 +198,8 @@ def _notes(problem: Problem, prediction: Prediction) -> tuple[str, ...]:
         notes.append(context)
     low, high = prediction.interval
     if high - low > 0.1:
-        notes.append("the interval of the attainment is wide: more seeds or a longer duration_s")
+        longer = "" if problem.num_cells > 1 else " or a longer duration_s"
+        notes.append(f"the interval of the attainment is wide: it takes more seeds{longer}")
     return tuple(notes)
 
 

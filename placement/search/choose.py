@@ -99,7 +99,7 @@ def _challenge_by_other_kind(problem: Problem, contest: Contest) -> bool:
     """
     if contest.best is None:
         return False
-    other = best_of_other_kind(problem.space, contest.evaluator, contest.value, contest.best)
+    other = best_of_other_kind(problem, contest.evaluator, contest.value, contest.best)
     if other is None:
         return False
     design, found = other
@@ -109,14 +109,25 @@ def _challenge_by_other_kind(problem: Problem, contest: Contest) -> bool:
 
 
 def best_of_other_kind(
-    space: Space, evaluator: Evaluator, value: Callable[[Design, float], float], design: Design
+    problem: Problem,
+    evaluator: Evaluator,
+    value: Callable[[Design, float], float],
+    design: Design,
 ) -> tuple[Design, Goodput] | None:
-    """The best disaggregated design beside one that colocates, or the best colocated one."""
-    wanted = "disaggregated" if design.kind == "colocated" else "colocated"
-    designs = [other for other in reachable(space) if other.kind == wanted]
+    """The best disaggregated design beside one that colocates, or the best colocated one; of
+    several GPU types where there are."""
+    space = _of_one_kind(problem.space, is_colocated=design.kind != "colocated")
     contest = Contest(space, evaluator, value, tolerance=COARSE)
-    contest.consider(designs)
+    contest.consider(reachable(space))
+    if len(problem.fleets) > 1:
+        _consider_programs(replace(problem, space=space), contest)
+        contest.climb()
     return None if contest.best is None else (contest.best, contest.best_goodput)
+
+
+def _of_one_kind(space: Space, *, is_colocated: bool) -> Space:
+    workers = tuple(w for w in space.workers if (w.role is PoolRole.COLOCATED) == is_colocated)
+    return replace(space, workers=workers, is_mixed_allowed=False)
 
 
 def reachable(space: Space) -> list[Design]:
@@ -212,15 +223,9 @@ def _bargain_with_other_kind(problem: Problem, bargain: Bargain) -> None:
     """The same search among designs of the other kind alone: guesses of one kind may be off."""
     if bargain.best is None:
         return
-    is_colocated = bargain.best.kind == "colocated"
-    workers = tuple(
-        worker
-        for worker in problem.space.workers
-        if (worker.role is PoolRole.COLOCATED) != is_colocated
-    )
-    if not workers:
+    space = _of_one_kind(problem.space, is_colocated=bargain.best.kind != "colocated")
+    if not space.workers:
         return
-    space = replace(problem.space, workers=workers, is_mixed_allowed=False)
     contest = Contest(space, bargain.contest.evaluator, problem.value, tolerance=COARSE)
     other = Bargain(space, contest, problem.price, bargain.rate)
     other.run()

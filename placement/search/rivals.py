@@ -14,7 +14,6 @@ from placement.simulation.values import PoolRole
 
 CELL_COARSE = 0.05
 EDGE = 0.03
-LARGE_GPUS = 32
 MAX_KINDS = 3
 SEEDS = 2
 MAX_TRIALS = 3
@@ -124,7 +123,7 @@ def find_runner_ups(
     if problem.is_at_rate:
         return _runner_ups_at_rate(problem, evaluator, choice, design, prediction)
     rivals = []
-    other_kind = best_of_other_kind(problem.space, evaluator, problem.value, design)
+    other_kind = best_of_other_kind(problem, evaluator, problem.value, design)
     if other_kind is not None:
         rivals.append(_rival(problem, evaluator, choice, *other_kind, design))
     families: dict[tuple[object, ...], Design] = {}
@@ -330,9 +329,7 @@ def _survives(guarded: Evaluator, design: Design, rate: float) -> bool:
     horizon_s = guarded.search_horizon_s(rate)
     if guarded.margin(design, rate, 0, horizon_s).all < CLEARLY_LOST:
         return False
-    # One trace of a large cell has many requests, and every loss is simulated on it.
-    num_seeds = 1 if design.num_gpus >= LARGE_GPUS else min(SEEDS, guarded.num_seeds)
-    return guarded.holds(design, rate, num_seeds, horizon_s)
+    return guarded.holds(design, rate, min(SEEDS, guarded.num_seeds), horizon_s)
 
 
 def _with_spares(problem: Problem, design: Design) -> list[Design]:

@@ -45,6 +45,31 @@ def test_both_kinds_compete_and_the_verdict_names_the_loser() -> None:
     )
 
 
+def test_best_of_the_other_kind_uses_every_gpu_type() -> None:
+    nodes = [{"gpu": gpu, "nodes": 2, "gpus_per_node": 8} for gpu in ("a100_sxm", "h100_sxm")]
+    inputs = {
+        "model": "facebook/opt-13b",
+        "cluster": {"nodes": nodes},
+        "workload": {
+            "prompt_tokens": {"mean": 500, "cv": 0.6, "max": 1500},
+            "output_tokens": {"mean": 120, "cv": 0.6, "max": 500},
+        },
+        "slo": {"ttft_s": 0.4, "tpot_s": 0.08},
+        "objective": {"goal": "goodput"},
+        "search": {"duration_s": 10, "seeds": 1, "what_ifs": False},
+    }
+    result = solve(parse_inputs(inputs, source="the test"))
+    assert isinstance(result, PlanResult)
+    is_colocated = result.design.kind == "colocated"
+    rival = next(
+        rival.design
+        for rival in result.runner_ups
+        if (rival.design.kind == "colocated") != is_colocated
+    )
+    assert {worker.gpu for worker, _ in rival.counts} == {"a100_sxm", "h100_sxm"}
+    assert rival.num_gpus > 24  # nearly all of both types, not all of one
+
+
 def test_kind_that_is_switched_off_is_not_searched() -> None:
     result = plan(search={"colocated": False})
     assert result.design.kind == "disaggregated"
