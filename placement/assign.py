@@ -97,7 +97,7 @@ def assign(
     whole = _items(design, fleets, kv_bytes_per_s, is_staged=False)
     if len(fleets) == 1 and fleets[0].nodes == 1 and whole is not None:
         return _one_node(whole, fleets[0])
-    carried = sum(_link_room(fleet) * _nodes_needed(design, fleet) for fleet in fleets)
+    carried = sum(link_room(fleet) * _nodes_needed(design, fleet) for fleet in fleets)
     # All KV leaves one node and enters another: the prefill nodes' links must carry it.
     is_thick = 2 * kv_bytes_per_s <= carried / 2
     first = Affinity.HIGH if is_thick else Affinity.LOW
@@ -115,7 +115,8 @@ def assign(
     )
 
 
-def _link_room(fleet: Fleet) -> float:
+def link_room(fleet: Fleet) -> float:
+    """KV bytes/s, one way, that a node's links may carry on average."""
     return fleet.network_bytes_per_s * fleet.gpus_per_node * LINK_SHARE
 
 
@@ -214,7 +215,7 @@ def _solve(items: list[Item], fleets: Sequence[Fleet], affinity: Affinity) -> As
         mine = [item for item in items if item.worker.gpu == fleet.gpu]
         for pattern in _patterns(mine, fleet.gpus_per_node) if mine else []:
             crossing = _crossing(pattern, mine, affinity)
-            if crossing <= _link_room(fleet) * (1 + 1e-9):
+            if crossing <= link_room(fleet) * (1 + 1e-9):
                 variable = model.addIntegral(lb=0, ub=fleet.nodes)
                 variables.append((variable, fleet, mine, pattern, crossing))
     if not variables:

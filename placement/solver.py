@@ -17,6 +17,7 @@ from placement.search.choose import Choice, choose, new_evaluator
 from placement.search.designs import Design, Worker, gpus_text
 from placement.search.enumerate import fitted_of
 from placement.search.evaluate import Evaluator
+from placement.search.links import kv_bytes_per_s
 from placement.search.nearest import explain_no_plan
 from placement.search.predict import economy, predict
 from placement.search.problem import Problem, new_problem
@@ -30,7 +31,7 @@ from placement.search.results import (
 )
 from placement.search.rivals import find_neighbours, find_runner_ups, one_gpu_more, spare_plan
 from placement.search.what_if import BURST_CV, HEAVY_CV, Questions
-from placement.simulation.values import PoolRole, Rules
+from placement.simulation.values import Rules
 
 MIN_GAIN = 0.01
 NOUNS = {"cost": "money", "power": "power", "gpus": "GPUs"}
@@ -106,7 +107,7 @@ def _describe(
     goodput = choice.goodput
     rate = problem.rate if problem.is_at_rate and problem.rate is not None else goodput.rate
     prediction = predict(evaluator, design, rate)
-    placed = _place(problem, design, rate)
+    placed = _place(problem, evaluator, design, rate)
     if isinstance(placed, Unplaceable):
         return NoPlan(
             reason=placed.reason,
@@ -171,12 +172,10 @@ def _inputs_json(inputs: PlanInputs) -> dict[str, Any]:
     return inputs.model_dump(mode="json", exclude_none=True)
 
 
-def _place(problem: Problem, design: Design, rate: float) -> Assignment | Unplaceable:
-    prompts, _ = problem.traffic.sample()
-    kv_bytes = max(
-        (w.pool.kv_bytes_per_token for w, _ in design.side(PoolRole.PREFILL)), default=0.0
-    )
-    return assign(design, problem.fleets, rate * float(prompts.mean()) * kv_bytes)
+def _place(
+    problem: Problem, evaluator: Evaluator, design: Design, rate: float
+) -> Assignment | Unplaceable:
+    return assign(design, problem.fleets, kv_bytes_per_s(evaluator, design, rate))
 
 
 def _notes(problem: Problem, prediction: Prediction) -> tuple[str, ...]:
@@ -289,7 +288,7 @@ def _judge(problem: Problem, choice: Choice, given: Design) -> PlanResult:
         )
     rate = problem.rate or goodput.rate
     prediction = predict(evaluator, given, rate)
-    placed = _place(problem, given, rate)
+    placed = _place(problem, evaluator, given, rate)
     if isinstance(placed, Unplaceable):
         raise LocalFault(f"design: {placed.reason}")
     own = replace(choice, goodput=goodput, design=given)

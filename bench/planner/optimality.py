@@ -21,6 +21,7 @@ from placement.plan_inputs import PlanInputs, parse_inputs
 from placement.search.choose import Choice, choose, new_evaluator
 from placement.search.designs import Design, Worker
 from placement.search.evaluate import Evaluator, Goodput
+from placement.search.links import is_placeable
 from placement.search.problem import Problem, new_problem
 
 GOALS = ("goodput_per_gpu", "goodput", "gpus")
@@ -107,7 +108,8 @@ def brute_force(
         if problem.is_at_rate:
             assert problem.rate is not None
             is_cheaper = best[0] is None or problem.price(design) < problem.price(best[0])
-            if is_cheaper and evaluator.holds(design, problem.rate, evaluator.num_seeds):
+            is_held = is_cheaper and evaluator.holds(design, problem.rate, evaluator.num_seeds)
+            if is_held and is_placeable(evaluator, design, problem.fleets, problem.rate):
                 best = (design, nothing)
             continue
         found = evaluator.goodput(
@@ -115,9 +117,10 @@ def brute_force(
             max(problem.space.estimate(design), 0.1),
             num_seeds=evaluator.num_seeds,
             tolerance=problem.inputs.search.tolerance,
-        )
+        ).at_most(problem.space.link_rate(design))
         value = problem.value(design, found.rate)
-        if best[0] is None or value > problem.value(best[0], best[1].rate):
+        is_better = best[0] is None or value > problem.value(best[0], best[1].rate)
+        if is_better and is_placeable(evaluator, design, problem.fleets, found.rate):
             best = (design, found)
     return best
 

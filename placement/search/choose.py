@@ -19,8 +19,8 @@ RATE_MARGINS = (1.0, 1.1, 1.25, 1.45)
 COARSE = 0.02
 MAX_MIXTURES = 2000
 CERTIFY_FACTOR = 1.015
-MAX_CELL_REQUESTS = 9_000
-LEAST_CELL_S = 80.0
+MAX_REQUESTS, MAX_CELL_REQUESTS = 60_000, 9_000  # of a trace; of one of many equal cells
+LEAST_HORIZON_S = 80.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,18 +49,20 @@ def new_evaluator(problem: Problem, on_run: Callable[[int], None] | None = None)
 
 
 def _horizon_s(problem: Problem) -> float:
-    """The asked horizon; of the cells of a large cluster at most MAX_CELL_REQUESTS a trace."""
+    """The asked horizon, or less where many requests/s say as much in a shorter one."""
     asked_s = problem.inputs.search.duration_s
-    if problem.num_cells == 1:
-        return asked_s
     per_gpu = max(
-        space.single_estimate(worker) / worker.num_gpus
-        for space in problem.space.bounds.values()
-        for worker in problem.space.workers
-        if worker.role is PoolRole.COLOCATED or not problem.inputs.search.colocated
+        (
+            space.single_estimate(worker) / worker.num_gpus
+            for space in problem.space.bounds.values()
+            for worker in problem.space.workers
+            if worker.role is PoolRole.COLOCATED or not problem.inputs.search.colocated
+        ),
+        default=0.0,
     )
     rate = problem.rate or 2 * per_gpu * problem.num_gpus
-    return min(asked_s, max(MAX_CELL_REQUESTS / rate, LEAST_CELL_S))
+    most = MAX_REQUESTS if problem.num_cells == 1 else MAX_CELL_REQUESTS
+    return min(asked_s, max(most / rate, LEAST_HORIZON_S)) if rate > 0 else asked_s
 
 
 def choose(problem: Problem, evaluator: Evaluator) -> Choice:
@@ -119,7 +121,7 @@ def best_of_other_kind(
     space = _of_one_kind(problem.space, is_colocated=design.kind != "colocated")
     contest = Contest(space, evaluator, value, tolerance=COARSE)
     contest.consider(reachable(space))
-    if len(problem.fleets) > 1:
+    if len(problem.fleets) > 1 or not space.is_listable:
         _consider_programs(replace(problem, space=space), contest)
         contest.climb()
     return None if contest.best is None else (contest.best, contest.best_goodput)
@@ -155,7 +157,7 @@ def certify(space: Space, contest: Contest) -> None:
             num_seeds=evaluator.num_seeds,
             tolerance=contest.tolerance,
             factor=CERTIFY_FACTOR,
-        )
+        ).at_most(space.link_rate(design))
         contest.best_goodput, contest.best_value = found, contest.value(design, found.rate)
         better = _better_neighbour(space, contest, design)
         if better is None:
@@ -178,7 +180,8 @@ def _better_neighbour(space: Space, contest: Contest, design: Design) -> Design 
         rate = goal / max(contest.value(other, 1.0), 1e-12)
         if space.rate_bound(other) < rate or not contest.reaches(other, rate):
             continue
-        if evaluator.holds(other, rate, evaluator.num_seeds):
+        is_held = evaluator.holds(other, rate, evaluator.num_seeds)
+        if is_held and contest.is_placeable(other, rate):
             contest.best_goodput = replace(contest.best_goodput, rate=rate)
             return other
     return None

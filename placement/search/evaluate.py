@@ -5,7 +5,7 @@ Runs are kept by everything that they depend on within a problem: design, rate, 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,8 +27,8 @@ T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 """Student's t by degrees of freedom, from 1."""
 MAX_STEPS = 24
 MAX_SIMULATORS = 64
-SEARCH_REQUESTS = 9000
-LEAST_SEARCH_S = 150.0
+SEARCH_REQUESTS, MANY_SEARCH_REQUESTS = 9_000, 30_000
+SEARCH_S, LEAST_SEARCH_S = 150.0, 40.0  # the second where the first would be too many requests
 SEARCH_SEEDS = 2
 CLEARLY_LOST = -0.08  # one loss that misses by so much: the others need not be looked at
 
@@ -50,6 +50,12 @@ class Goodput:
     rate: float
     interval: tuple[float, float]
     margins: tuple[float, ...]  # at that rate, by seed
+
+    def at_most(self, rate: float) -> "Goodput":
+        """No more than something else than promises allows."""
+        if self.rate <= rate:
+            return self
+        return replace(self, rate=rate, interval=(rate, rate))
 
 
 class Evaluator:
@@ -181,7 +187,8 @@ class Evaluator:
 
     def search_horizon_s(self, rate: float) -> float:
         """Long enough to rank designs: the whole horizon, or less where requests are many."""
-        return min(self.horizon_s, max(SEARCH_REQUESTS / rate, LEAST_SEARCH_S))
+        most_s = max(min(SEARCH_S, MANY_SEARCH_REQUESTS / rate), LEAST_SEARCH_S)
+        return min(self.horizon_s, max(SEARCH_REQUESTS / rate, most_s))
 
     @property
     def search_seeds(self) -> int:

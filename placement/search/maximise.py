@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from placement.search.designs import Counts, Design
 from placement.search.evaluate import Evaluator, Goodput
+from placement.search.links import is_placeable
 from placement.search.space import Space
 from placement.simulation.values import PoolRole, Rules
 
@@ -88,6 +89,7 @@ class Contest:
         self.is_small = False  # so few designs that the best's steps are certified too
         self.tally = Tally()
         self.blame = Blame(evaluator.rules)
+        self.unplaceable: set[Design] = set()
         self.best: Design | None = None
         self.best_goodput = Goodput(rate=0.0, interval=(0.0, 0.0), margins=())
         self.best_value = 0.0
@@ -125,6 +127,8 @@ class Contest:
 
     def challenge(self, design: Design, guess: float) -> bool:
         """Whether `design` beats the best by more than the tolerance; it is then the best."""
+        if design in self.unplaceable:
+            return False
         if self.best is None:
             return self._crown(design, guess)
         goal = self.best_value * (1 + self.tolerance)
@@ -143,8 +147,9 @@ class Contest:
             return False
         return self._crown(design, needed * (1 + self.tolerance))
 
-    def reaches(self, design: Design, rate: float) -> bool:
-        """Whether promises hold at a rate: a short look, a long one, then more seeds."""
+    def reaches(self, design: Design, rate: float, *, num_seeds: int | None = None) -> bool:
+        """Whether promises hold at a rate: a short look, a long one, then `num_seeds`, or as many
+        as rank designs."""
         if self.evaluator.rules is Rules.SPLITWISE or not self.evaluator.slo:
             horizon_s = self.evaluator.horizon_s * SHORT_SHARE
             if self.evaluator.margin(design, rate, 0, horizon_s).all < TWICE_THE_LIMIT:
@@ -154,7 +159,8 @@ class Contest:
         looks = (Look(SHORT_SHARE, SHORT_MARGIN, SHORT_CLEAR), Look(1.0, LONG_MARGIN, LONG_CLEAR))
         if not all(self._passes(look, design, rate, horizon_s) for look in looks):
             return False
-        return self.evaluator.holds(design, rate, self.evaluator.search_seeds, horizon_s)
+        num_seeds = num_seeds or self.evaluator.search_seeds
+        return self.evaluator.holds(design, rate, num_seeds, horizon_s)
 
     def _passes(self, look: Look, design: Design, rate: float, horizon_s: float) -> bool:
         """Whether one look does not speak against a design; one trace alone may be unlucky."""
@@ -168,7 +174,8 @@ class Contest:
                 break
         ttft = sum(item.ttft for item in found) / len(found)
         tpot = sum(item.tpot for item in found) / len(found)
-        self._assign_blame(design, rate, ttft, tpot, look.margin)
+        # How requests reach a pool moves its margin: others with it are dropped where it is clear.
+        self._assign_blame(design, rate, ttft, tpot, look.clear)
         return False
 
     def _crown(self, design: Design, guess: float) -> bool:
@@ -179,13 +186,24 @@ class Contest:
             num_seeds=self.evaluator.search_seeds,
             tolerance=self.tolerance,
             horizon_s=self.evaluator.search_horizon_s(rate),
-        )
+        ).at_most(self.space.link_rate(design))
         value = self.value(design, found.rate)
         if found.rate == 0.0 or value <= self.best_value:
+            return False
+        if not self.is_placeable(design, found.rate):
             return False
         self.best, self.best_goodput, self.best_value = design, found, value
         self.tally.trail.append((design, value))
         return True
+
+    def is_placeable(self, design: Design, rate: float) -> bool:
+        """Whether nodes and links hold it at a rate; one that they do not hold is out."""
+        if design not in self.unplaceable and not is_placeable(
+            self.evaluator, design, self.space.fleets, rate
+        ):
+            self.tally.by_bound += 1
+            self.unplaceable.add(design)
+        return design not in self.unplaceable
 
     def _is_blamed(self, design: Design, rate: float) -> bool:
         return any(side and self.blame.speaks_against(side, rate) for side in self._sides(design))

@@ -101,7 +101,10 @@ class Bargain:
             self.tally.by_blame += 1
             return False
         self.tally.simulated += 1
-        return self.contest.reaches(design, self.rate)
+        # On all seeds at once: no other rate will show that a near miss was an unlucky trace.
+        num_seeds = self.contest.evaluator.num_seeds
+        is_held = self.contest.reaches(design, self.rate, num_seeds=num_seeds)
+        return is_held and self.contest.is_placeable(design, self.rate)
 
     def _is_cheaper(self, design: Design) -> bool:
         return self.price(design) < self.best_price * (1 - EPSILON)

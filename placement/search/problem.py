@@ -114,6 +114,7 @@ def new_problem(inputs: PlanInputs) -> Problem:
         workers=able,
         bounds=bounds,
         rules=inputs.rules,
+        mean_prompt_tokens=facts.mean_prompt,
         is_mixed_allowed=is_ours
         and inputs.search.mixed
         and inputs.search.disaggregated

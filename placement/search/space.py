@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from placement.search.bounds import Bounds
 from placement.search.designs import Design, Worker
 from placement.search.enumerate import Fleet
+from placement.search.links import link_rate
 from placement.simulation.values import PoolRole, Rules
 
 MAX_LISTED = 12_000
@@ -25,6 +26,7 @@ class Space:
     bounds: Mapping[int, Bounds]  # by max_step_tokens
     rules: Rules
     is_mixed_allowed: bool
+    mean_prompt_tokens: float = 0.0  # what KV between nodes is reckoned with; 0: no limit
 
     def of_role(self, role: PoolRole) -> tuple[Worker, ...]:
         return tuple(worker for worker in self.workers if worker.role is role)
@@ -36,7 +38,11 @@ class Space:
         return self.bound_of(design).estimate(design)
 
     def rate_bound(self, design: Design) -> float:
-        return self.bound_of(design).rate_bound(design)
+        """What neither its workers nor the links between nodes can exceed."""
+        return min(self.bound_of(design).rate_bound(design), self.link_rate(design))
+
+    def link_rate(self, design: Design) -> float:
+        return link_rate(design, self.fleets, self.mean_prompt_tokens)
 
     def max_count(self, worker: Worker) -> int:
         fleet = next(fleet for fleet in self.fleets if fleet.gpu == worker.gpu)
