@@ -13,7 +13,7 @@ from pdserve.domain.errors import LocalFault
 from placement.assign import Assignment, Unplaceable, assign
 from placement.plan_inputs import PlanInputs
 from placement.profiles import DistserveProfile, load_profile
-from placement.search.choose import Choice, choose, new_evaluator
+from placement.search.choose import Choice, choose, few_cells, new_evaluator
 from placement.search.designs import Design, Worker, gpus_text
 from placement.search.enumerate import fitted_of
 from placement.search.evaluate import Evaluator
@@ -50,12 +50,15 @@ def solve(inputs: PlanInputs, progress: Progress | None = None) -> PlanResult | 
         if progress is not None:
             progress(stage, num_runs)
 
-    problem = new_problem(inputs)
-    evaluator = new_evaluator(problem, on_run)
-    evaluator.spare_workers = inputs.objective.spare_workers
-    given = given_design(problem) if inputs.design else None
+    whole = new_problem(inputs)
+    given = given_design(whole) if inputs.design else None
     stage = "searching"
-    choice = choose(problem, evaluator)
+    for problem in few_cells(whole):
+        evaluator = new_evaluator(problem, on_run)
+        evaluator.spare_workers = inputs.objective.spare_workers
+        choice = choose(problem, evaluator)
+        if choice.design is not None:
+            break
     if choice.design is None:
         stage = "looking for the nearest plan"
         return explain_no_plan(problem, evaluator)

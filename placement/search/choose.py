@@ -1,6 +1,7 @@
 """The search itself: from a problem to the best design, certified, or to what comes nearest."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from placement.search.designs import Design, Worker
@@ -15,12 +16,13 @@ MAX_CERTIFICATIONS = 6
 CALIBRATIONS = 2
 DINKELBACH_ROUNDS = 4
 MAX_FORMER = 4
+CELL_LOAD, MORE_CELLS = 0.8, 1.25  # of its estimate that a cell is given; and where that fails
 RATE_MARGINS = (1.0, 1.1, 1.25, 1.45)
 COARSE = 0.02
 MAX_MIXTURES = 2000
 CERTIFY_FACTOR = 1.015
 MAX_REQUESTS, MAX_CELL_REQUESTS = 60_000, 9_000  # of a trace; of one of many equal cells
-LEAST_HORIZON_S = 80.0
+LEAST_HORIZON_S, MOST_REQUESTS = 80.0, 400_000  # the second where the first takes more
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,12 +64,33 @@ def _horizon_s(problem: Problem) -> float:
     )
     rate = problem.rate or 2 * per_gpu * problem.num_gpus
     most = MAX_REQUESTS if problem.num_cells == 1 else MAX_CELL_REQUESTS
-    return min(asked_s, max(most / rate, LEAST_HORIZON_S)) if rate > 0 else asked_s
+    if rate <= 0:
+        return asked_s
+    return min(asked_s, max(most / rate, min(LEAST_HORIZON_S, MOST_REQUESTS / rate)))
 
 
 def choose(problem: Problem, evaluator: Evaluator) -> Choice:
     """Search by the problem's objective."""
     return _at_rate(problem, evaluator) if problem.is_at_rate else most_goodput(problem, evaluator)
+
+
+def few_cells(problem: Problem) -> Iterator[Problem]:
+    """The problem with as few of its equal cells as may serve its rate, then with more: each cell
+    rounds its workers up, and the rest of the cluster stays free."""
+    from placement.search.program import solve_mix
+
+    num = problem.num_cells
+    if problem.rate is not None and problem.is_at_rate and num > 1:
+        rate, most = problem.rate * num, 0.0
+        for tokens in problem.space.bounds:
+            rates = _single_rates(problem.space, tokens)
+            counts = solve_mix(problem.space.workers, rates, _gpus(problem), price=lambda _: 0.0)
+            most = max(most, _program_rate(counts or {}, rates))
+        used = math.ceil(rate / (CELL_LOAD * most)) if most > 0 else num
+        while used < num:
+            yield replace(problem, num_cells=used, rate=rate / used, num_unused_gpus=0)
+            used = math.ceil(used * MORE_CELLS)
+    yield problem
 
 
 def most_goodput(

@@ -27,8 +27,8 @@ T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 """Student's t by degrees of freedom, from 1."""
 MAX_STEPS = 24
 MAX_SIMULATORS = 64
-SEARCH_REQUESTS, MANY_SEARCH_REQUESTS = 9_000, 30_000
-SEARCH_S, LEAST_SEARCH_S = 150.0, 40.0  # the second where the first would be too many requests
+SEARCH_REQUESTS = 9_000
+SEARCH_SPANS = ((150.0, 30_000), (40.0, 100_000))  # seconds, or what so many requests take
 SEARCH_SEEDS = 2
 CLEARLY_LOST = -0.08  # one loss that misses by so much: the others need not be looked at
 
@@ -187,8 +187,8 @@ class Evaluator:
 
     def search_horizon_s(self, rate: float) -> float:
         """Long enough to rank designs: the whole horizon, or less where requests are many."""
-        most_s = max(min(SEARCH_S, MANY_SEARCH_REQUESTS / rate), LEAST_SEARCH_S)
-        return min(self.horizon_s, max(SEARCH_REQUESTS / rate, most_s))
+        spans = (min(span_s, most / rate) for span_s, most in SEARCH_SPANS)
+        return min(self.horizon_s, max(SEARCH_REQUESTS / rate, *spans))
 
     @property
     def search_seeds(self) -> int:

@@ -13,6 +13,7 @@ from placement.search.results import NoPlan
 
 SLACK = 1.02
 MAX_TIMES = 64
+OVERLOAD = 3.0  # times the best rate: no promise will do, and nothing need be simulated
 CLUSTER_STEPS = 5
 
 
@@ -32,7 +33,7 @@ def explain_no_plan(problem: Problem, evaluator: Evaluator) -> NoPlan:
     if asked is None:
         return NoPlan(reason="no design was certified", nearest=(), best=best, best_rate=rate)
     nearest = [f"rate: {rate * cells:.3g} requests/s with {best.label}"]
-    nearest += _nearest_slo(problem, evaluator, best, asked)
+    nearest += _nearest_slo(problem, evaluator, best, asked, rate)
     nearest += _nearest_cluster(problem, evaluator, best, asked, rate)
     return NoPlan(
         reason=f"{asked * cells:.4g} requests/s are beyond this cluster of "
@@ -43,10 +44,16 @@ def explain_no_plan(problem: Problem, evaluator: Evaluator) -> NoPlan:
     )
 
 
-def _nearest_slo(problem: Problem, evaluator: Evaluator, design: Design, rate: float) -> list[str]:
+def _nearest_slo(
+    problem: Problem, evaluator: Evaluator, design: Design, rate: float, best_rate: float
+) -> list[str]:
     """The promise that the best design would keep at the asked rate, if it is not overloaded."""
     if not problem.slo:
         return []
+    asked = rate * problem.num_cells
+    overloaded = f"promise: none; at {asked:.4g} requests/s {design.label} is overloaded"
+    if rate > OVERLOAD * best_rate:
+        return [overloaded]
     done = evaluator.run(design, rate, 0, evaluator.search_horizon_s(rate))
     if done is None:
         return []
@@ -54,8 +61,7 @@ def _nearest_slo(problem: Problem, evaluator: Evaluator, design: Design, rate: f
 
     seen = predict(evaluator, design, rate, num_seeds=1, horizon_s=evaluator.search_horizon_s(rate))
     if seen.percentiles is None:
-        asked = rate * problem.num_cells
-        return [f"promise: none; at {asked:.4g} requests/s {design.label} is overloaded"]
+        return [overloaded]
     times, _, classes = done
     parts = []
     for index, item in enumerate(problem.slo):

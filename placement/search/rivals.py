@@ -87,7 +87,7 @@ def _neighbour_goodput(
     gap = value / best - 1 if best else 0.0
     why = f"{gap:+.1%} of the objective; {margin.binding} gives way first"
     if not fits:
-        why += "; larger than the cluster"
+        why += f"; larger than {_whole(problem)}"
     return Rival(
         design=other,
         what=text,
@@ -184,6 +184,10 @@ def _tuned(
         else:
             return design, found
     return design, found
+
+
+def _whole(problem: Problem) -> str:
+    return "the cluster" if problem.num_cells == 1 else "its cell"
 
 
 def _noun(problem: Problem) -> str:
@@ -314,7 +318,7 @@ def spare_plan(
     fits = problem.space.fits(best)
     extra = best.num_gpus - result.design.num_gpus
     more_usd = best.usd_per_hour - result.design.usd_per_hour
-    where = "" if fits else "; larger than the cluster"
+    where = "" if fits else f"; larger than {_whole(problem)}"
     return Rival(
         design=best,
         what="N+1: holds after any one worker is lost",

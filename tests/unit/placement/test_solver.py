@@ -70,6 +70,30 @@ def test_best_of_the_other_kind_uses_every_gpu_type() -> None:
     assert rival.num_gpus > 24  # nearly all of both types, not all of one
 
 
+def test_plan_for_a_small_rate_is_as_small_in_a_large_cluster() -> None:
+    sizes = []
+    for nodes in (1, 64):  # of 64 nodes a cell has 8
+        result = plan(
+            objective={"goal": "gpus"},
+            workload=at_rate(8.0),
+            cluster={"nodes": [{"gpu": "a100_sxm", "nodes": nodes, "gpus_per_node": 8}]},
+        )
+        sizes.append(result.design.num_gpus * result.num_cells)
+    assert sizes[0] == sizes[1]
+
+
+def test_rate_that_takes_every_cell_has_no_plan_beyond() -> None:
+    result = solve(
+        small_inputs(
+            objective={"goal": "gpus"},
+            workload=at_rate(100_000.0),
+            cluster={"nodes": [{"gpu": "a100_sxm", "nodes": 16, "gpus_per_node": 8}]},
+        )
+    )
+    assert isinstance(result, NoPlan)
+    assert "this cluster of 128 GPUs" in result.reason
+
+
 def test_kind_that_is_switched_off_is_not_searched() -> None:
     result = plan(search={"colocated": False})
     assert result.design.kind == "disaggregated"
