@@ -6,7 +6,7 @@ speaks against every design with that pool or a smaller one, so that most fall w
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from placement.search.designs import Counts, Design
 from placement.search.evaluate import Evaluator, Goodput
@@ -47,27 +47,28 @@ class Look:
 
 @dataclass(slots=True)
 class Blame:
-    """Pools that failed a promise on their own, and the least rate at which they did."""
+    """Pools that failed a promise on their own, by step tokens, and the rates at which they did."""
 
     rules: Rules
     rates: dict[tuple[object, ...], list[tuple[tuple[int, ...], float]]] = field(
         default_factory=dict
     )
 
-    def add(self, side: Counts, rate: float) -> None:
-        kinds, counts = _split(side)
+    def add(self, side: Counts, max_step_tokens: int, rate: float) -> None:
+        kinds, counts = _split(side, max_step_tokens)
         self.rates.setdefault(kinds, []).append((counts, rate))
 
-    def speaks_against(self, side: Counts, rate: float) -> bool:
-        kinds, counts = _split(side)
+    def speaks_against(self, side: Counts, max_step_tokens: int, rate: float) -> bool:
+        kinds, counts = _split(side, max_step_tokens)
         return any(
             rate >= failed and all(a <= b for a, b in zip(counts, others, strict=True))
             for others, failed in self.rates.get(kinds, ())
         )
 
 
-def _split(side: Counts) -> tuple[tuple[object, ...], tuple[int, ...]]:
-    return tuple(worker.key for worker, _ in side), tuple(count for _, count in side)
+def _split(side: Counts, max_step_tokens: int) -> tuple[tuple[object, ...], tuple[int, ...]]:
+    kinds = (max_step_tokens, *(worker.key for worker, _ in side))
+    return kinds, tuple(count for _, count in side)
 
 
 class Contest:
@@ -148,15 +149,20 @@ class Contest:
         return self._crown(design, needed * (1 + self.tolerance))
 
     def reaches(self, design: Design, rate: float, *, num_seeds: int | None = None) -> bool:
-        """Whether promises hold at a rate: a short look, a long one, then `num_seeds`, or as many
-        as rank designs."""
+        """Whether promises hold at a rate: a short look, a long one, then as many seeds as rank
+        designs. Where `num_seeds` are given, these decide, and looks only tell what is clear."""
         if self.evaluator.rules is Rules.SPLITWISE or not self.evaluator.slo:
             horizon_s = self.evaluator.horizon_s * SHORT_SHARE
             if self.evaluator.margin(design, rate, 0, horizon_s).all < TWICE_THE_LIMIT:
                 return False
             return self.evaluator.holds(design, rate, self.evaluator.num_seeds)
         horizon_s = self.evaluator.search_horizon_s(rate)
-        looks = (Look(SHORT_SHARE, SHORT_MARGIN, SHORT_CLEAR), Look(1.0, LONG_MARGIN, LONG_CLEAR))
+        looks: tuple[Look, ...] = (
+            Look(SHORT_SHARE, SHORT_MARGIN, SHORT_CLEAR),
+            Look(1.0, LONG_MARGIN, LONG_CLEAR),
+        )
+        if num_seeds is not None:
+            looks = tuple(replace(look, margin=look.clear) for look in looks)
         if not all(self._passes(look, design, rate, horizon_s) for look in looks):
             return False
         num_seeds = num_seeds or self.evaluator.search_seeds
@@ -206,7 +212,10 @@ class Contest:
         return design not in self.unplaceable
 
     def _is_blamed(self, design: Design, rate: float) -> bool:
-        return any(side and self.blame.speaks_against(side, rate) for side in self._sides(design))
+        tokens = design.max_step_tokens
+        return any(
+            side and self.blame.speaks_against(side, tokens, rate) for side in self._sides(design)
+        )
 
     def _sides(self, design: Design) -> tuple[Counts, ...]:
         if design.kind == "disaggregated":
@@ -220,13 +229,13 @@ class Contest:
         if self.evaluator.spare_workers or self.evaluator.rules is Rules.SPLITWISE:
             return
         if design.kind != "disaggregated":
-            self.blame.add(design.counts, rate)
+            self.blame.add(design.counts, design.max_step_tokens, rate)
             return
         prefill, decode = design.side(PoolRole.PREFILL), design.side(PoolRole.DECODE)
         bounds = self.space.bound_of(design)
         is_exact = self.evaluator.rules is Rules.DISTSERVE
         # Under our own rules a full decode pool delays the first token too.
         if ttft < margin and (is_exact or bounds.decode_estimate(decode) > 1.3 * rate):
-            self.blame.add(prefill, rate)
+            self.blame.add(prefill, design.max_step_tokens, rate)
         if tpot < margin:
-            self.blame.add(decode, rate)
+            self.blame.add(decode, design.max_step_tokens, rate)
