@@ -17,7 +17,7 @@ from placement.simulation.timing import StepTiming
 from placement.simulation.values import Link, PdserveOptions, Pool, PoolRole
 
 SECTION = "pdserve"
-FORM = 2
+FORM = 3
 NO_THRESHOLD = 1 << 30  # DistServe's second decode line starts beyond any batch
 
 
@@ -43,7 +43,6 @@ class Serving:
 
     prefill: float = 1.0  # time of a prefill step / of the same one among like ones in a row
     decode: float = 1.0
-    decode_answer_s: float = 0.0  # what each answer after the first adds to a step, beyond the fit
     beside_prefill: float = 1.0  # time of a prefill step while the decode workers compute / alone
     beside_answer: float = 0.0  # more, for each answer of a decode worker after the first
     beside_decode: float = 1.0  # time of a decode step while the prefill workers compute / alone
@@ -91,15 +90,9 @@ class FittedProfile:
 
     def coefficients(self, phase: Phase) -> StepCoefficients:
         """Steps while requests of all lengths come, beside no other worker."""
-        found = self.serving
         if phase == "prefill":
-            return _stretched(self.prefill, found.prefill)
-        steps = _stretched(self.decode, found.decode)
-        return replace(
-            steps,
-            fixed_s=max(0.0, steps.fixed_s - found.decode_answer_s),
-            decode_token_s=steps.decode_token_s + found.decode_answer_s,
-        )
+            return _stretched(self.prefill, self.serving.prefill)
+        return _stretched(self.decode, self.serving.decode)
 
     def pool(self, role: PoolRole, replicas: int) -> Pool:
         """Workers as they were profiled, for the simulator.

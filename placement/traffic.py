@@ -6,13 +6,13 @@ absolute errors) and the time between first and last token (least squares) are m
 
     prefill      = step * prefill * (1 + (beside_prefill - 1) * D + beside_answer * A)
     last - first = n * step * decode * (1 + (beside_decode - 1) * P)
-                 + n * (B - 1) * decode_answer_s
                  + (arrivals + landings meanwhile) / 2 * stolen_s
                  + wake_s after a pause, else half a step
                  + what the KV takes longer than the first token
 
 where the decode workers compute for the share D of the time, with A answers more than one, and n
-steps of B answers on average have the share P of their time beside prefill steps.
+steps have the share P of their time beside prefill steps. What an answer adds to a step is known
+from like answers in a row: here it cannot be told from what arrivals and prefill steps take.
 """
 
 import math
@@ -125,7 +125,6 @@ def fit_serving(
     serving = Serving(
         prefill=prefill.scale,
         decode=decode.scale,
-        decode_answer_s=decode.answer_s,
         beside_prefill=prefill.beside,
         beside_answer=prefill.beside_answer,
         beside_decode=decode.beside,
@@ -153,7 +152,6 @@ class _PrefillFit:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _DecodeFit:
     scale: float
-    answer_s: float
     beside: float
     stolen_s: float
     wake_s: float
@@ -233,7 +231,6 @@ class _Seen:
         terms = weight[:, None] * np.column_stack(
             [
                 (num + 0.5 * is_busy) * base_s,
-                num * others,
                 num * base_s * beside,
                 1 - is_busy,
                 np.ones(len(num)),
@@ -246,12 +243,11 @@ class _Seen:
         outside = np.column_stack([terms, weight * self._num_new(first_s + expected_s)])
         foreseen = outside @ np.linalg.lstsq(outside, came, rcond=None)[0]
         weights = fit_non_negative(np.column_stack([terms, foreseen]), span_s * weight)
-        scale, answer_s, slowed, wake_s, late_s, stolen_s = map(float, weights)
+        scale, slowed, wake_s, late_s, stolen_s = map(float, weights)
         explained = np.column_stack([terms, came]) @ weights
         answer_scatter, step_scatter = _scatter(span_s * weight / explained - 1, num)
         return _DecodeFit(
             scale=scale,
-            answer_s=answer_s,
             beside=1 + slowed / scale if scale > 0 else 1.0,
             stolen_s=stolen_s,
             wake_s=wake_s,

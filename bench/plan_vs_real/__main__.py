@@ -244,7 +244,7 @@ def _served(profile: FittedProfile) -> str:
     return (
         f"among others reading x{found.prefill:.2f}, beside decoding x{found.beside_prefill:.2f}; "
         f"decoding x{found.decode:.2f}, beside reading x{found.beside_decode:.2f}, "
-        f"+{_ms(found.decode_answer_s)} an answer, +{_ms(found.wake_s)} after a pause, "
+        f"+{_ms(found.wake_s)} after a pause, "
         f"+{_ms(found.stolen_s)} for a new request; handoff {_ms(handoff.handoff_s)}, beside "
         f"decoding +{_ms(found.busy_handoff_s)}, KV {_ms(handoff.link_latency_s)}"
     )

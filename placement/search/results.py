@@ -170,9 +170,19 @@ class PlanResult:
         return self.prediction.rate * self.num_cells
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a file; infinite and undefined numbers become None."""
+        """Plain values for a file; infinite and undefined numbers become None.
+
+        `totals` are of all cells together, everything else is of one.
+        """
         plain = clean(_plain(self))
         assert isinstance(plain, dict)
+        plain["totals"] = {
+            "goodput": self.total_goodput,
+            "rate": self.total_rate,
+            "num_gpus": self.economy.num_gpus * self.num_cells,
+            "usd_per_hour": self.economy.usd_per_hour * self.num_cells,
+            "watts": self.economy.watts * self.num_cells,
+        }
         return plain
 
 

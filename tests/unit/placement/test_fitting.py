@@ -155,7 +155,7 @@ def test_file_round_trips(tmp_path: Path) -> None:
         ("[]", "not a profile"),
         ('{"opt": {"1": {"prefill": [1, 2, 3]}}}', "not a profile"),
         ('{"demo": {"1": {"pdserve": {"form": 9}}}}', "form 9"),
-        ('{"demo": {"1": {"pdserve": {"form": 2}}}}', "damaged"),
+        ('{"demo": {"1": {"pdserve": {"form": 3}}}}', "damaged"),
     ],
 )
 def test_other_files_are_told(tmp_path: Path, text: str, message: str) -> None:
@@ -214,7 +214,6 @@ def test_steps_of_a_serving_cluster_are_those_that_are_simulated() -> None:
     serving = Serving(
         prefill=1.2,
         decode=1.5,
-        decode_answer_s=1e-4,
         beside_prefill=1.4,
         beside_answer=0.1,
         beside_decode=1.3,
@@ -227,9 +226,8 @@ def test_steps_of_a_serving_cluster_are_those_that_are_simulated() -> None:
     assert profile.coefficients("prefill").step_s(prompt) == pytest.approx(
         1.2 * PROFILE.prefill.step_s(prompt)
     )
-    # Each of the three answers after the first adds to the step.
     assert profile.coefficients("decode").step_s(four) == pytest.approx(
-        1.5 * PROFILE.decode.step_s(four) + 3e-4
+        1.5 * PROFILE.decode.step_s(four)
     )
     prefill, decode = profile.pools(num_prefill=1, num_decode=1)
     assert (prefill.beside, prefill.beside_answer, prefill.stolen_s) == (1.4, 0.1, 0.0)

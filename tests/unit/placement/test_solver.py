@@ -79,6 +79,9 @@ def test_plan_for_a_small_rate_is_as_small_in_a_large_cluster() -> None:
             cluster={"nodes": [{"gpu": "a100_sxm", "nodes": nodes, "gpus_per_node": 8}]},
         )
         sizes.append(result.design.num_gpus * result.num_cells)
+        totals = result.to_json()["totals"]
+        assert totals["num_gpus"] == sizes[-1]
+        assert totals["rate"] == pytest.approx(8.0)
     assert sizes[0] == sizes[1]
 
 

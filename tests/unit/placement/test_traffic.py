@@ -35,7 +35,6 @@ STEPS = Steps(
 TRUE = Serving(
     prefill=1.2,
     decode=1.3,
-    decode_answer_s=1e-4,
     beside_prefill=1.5,
     beside_answer=0.1,
     beside_decode=1.25,
@@ -88,7 +87,7 @@ def serve(true: Serving, seed: int = 0) -> list[Answered]:
             landed = sum(first < a < last for j, (a, _) in enumerate(spans) if j != i)
             beside = covered(first, last, reads)
             span_s = n * base_s * true.decode * (1 + beside * (true.beside_decode - 1))
-            span_s += n * others * true.decode_answer_s + LATE_S
+            span_s += LATE_S
             span_s += true.stolen_s * (came + landed + is_busy) / 2
             span_s += 0.5 * base_s * true.decode if is_busy else true.wake_s
             spans[i] = (first, first + 0.5 * (span_s + spans[i][1] - spans[i][0]))
@@ -140,7 +139,6 @@ def test_what_requests_cost_each_other_is_found() -> None:
     for name in ("prefill", "decode", "beside_prefill", "beside_decode"):
         assert getattr(serving, name) == pytest.approx(getattr(TRUE, name), rel=0.05), name
     assert serving.beside_answer == pytest.approx(TRUE.beside_answer, abs=0.03)
-    assert serving.decode_answer_s == pytest.approx(TRUE.decode_answer_s, abs=5e-5)
     assert serving.stolen_s == pytest.approx(TRUE.stolen_s, rel=0.15)
     assert serving.wake_s == pytest.approx(TRUE.wake_s, abs=4e-4)
     assert handoff.handoff_s == pytest.approx(HANDOFF.handoff_s, rel=0.05)
