@@ -29,8 +29,6 @@ NUM_WINDOW_STEPS = 32
 MIN_WINDOW_STEPS = 6
 LONE_OUTPUT_TOKENS = 6
 BURST = 6
-LOCAL_PREFILL_TOKENS = 64
-"""Shorter prompts are read by the decode worker itself, by its default."""
 
 Advance = Callable[[str], None]
 

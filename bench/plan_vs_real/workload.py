@@ -9,7 +9,7 @@ from placement.simulation.trace import Trace
 
 MEAN_PROMPT_TOKENS, PROMPT_CV = 240, 0.4
 MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS = 96, 700
-"""Below, the decode worker reads a prompt itself; above, the demo model's context ends."""
+"""The profile's shortest probe; above, the demo model's context ends."""
 MIN_OUTPUT_TOKENS, MAX_OUTPUT_TOKENS = 6, 30
 
 
