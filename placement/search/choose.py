@@ -21,7 +21,7 @@ RATE_MARGINS = (1.0, 1.1, 1.25, 1.45)
 COARSE = 0.02
 MAX_MIXTURES = 2000
 CERTIFY_FACTOR = 1.015
-MAX_REQUESTS, MAX_CELL_REQUESTS = 60_000, 9_000  # of a trace; of one of many equal cells
+MAX_REQUESTS, MAX_CELL_REQUESTS = 200_000, 9_000  # of a trace; of one of many equal cells
 LEAST_HORIZON_S, MOST_REQUESTS = 80.0, 400_000  # the second where the first takes more
 
 
