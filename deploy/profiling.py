@@ -89,10 +89,14 @@ def profile(
 async def profile_cluster(
     internal_address: str, plan: "ProbePlan", advance: "Advance"
 ) -> "FittedProfile":
-    """Measure the cluster of the router at this address."""
+    """Measure the cluster of the router at this address.
+
+    Raises `LocalFault` where it refuses what is asked: it is then not free to be measured.
+    """
     from pdserve.client.admin import AdminClient
     from pdserve.client.inference import InferenceClient
     from pdserve.client.load import only_model
+    from pdserve.domain.errors import LocalFault, Refused
     from placement.probing import Prober, Workers
 
     async with AdminClient(internal_address) as admin:
@@ -101,7 +105,14 @@ async def profile_cluster(
     async with InferenceClient(state.public_address) as client:
         served = await only_model(client)
         prober = Prober(client=client, model=served, workers=workers, plan=plan, advance=advance)
-        return await prober.measure()
+        try:
+            return await prober.measure()
+        except* Refused as refusals:
+            refused = refusals.exceptions[0]
+    raise LocalFault(
+        f"the cluster at {internal_address} refused a request of the profile: {refused}; profile "
+        "one that serves nobody else and has no plan's limits: `pdserve profile --model` starts one"
+    )
 
 
 def profiled_settings(model: str) -> "ClusterSettings":

@@ -62,3 +62,13 @@ async def test_cluster_without_prefill_workers_is_told() -> None:
     async with LocalCluster.start(settings(num_prefill=0)) as cluster:
         with pytest.raises(LocalFault, match="no prefill worker"):
             await profile_cluster(cluster.internal_address, ProbePlan(), lambda text: None)
+
+
+async def test_cluster_whose_limits_refuse_a_probe_is_told() -> None:
+    limited = settings().model_copy(
+        update={"router": RouterPool(port=0, internal_port=0, max_wait_s=0.05)}
+    )
+    plan = ProbePlan(num_rounds=1, max_batch=4)
+    async with LocalCluster.start(limited) as cluster, asyncio.timeout(120):
+        with pytest.raises(LocalFault, match=r"refused a request of the profile: .*0\.05 s"):
+            await profile_cluster(cluster.internal_address, plan, lambda text: None)
