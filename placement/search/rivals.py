@@ -6,6 +6,7 @@ from dataclasses import replace
 from placement.search.choose import COARSE, Choice, best_of_other_kind, reachable
 from placement.search.designs import Design, Worker, gpus_text
 from placement.search.evaluate import CLEARLY_LOST, Evaluator, Goodput
+from placement.search.links import is_placeable
 from placement.search.maximise import Contest
 from placement.search.minimise import Bargain
 from placement.search.problem import Problem
@@ -47,7 +48,7 @@ def _neighbour_at_rate(
 ) -> Rival:
     rate = prediction.rate
     is_kept = evaluator.holds(other, rate, evaluator.num_seeds)
-    is_cheaper = problem.price(other) < problem.price(design)
+    is_cheaper = problem.price(other) < problem.price(design) and problem.space.fits(other)
     if is_kept:
         share = problem.price(other) / problem.price(design) - 1
         why = f"keeps the promises at {share:+.0%} {_noun(problem)}"
@@ -61,7 +62,7 @@ def _neighbour_at_rate(
         goodput_per_gpu=rate / other.num_gpus if is_kept else 0.0,
         usd_per_hour=other.usd_per_hour,
         why_not=why,
-        is_better=is_kept and is_cheaper and problem.space.fits(other),
+        is_better=is_kept and is_cheaper and is_placeable(evaluator, other, problem.fleets, rate),
     )
 
 
@@ -78,7 +79,8 @@ def _neighbour_goodput(
     tolerance = problem.inputs.search.tolerance
     needed = best * (1 + tolerance) / problem.value(other, 1.0)
     fits = problem.space.fits(other)
-    is_better = fits and evaluator.holds(other, needed, evaluator.num_seeds)
+    is_held = fits and evaluator.holds(other, needed, evaluator.num_seeds)
+    is_better = is_held and is_placeable(evaluator, other, problem.fleets, needed)
     guess = choice.goodput.rate * other.num_gpus / design.num_gpus
     coarse = COARSE if problem.num_cells == 1 else CELL_COARSE
     rough = _rough_goodput(evaluator, other, guess, coarse)

@@ -3,7 +3,6 @@
 import pytest
 
 from placement.assign import link_room
-from placement.plan_inputs import PlanInputs, parse_inputs
 from placement.search.choose import choose, new_evaluator
 from placement.search.designs import Design
 from placement.search.links import is_placeable, link_rate
@@ -11,23 +10,7 @@ from placement.search.problem import Problem, new_problem
 from placement.search.results import PlanResult
 from placement.simulation.values import PoolRole
 from placement.solver import solve
-
-
-def two_types(**changes: object) -> PlanInputs:
-    """OPT-13B, whose KV is heavy, on 2 nodes of A100s and 2 of H100s."""
-    nodes = [{"gpu": gpu, "nodes": 2, "gpus_per_node": 8} for gpu in ("a100_sxm", "h100_sxm")]
-    data = {
-        "model": "facebook/opt-13b",
-        "cluster": {"nodes": nodes, **changes},
-        "workload": {
-            "prompt_tokens": {"mean": 500, "cv": 0.6, "max": 1500},
-            "output_tokens": {"mean": 120, "cv": 0.6, "max": 500},
-        },
-        "slo": {"ttft_s": 0.4, "tpot_s": 0.08},
-        "objective": {"goal": "goodput"},
-        "search": {"duration_s": 10, "seeds": 1, "what_ifs": False},
-    }
-    return parse_inputs(data, source="the test")
+from tests.support.plan_inputs import two_type_inputs
 
 
 def pair(problem: Problem, reader: str, writer: str, m: int, n: int) -> Design:
@@ -40,7 +23,7 @@ def pair(problem: Problem, reader: str, writer: str, m: int, n: int) -> Design:
 
 
 def test_pools_of_two_types_send_all_their_kv_through_the_slower_links() -> None:
-    problem = new_problem(two_types())
+    problem = new_problem(two_type_inputs())
     design = pair(problem, "h100_sxm", "a100_sxm", 8, 8)
     prompts, _ = problem.traffic.sample()
     per_request = float(prompts.mean()) * 2 * 40 * 5120 * 2  # K and V, layers, width, bytes
@@ -50,14 +33,14 @@ def test_pools_of_two_types_send_all_their_kv_through_the_slower_links() -> None
 
 
 def test_roles_that_share_a_type_need_not_cross() -> None:
-    problem = new_problem(two_types())
+    problem = new_problem(two_type_inputs())
     same = pair(problem, "h100_sxm", "h100_sxm", 4, 4)
     assert problem.space.link_rate(same) == float("inf")
     assert link_rate(same, problem.fleets, 1e9) == float("inf")
 
 
 def test_placement_is_refused_where_links_are_too_thin_and_not_before() -> None:
-    problem = new_problem(two_types())
+    problem = new_problem(two_type_inputs())
     evaluator = new_evaluator(problem)
     design = pair(problem, "h100_sxm", "a100_sxm", 8, 8)
     limit = problem.space.link_rate(design)
@@ -67,14 +50,14 @@ def test_placement_is_refused_where_links_are_too_thin_and_not_before() -> None:
 
 @pytest.mark.parametrize("network", [None, 5.0])
 def test_plan_is_one_that_links_carry(network: float | None) -> None:
-    result = solve(two_types(network_gb_per_s=network))
+    result = solve(two_type_inputs(network_gb_per_s=network))
     assert isinstance(result, PlanResult)
     room = sum(2 * 8 * (network or 50.0) * 1e9 for _ in range(2))
     assert result.cross_node_bytes_per_s <= room
 
 
 def test_thin_links_bring_workers_together() -> None:
-    thin = new_problem(two_types(network_gb_per_s=0.5))
+    thin = new_problem(two_type_inputs(network_gb_per_s=0.5))
     found = choose(thin, new_evaluator(thin)).design
     assert found is not None
     readers = {w.gpu for w, _ in found.side(PoolRole.PREFILL)}

@@ -11,7 +11,7 @@ from placement.plan_inputs import parse_inputs
 from placement.search.problem import new_problem
 from placement.search.results import NoPlan, PlanResult
 from placement.solver import solve
-from tests.support.plan_inputs import small_inputs
+from tests.support.plan_inputs import small_inputs, two_type_inputs
 
 
 def plan(**changes: object) -> PlanResult:
@@ -46,19 +46,7 @@ def test_both_kinds_compete_and_the_verdict_names_the_loser() -> None:
 
 
 def test_best_of_the_other_kind_uses_every_gpu_type() -> None:
-    nodes = [{"gpu": gpu, "nodes": 2, "gpus_per_node": 8} for gpu in ("a100_sxm", "h100_sxm")]
-    inputs = {
-        "model": "facebook/opt-13b",
-        "cluster": {"nodes": nodes},
-        "workload": {
-            "prompt_tokens": {"mean": 500, "cv": 0.6, "max": 1500},
-            "output_tokens": {"mean": 120, "cv": 0.6, "max": 500},
-        },
-        "slo": {"ttft_s": 0.4, "tpot_s": 0.08},
-        "objective": {"goal": "goodput"},
-        "search": {"duration_s": 10, "seeds": 1, "what_ifs": False},
-    }
-    result = solve(parse_inputs(inputs, source="the test"))
+    result = solve(two_type_inputs())
     assert isinstance(result, PlanResult)
     is_colocated = result.design.kind == "colocated"
     rival = next(
