@@ -25,10 +25,9 @@ class ProcessRow:
 
 @dataclass(frozen=True, slots=True)
 class ClusterEvent:
-    """Something happened to a running cluster; after a fatal one it cannot serve."""
+    """Something happened to a running cluster."""
 
     message: str
-    is_fatal: bool = False
     asks_stop: bool = False  # somebody elsewhere wants it drained and stopped
 
 

@@ -1,28 +1,29 @@
 """A whole cluster as processes of this machine."""
 
 import asyncio
-import contextlib
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from deploy.backend import ClusterEvent, ProcessRow, Report
+from deploy.backoff import Backoff
 from deploy.deployment import Deployment, deployment_of_cluster
+from deploy.forked import ForkedProcess, ForkServer
 from deploy.log_dir import LogDir
 from deploy.preflight import check_deployment
-from deploy.processes import LocalProcess, Ready, describe_exit
+from deploy.processes import LocalProcess, Ready, describe_exit, opened_log, port_of
+from deploy.registration import all_alive
 from pdserve.cli.problems import ClusterFailed
-from pdserve.client.admin import AdminClient
-from pdserve.client.faults import ClusterUnreachable
 from pdserve.config.cluster import ClusterSettings
 from pdserve.config.processes import WorkerSettings
-from pdserve.domain.errors import PdserveError
+from pdserve.domain.errors import LocalFault, PdserveError
 
 KILL_GRACE_S = 5.0
 """A process that takes this much longer to drain than its own limit is killed."""
-REGISTERED_POLL_S = 0.1
+RESTART_S = 120.0
+"""A process that does not serve so long after it was started again is tried anew."""
 
 
 class LocalCluster:
@@ -31,8 +32,10 @@ class LocalCluster:
         async with LocalCluster.start(settings) as cluster:
             client = InferenceClient(cluster.public_address)
 
-    Leaving the block drains router and workers; leaving it by an exception kills them. Either way
-    no process is left, nor would one be if this process were killed.
+    Workers begin as forks of a process that has imported what they need. A process that ends while
+    the block runs is started again. Leaving the block drains router and workers; leaving it by an
+    exception kills them. Either way no process is left, nor would one be if this process were
+    killed.
     """
 
     def __init__(self, deployment: Deployment, report: Report) -> None:
@@ -40,8 +43,12 @@ class LocalCluster:
         self.processes: list[LocalProcess] = []
         self._logs: LogDir | None = None
         self._report = report
-        self._watchers: list[asyncio.Task[None]] = []
-        self._exits: asyncio.Queue[tuple[LocalProcess, int]] = asyncio.Queue()
+        self._fork_server = ForkServer(engine=_preloaded_engine(deployment))
+        self._ends: dict[LocalProcess, asyncio.Task[int]] = {}  # their exit codes
+        self._keepers: list[asyncio.Task[None]] = []
+        self._events: asyncio.Queue[ClusterEvent] = asyncio.Queue()
+        self._public_address = ""
+        self._internal_address = ""
 
     @classmethod
     def start(
@@ -66,11 +73,11 @@ class LocalCluster:
 
     @property
     def public_address(self) -> str:
-        return _ready(self.router).address
+        return self._public_address
 
     @property
     def internal_address(self) -> str:
-        return _ready(self.router).internal_address
+        return self._internal_address
 
     def process(self, name: str) -> LocalProcess:
         """The process called `name`: router, prefill-0, decode-1, ..."""
@@ -130,18 +137,12 @@ class LocalCluster:
                 self._logs.remove()
 
     async def next_event(self) -> ClusterEvent:
-        """The next end of a process; the cluster lives on while a decode worker does."""
-        process, code = await self._exits.get()
-        happened = f"{process.name} {describe_exit(code)}"
-        log = f"the end of {process.log_path}:\n{process.last_words()}"
-        if process.role == "router":
-            return ClusterEvent(f"{happened}; the cluster is down; {log}", is_fatal=True)
-        if not any(each.role == "decode" and each.is_running for each in self.workers):
-            return ClusterEvent(f"{happened}; no decode worker is left; {log}", is_fatal=True)
-        return ClusterEvent(f"{happened}; the cluster goes on without it; {log}")
+        """The next thing that happened; a loss is never the end: what is lost is started again."""
+        return await self._events.get()
 
     async def drain(self) -> None:
         """Let requests finish: first the router, then the workers; kill what takes too long."""
+        await self._stop_keeping()
         await self._stop([self.router])
         await self._stop(self.workers)
 
@@ -152,65 +153,124 @@ class LocalCluster:
 
     async def _start_all(self) -> None:
         # The router goes first: workers are told its address, which may be picked by the system.
-        router = LocalProcess(
-            "router", "router", self.deployment.router, self.log_dir / "router.log"
-        )
-        await self._start(router)
-        workers = [self._worker_process(each.settings) for each in self.deployment.workers]
-        self.processes += workers
+        forking = asyncio.create_task(self._start_forking())
+        try:
+            settings = self.deployment.router
+            self.processes = [
+                LocalProcess("router", "router", settings, self.log_dir / "router.log")
+            ]
+            ready = await self._start(self.router)
+            self._public_address, self._internal_address = ready.address, ready.internal_address
+            self.processes += [self._worker(each.settings) for each in self.deployment.workers]
+            await forking
+        finally:
+            forking.cancel()
+            await asyncio.gather(forking, return_exceptions=True)
         try:
             async with asyncio.TaskGroup() as tasks:
-                for worker in workers:
+                for worker in self.workers:
                     tasks.create_task(self._start(worker))
         except ExceptionGroup as group:
             raise _first_error(group) from None
         await self._wait_for_registration()
+        self._keepers = [
+            asyncio.create_task(self._keep(place)) for place in range(len(self.processes))
+        ]
 
-    def _worker_process(self, settings: WorkerSettings) -> LocalProcess:
+    async def _start_forking(self) -> None:
+        """Without a fork server workers begin as programs: only slower."""
+        self._report("importing what workers need")
+        with opened_log(self.log_dir / "fork-server.log") as log:
+            try:
+                await self._fork_server.start(log)
+            except LocalFault as fault:
+                self._report(f"{fault.message}; see {log.name}")
+
+    def _worker(self, settings: WorkerSettings) -> LocalProcess:
         told = settings.model_copy(update={"routers": (self.internal_address,)})
         log_path = self.log_dir / f"{told.worker_id}.log"
-        return LocalProcess(told.worker_id, told.role, told, log_path)
+        if told.engine.device != "cpu":  # what has used a GPU cannot be forked
+            return LocalProcess(told.worker_id, told.role, told, log_path)
+        server = self._fork_server.name
+        return ForkedProcess(server, told.worker_id, told.role, told, log_path)
 
-    async def _start(self, process: LocalProcess) -> None:
-        if process not in self.processes:
-            self.processes.append(process)
+    async def _start(self, process: LocalProcess) -> Ready:
         self._report(f"starting {process.name}")
         ready = await process.start()
-        self._watchers.append(asyncio.create_task(self._watch(process)))
+        self._ends[process] = asyncio.create_task(process.watch())
         self._report(f"{process.name} serves at {ready.address}")
-
-    async def _watch(self, process: LocalProcess) -> None:
-        self._exits.put_nowait((process, await process.watch()))
+        return ready
 
     async def _wait_for_registration(self) -> None:
-        """Until the router has all workers; raises `ClusterFailed` where a process ends first."""
+        """Until the router has all workers; raises `ClusterFailed` if a process ends first."""
         self._report("waiting for the router to see all workers")
-        seen = asyncio.create_task(self._poll_router())
-        ended = asyncio.create_task(self._exits.get())
+        names = {process.name for process in self.workers}
+        seen = asyncio.create_task(all_alive(self.internal_address, names))
         try:
-            await asyncio.wait({seen, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if ended.done():
-                process, code = ended.result()
-                raise ClusterFailed(
-                    f"{process.name} {describe_exit(code)} while the cluster started; the end of "
-                    f"{process.log_path}:\n{process.last_words()}"
-                )
+            await asyncio.wait({seen, *self._ends.values()}, return_when=asyncio.FIRST_COMPLETED)
+            for process, end in self._ends.items():
+                if end.done():
+                    raise ClusterFailed(_obituary(process, end.result()))
             await seen
         finally:
-            for task in (seen, ended):
-                task.cancel()
-            await asyncio.gather(seen, ended, return_exceptions=True)
+            seen.cancel()
+            await asyncio.gather(seen, return_exceptions=True)
 
-    async def _poll_router(self) -> None:
-        expected = {process.name for process in self.workers}
-        async with AdminClient(self.internal_address) as admin:
-            while True:
-                with contextlib.suppress(ClusterUnreachable):
-                    state = await admin.cluster_state()
-                    alive = [each for each in state.workers if each.health == "alive"]
-                    if expected <= {str(worker.hello.worker_id) for worker in alive}:
-                        return
-                await asyncio.sleep(REGISTERED_POLL_S)
+    async def _keep(self, place: int) -> None:
+        """One place: lose a life, start the next, until cancelled."""
+        backoff, loop = Backoff(), asyncio.get_running_loop()
+        while True:
+            process, born_s = self.processes[place], loop.time()
+            await asyncio.wait([self._ends[process]])
+            code = self._ends.pop(process).result()
+            lost_s = loop.time()
+            self._tell(f"{_obituary(process, code)}\nstarting {process.name} again")
+            await asyncio.sleep(backoff.after_life(lost_s - born_s))
+            ready = await self._revive(place, backoff)
+            gone_s = loop.time() - lost_s
+            self._tell(f"{process.name} serves again at {ready.address}, {gone_s:.1f} s later")
+
+    async def _revive(self, place: int, backoff: Backoff) -> Ready:
+        """Try until it serves; tell each new reason why it does not."""
+        told = ""
+        while True:
+            process = self._successor(place)
+            try:
+                async with asyncio.timeout(RESTART_S):
+                    return await self._start(process)
+            except TimeoutError:
+                why = f"{process.name} did not serve within {RESTART_S:g} s"
+            except PdserveError as error:
+                why = error.message
+            process.signal(signal.SIGKILL)
+            await process.wait()
+            if why != told:
+                told = why
+                self._tell(f"{why}\ntrying again")
+            await asyncio.sleep(backoff.after_failure())
+
+    def _successor(self, place: int) -> LocalProcess:
+        """The next life at `place`; a router listens where clients and workers know it."""
+        lost = self.processes[place]
+        if isinstance(lost.settings, WorkerSettings):
+            self.processes[place] = self._worker(lost.settings)
+        else:
+            ports = {
+                "port": port_of(self.public_address),
+                "internal_port": port_of(self.internal_address),
+            }
+            settings = lost.settings.model_copy(update=ports)
+            self.processes[place] = LocalProcess("router", "router", settings, lost.log_path)
+        return self.processes[place]
+
+    def _tell(self, message: str) -> None:
+        self._events.put_nowait(ClusterEvent(message))
+
+    async def _stop_keeping(self) -> None:
+        """Nothing is started again any more."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
 
     async def _stop(self, processes: Sequence[LocalProcess]) -> None:
         """SIGTERM, wait for the drain, then SIGKILL what is left."""
@@ -230,10 +290,15 @@ class LocalCluster:
                 task.cancel()
 
     async def _kill_all(self) -> None:
-        self.kill()
-        ends = [process.wait() for process in self.processes]
         # A second Ctrl-C must not leave zombies behind: they are dead already, this is brief.
-        await asyncio.shield(asyncio.gather(*ends, *self._watchers))
+        await asyncio.shield(self._kill_all_now())
+
+    async def _kill_all_now(self) -> None:
+        await self._stop_keeping()
+        self.kill()
+        await asyncio.gather(*(process.wait() for process in self.processes))
+        await asyncio.gather(*self._ends.values())
+        await self._fork_server.close()
 
     def _late_message(self) -> str:
         late = [process for process in self.processes if process.ready is None]
@@ -245,9 +310,16 @@ class LocalCluster:
         return f"{names} did not serve within {limit}; logs in {self.log_dir}\n{words}"
 
 
-def _ready(process: LocalProcess) -> Ready:
-    assert process.ready is not None, f"{process.name} does not serve yet"
-    return process.ready
+def _obituary(process: LocalProcess, code: int) -> str:
+    return (
+        f"{process.name} {describe_exit(code)}; the end of {process.log_path}:\n"
+        f"{process.last_words()}"
+    )
+
+
+def _preloaded_engine(deployment: Deployment) -> Literal["torch", "timed"]:
+    engines = {worker.settings.engine.engine for worker in deployment.workers}
+    return "torch" if "torch" in engines else "timed"
 
 
 def _first_error(group: ExceptionGroup[Exception]) -> Exception:

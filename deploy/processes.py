@@ -72,7 +72,7 @@ class LocalProcess:
         self.settings = settings
         self.log_path = log_path
         self.ready: Ready | None = None
-        self._on_parent_death = "--die-with-parent" if dies_at_once else "--exit-with-parent"
+        self.dies_at_once = dies_at_once
         self._child: Child | None = None
         self._stdin: asyncio.StreamWriter | None = None
 
@@ -92,7 +92,7 @@ class LocalProcess:
 
     async def start(self) -> Ready:
         """Start and wait for its ready line; raises `ClusterFailed` with its reason or its log."""
-        with _open_log(self.log_path) as log:
+        with opened_log(self.log_path) as log:
             self._child = await self._spawn(log)
         await self._send_settings()
         self.ready = await self._read_ready(self._child)
@@ -128,7 +128,8 @@ class LocalProcess:
         """Start the child, whose stderr is `log`."""
         child = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", MODULES[self.role]),
-            *("--settings", "-", self._on_parent_death),
+            *("--settings", "-"),
+            "--die-with-parent" if self.dies_at_once else "--exit-with-parent",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=log,
@@ -171,6 +172,10 @@ class LocalProcess:
         )
 
 
+def port_of(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
 def describe_exit(code: int) -> str:
     """In words; negative codes are signals."""
     if code >= 0:
@@ -187,7 +192,8 @@ def environment() -> Mapping[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _open_log(path: Path) -> BinaryIO:
+def opened_log(path: Path) -> BinaryIO:
+    """The log file to append to; raises `LocalFault`."""
     try:
         return path.open("ab")
     except OSError as error:

@@ -1,7 +1,6 @@
 """A whole cluster on Ray: placed by placement groups, watched by us; no request goes through it."""
 
 import asyncio
-import contextlib
 import json
 import signal
 from collections.abc import Coroutine, Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import Self
 from deploy.backend import ClusterEvent, ProcessRow, Report
 from deploy.deployment import Deployment
 from deploy.log_dir import LogDir
+from deploy.processes import port_of
 from deploy.ray.connecting import connect, disconnect, living_nodes, this_node
 from deploy.ray.fork_servers import ForkServers
 from deploy.ray.hosted import HostedProcess
@@ -20,9 +20,8 @@ from deploy.ray.resources import RayOptions, explain_unfit, needs_of
 from deploy.ray.slots import Slot
 from deploy.ray.stopping import StopRequest
 from deploy.ray.supervision import Supervisor
+from deploy.registration import all_alive
 from pdserve.cli.problems import ClusterFailed
-from pdserve.client.admin import AdminClient
-from pdserve.client.faults import ClusterUnreachable
 from pdserve.config.binding import is_loopback
 from pdserve.domain.errors import LocalFault, PdserveError
 from pdserve.engine.model_files import ModelFiles
@@ -30,7 +29,7 @@ from pdserve.engine.model_files import ModelFiles
 KILL_GRACE_S = 5.0
 """A process that takes this much longer to drain than its own limit is killed."""
 CLOSE_S = 3.0
-REGISTERED_POLL_S = 0.1
+PLACE_POLL_S = 0.1
 SETTLE_S = 2.0
 """Resources of a cluster that has just ended show up as free this much later, at most."""
 LOG_S = 2.0
@@ -188,7 +187,7 @@ class RayCluster:
             if not could_fit or asyncio.get_running_loop().time() > deadline:
                 gpus = {worker.name: worker.gpu for worker in self.deployment.workers}
                 raise LocalFault(explain_unfit(found, nodes, gpus))
-            await asyncio.sleep(REGISTERED_POLL_S)
+            await asyncio.sleep(PLACE_POLL_S)
 
     def _router_slot(self) -> Slot:
         return Slot(
@@ -239,13 +238,14 @@ class RayCluster:
         public, internal = hosted.started.ready.address, hosted.started.ready.internal_address
         self._public_address = _dialled(public, hosted.host)
         self._internal_address = _dialled(internal, hosted.host)
-        ports = {"port": _port(public), "internal_port": _port(internal)}
+        ports = {"port": port_of(public), "internal_port": port_of(internal)}
         router.settings = router.settings.model_copy(update=ports)
 
     async def _wait_for_registration(self) -> None:
         """Until the router has all workers; raises `ClusterFailed` where one is lost first."""
         self._report("waiting for the router to see all workers")
-        seen = asyncio.create_task(self._poll_router())
+        names = {slot.name for slot in self.slots[1:]}
+        seen = asyncio.create_task(all_alive(self.internal_address, names))
         losses = {asyncio.create_task(_hosted(slot).loss()): slot for slot in self.slots}
         try:
             await asyncio.wait({seen, *losses}, return_when=asyncio.FIRST_COMPLETED)
@@ -260,17 +260,6 @@ class RayCluster:
             for task in (seen, *losses):
                 task.cancel()
             await asyncio.gather(seen, *losses, return_exceptions=True)
-
-    async def _poll_router(self) -> None:
-        expected = {slot.name for slot in self.slots[1:]}
-        async with AdminClient(self.internal_address) as admin:
-            while True:
-                with contextlib.suppress(ClusterUnreachable):
-                    state = await admin.cluster_state()
-                    alive = [each for each in state.workers if each.health == "alive"]
-                    if expected <= {str(worker.hello.worker_id) for worker in alive}:
-                        return
-                await asyncio.sleep(REGISTERED_POLL_S)
 
     async def _await_stop_request(self, request: StopRequest) -> None:
         if await request.wait():
@@ -390,10 +379,6 @@ def _dialled(address: str, host: str) -> str:
     """A listening address as others reach it."""
     listening, _, port = address.rpartition(":")
     return f"{host}:{port}" if listening in WILDCARDS else address
-
-
-def _port(address: str) -> int:
-    return int(address.rpartition(":")[2])
 
 
 def _is_serious(line: bytes) -> bool:

@@ -17,7 +17,6 @@ from rich.table import Table
 from deploy.backend import Cluster, Report
 from deploy.deployment import Deployment
 from deploy.runs import Run, noted_run
-from pdserve.cli.problems import ClusterFailed
 from pdserve.cli.running import EXIT_INTERRUPTED
 from pdserve.cli.status_view import plain_console
 from pdserve.domain.errors import PdserveError
@@ -96,7 +95,7 @@ class _Up:
             raise typer.Exit(EXIT_INTERRUPTED)
 
     async def _watch(self) -> None:
-        """Until a signal; raises `ClusterFailed` once the cluster cannot serve."""
+        """Until a signal, or until somebody elsewhere asks for the end."""
         stopped = asyncio.create_task(self._stop.wait())
         try:
             while not stopped.done():
@@ -106,8 +105,6 @@ class _Up:
                     ended.cancel()
                     break
                 event = ended.result()
-                if event.is_fatal:
-                    raise ClusterFailed(event.message)
                 self._print(event.message)
                 if event.asks_stop:
                     self._on_signal()

@@ -13,8 +13,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.forked import ForkedProcess, ForkServer
 from deploy.processes import LocalProcess, ProcessRole, Ready, describe_exit
-from deploy.ray.forked import ForkedProcess, ForkServer
 from pdserve.config.base import Settings
 from pdserve.config.processes import RouterSettings, WorkerSettings
 from pdserve.domain.errors import LocalFault, PdserveError
@@ -78,7 +78,7 @@ class RankActor:
         self._log_dir = Path(tempfile.mkdtemp(prefix=f"pdserve-{name}-"))
         log_path = self._log_dir / f"{name}.log"
         process = (
-            ForkedProcess(fork_server, name, role, told, log_path)
+            ForkedProcess(fork_server, name, role, told, log_path, dies_at_once=True)
             if fork_server
             else LocalProcess(name, role, told, log_path, dies_at_once=True)
         )

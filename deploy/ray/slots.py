@@ -21,7 +21,6 @@ class Slot:
     fork_servers: ForkServers
     hosted: HostedProcess | None = None
     serving_since_s: float | None = None  # by time.monotonic(); None: it does not serve
-    num_lives: int = 0
 
     @property
     def name(self) -> str:
@@ -46,7 +45,6 @@ class Slot:
         self.hosted = HostedProcess(reservation)
         if self.can_fork:
             self.fork_servers.prepare(node)
-        self.num_lives += 1
 
     async def launch(self, within_s: float) -> None:
         """Start the process where it was reserved; raises `ClusterFailed`."""

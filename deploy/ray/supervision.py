@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Sequence
 
 from ray.exceptions import RayError
 
+from deploy.backoff import Backoff
 from deploy.ray.absence import AbsenceJudge
 from deploy.ray.connecting import answering, living_nodes
 from deploy.ray.hosted import HostedProcess
@@ -29,10 +30,6 @@ PING_S = 1.0
 END_S = 0.5
 """A lost process has this long to say that it is gone; its actor is killed then."""
 RELAUNCH_S = 120.0
-FIRST_BACKOFF_S = 0.2
-MAX_BACKOFF_S = 5.0
-SETTLED_S = 30.0
-"""A life this long is no crash loop."""
 
 Tell = Callable[[str], None]
 
@@ -86,7 +83,7 @@ class Supervisor:
 
     async def _keep(self, slot: Slot) -> None:
         """One slot: lose a life, start the next, for ever."""
-        backoff_s = FIRST_BACKOFF_S
+        backoff = Backoff()
         while True:
             assert slot.hosted is not None
             born_s = time.monotonic()
@@ -95,11 +92,7 @@ class Supervisor:
             self._tell(f"{slot.name} on {slot.hosted.node.label} {why}; starting it again")
             last_node = slot.hosted.node.node_id
             await slot.close(END_S)
-            if lost_s - born_s < SETTLED_S and slot.num_lives > 1:
-                await asyncio.sleep(backoff_s)
-                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
-            else:
-                backoff_s = FIRST_BACKOFF_S
+            await asyncio.sleep(backoff.after_life(lost_s - born_s))
             node = await self._revive(slot, last_node)
             self._tell(
                 f"{slot.name} serves again on {node.label}, {time.monotonic() - lost_s:.1f} s later"
@@ -107,8 +100,7 @@ class Supervisor:
 
     async def _revive(self, slot: Slot, last_node: str) -> RayNode:
         """Try until it serves; tell each new reason why it does not."""
-        told = ""
-        started_s, backoff_s = time.monotonic(), FIRST_BACKOFF_S
+        told, started_s, backoff = "", time.monotonic(), Backoff()
         while True:
             try:
                 await self._reserve(slot, last_node)
@@ -124,8 +116,7 @@ class Supervisor:
                 if why != told and not is_early:
                     told = why
                     self._tell(f"{slot.name} waits: {told}; trying again")
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+            await asyncio.sleep(backoff.after_failure())
 
     async def _reserve(self, slot: Slot, last_node: str) -> None:
         async with self._placing:

@@ -61,9 +61,10 @@ def test_up_says_what_it_started(cluster: Up) -> None:
         assert host == "127.0.0.1"
         assert int(port) > 0
         assert psutil.pid_exists(each["pid"])
-    assert len(cluster.left()) == 4  # itself, router, two workers
+    assert len(cluster.left()) == 5  # itself, router, fork server, two workers
     assert sorted(path.name for path in Path(said["log_dir"]).iterdir()) == [
         "decode-0.log",
+        "fork-server.log",
         "prefill-0.log",
         "router.log",
     ]
@@ -246,7 +247,7 @@ def test_interrupt_drains_and_leaves_nothing(start: Start) -> None:
     before = set(os.listdir("/dev/shm"))
     run = start(*TIMED, "--prefill", "2", "--decode", "2")
     assert run.said["ready"]
-    assert len(run.left()) == 6
+    assert len(run.left()) == 7
     code, errors = run.end(signal.SIGINT)
     assert code == 0, errors
     assert "draining" in errors
@@ -260,7 +261,7 @@ async def test_interrupt_while_starting_leaves_nothing(start: Start) -> None:
     run = start(*TIMED)
 
     def has_worker() -> bool:
-        return any("prefill_worker" in line for line in run.left())
+        return sum("deploy.fork_server" in line for line in run.left()) > 1
 
     await wait_until(has_worker, within_s=START_S, what="a worker starting")
     code, errors = run.end(signal.SIGINT)
@@ -299,25 +300,28 @@ def test_second_interrupt_stops_at_once(start: Start) -> None:
     assert asked.decode().startswith("pdserve: ")
 
 
-def test_lost_worker_is_reported_and_the_cluster_goes_on_while_it_can(start: Start) -> None:
+def test_lost_process_is_reported_and_started_again(start: Start) -> None:
     run = start(*TIMED)
-    os.kill(run.pid_of("prefill-0"), signal.SIGKILL)
-    assert run.child.stderr is not None
-    wait_readable(run.child.stderr, END_S)
-    done = pdserve("generate", "x", "-n", "4", "--ignore-eos", cluster=run)
-    assert done.returncode == 0, done.stderr
-    os.kill(run.pid_of("decode-0"), signal.SIGKILL)
-    code, errors = run.wait()
-    assert code == 1
-    assert "prefill-0 was killed by SIGKILL; the cluster goes on without it" in errors
-    assert "decode-0 was killed by SIGKILL; no decode worker is left" in errors
+    for name in ("prefill-0", "decode-0", "router"):
+        os.kill(run.pid_of(name), signal.SIGKILL)
+        said = run.read_errors(until=f"{name} serves again")
+        assert f"{name} was killed by SIGKILL; the end of" in said
+        done = pdserve("generate", "x", "-n", "4", "--ignore-eos", cluster=run)
+        assert done.returncode == 0, done.stderr
+    timeline = json.loads(
+        pdserve("generate", "x", "-n", "4", "--ignore-eos", "--json", cluster=run).stdout
+    )["timeline"]
+    assert timeline["prefill_worker"] == "prefill-0"
+    code, errors = run.end(signal.SIGINT)
+    assert code == 0, errors
     assert run.left() == []
 
 
-def test_death_of_the_router_ends_the_cluster_with_a_failure(start: Start) -> None:
+def test_stop_while_a_process_is_started_again_leaves_nothing(start: Start) -> None:
     run = start(*TIMED)
-    os.kill(run.pid_of("router"), signal.SIGKILL)
-    code, errors = run.wait()
-    assert code == 1
-    assert "router was killed by SIGKILL; the cluster is down" in errors
+    for name in ("decode-0", "prefill-0", "router"):
+        os.kill(run.pid_of(name), signal.SIGKILL)
+    run.read_errors(until="was killed by SIGKILL")
+    code, errors = run.end(signal.SIGINT)
+    assert code == 0, errors
     assert run.left() == []

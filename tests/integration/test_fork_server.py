@@ -11,7 +11,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from deploy.ray.forked import ForkedChild, ForkedProcess, ForkServer
+from deploy.forked import ForkedChild, ForkedProcess, ForkServer
 from pdserve.cli.problems import ClusterFailed
 from pdserve.config.processes import WorkerSettings
 from tests.support.clusters import demo_engine, timed_engine
@@ -34,14 +34,17 @@ async def server(name: str) -> AsyncIterator[ForkServer]:
     await server.close()
 
 
-def worker(name: str, folder: Path, **changes: object) -> ForkedProcess:
+def worker(
+    name: str, folder: Path, *, dies_at_once: bool = False, **changes: object
+) -> ForkedProcess:
     fields = {"role": "decode", "worker_id": "decode-0", "engine": timed_engine(), **changes}
     settings = WorkerSettings.model_validate(fields)
-    return ForkedProcess(name, "decode-0", "decode", settings, folder / "decode-0.log")
+    log_path = folder / "decode-0.log"
+    return ForkedProcess(name, "decode-0", "decode", settings, log_path, dies_at_once=dies_at_once)
 
 
 def is_forked(process: ForkedProcess) -> bool:
-    return "deploy.ray.fork_server" in psutil.Process(process.pid).cmdline()
+    return "deploy.fork_server" in psutil.Process(process.pid).cmdline()
 
 
 async def test_fork_serves_drains_and_tells_its_exit_code(name: str, tmp_path: Path) -> None:
@@ -73,6 +76,13 @@ async def test_killed_fork_is_seen(name: str, tmp_path: Path) -> None:
         assert await process.watch() == -signal.SIGKILL
 
 
+def _cut_lifeline(process: ForkedProcess) -> None:
+    """As the death of the process that asked for it would."""
+    child = process._child
+    assert isinstance(child, ForkedChild)
+    child._lifeline = _replaced(child._lifeline)
+
+
 def _replaced(descriptor: int) -> int:
     """Close one end of a pipe, as the death of its process would; another takes its number."""
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -84,18 +94,25 @@ def _replaced(descriptor: int) -> int:
 async def test_fork_dies_with_the_one_that_asked_even_if_it_is_stopped(
     name: str, tmp_path: Path
 ) -> None:
-    process, other = worker(name, tmp_path), worker(name, tmp_path)
+    process, other = (worker(name, tmp_path, dies_at_once=True) for _ in range(2))
     await process.start()
     await other.start()
     os.kill(process.pid, signal.SIGSTOP)
-    child = process._child
-    assert isinstance(child, ForkedChild)
-    child._lifeline = _replaced(child._lifeline)
+    _cut_lifeline(process)
     async with asyncio.timeout(GONE_WITHIN_S):
         assert await process.watch() == -signal.SIGKILL
     assert psutil.pid_exists(other.pid)
     other.signal(signal.SIGKILL)
     await other.wait()
+
+
+async def test_fork_drains_once_the_one_that_asked_is_gone(name: str, tmp_path: Path) -> None:
+    process = worker(name, tmp_path)
+    await process.start()
+    _cut_lifeline(process)
+    async with asyncio.timeout(GONE_WITHIN_S):
+        assert await process.watch() == 0
+    assert "worker.drained" in process.log_path.read_text()
 
 
 def pipes_of(pid: int) -> set[str]:

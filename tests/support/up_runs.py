@@ -33,6 +33,7 @@ class Up:
             pdserve_command("up", "--json", *options),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            bufsize=0,  # what is not read yet stays where `select` sees it
             env={**os.environ, **env, MARK: self.mark},
             start_new_session=True,
         )
@@ -56,6 +57,17 @@ class Up:
         if "said" not in self.__dict__:
             self.said = json.loads(said or b"{}")
         return self.child.returncode, errors.decode()
+
+    def read_errors(self, *, until: str) -> str:
+        """What it wrote to stderr up to the line that has `until`."""
+        assert self.child.stderr is not None
+        said = ""
+        while until not in said:
+            wait_readable(self.child.stderr, END_S)
+            line = self.child.stderr.readline().decode()
+            assert line, f"it ended without {until!r}: {said}"
+            said += line
+        return said
 
     def pid_of(self, name: str) -> int:
         return next(int(each["pid"]) for each in self.said["processes"] if each["name"] == name)

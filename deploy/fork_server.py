@@ -1,9 +1,9 @@
 """A process that has imported what workers need, and forks one for each that asks.
 
-    actor ── one JSON line + 5 descriptors ──▶ fork server ──▶ fork ──▶ worker
+    owner ── one JSON line + 5 descriptors ──▶ fork server ──▶ fork ──▶ worker
       settings, output, log ◀────────────────────────────────────────────┘
       status ◀── exit code, from the server, which is the worker's parent
-      lifeline: the actor holds its other end; once that is closed the kernel kills the worker
+      lifeline: the owner holds its other end; once that is closed the kernel signals the worker
 
 Importing torch and transformers takes a core four seconds, a fork none. Nothing here starts a
 thread, a channel or a CUDA context, so that forking is safe. Only processes of the same user are
@@ -25,7 +25,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
@@ -48,29 +48,32 @@ def main() -> None:
     """Preload, say so on stdout, serve until the starting process dies."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", help="of the abstract socket to listen on")
-    name = parser.parse_args().name
+    parser.add_argument("--engine", choices=("torch", "timed"), default="torch")
+    arguments = parser.parse_args()
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the starting process is gone")
-    preload()
+    preload(arguments.engine)
     if num_threads() > 1:
         sys.exit("the imports started threads: forking would not be safe")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(f"\0{name}")
+        listener.bind(f"\0{arguments.name}")
         listener.listen()
         print("ready", flush=True)
         serve(listener)
 
 
-def preload() -> None:
-    """Import what a worker imports, and load the demo model once: models import as they load."""
-    from pdserve.config.processes import EngineSettings
+def preload(engine: Literal["torch", "timed"]) -> None:
+    """Import what a worker imports, and open the demo model once: models import as they load."""
+    from pdserve.config.processes import CoefficientSettings, EngineSettings
     from pdserve.engine.opening import open_engine
 
     for module in MODULES.values():
         importlib.import_module(f"{module}.app")
-    open_engine(EngineSettings(num_blocks=1)).close()
+    nothing = CoefficientSettings(fixed_s=0, prefill_token_s=0, decode_token_s=0)
+    settings = EngineSettings(num_blocks=1, engine=engine, coefficients=nothing)
+    open_engine(settings).close()
 
 
 def num_threads() -> int:
@@ -91,7 +94,7 @@ def serve(listener: socket.socket) -> None:
 
 
 def _reap(selector: selectors.BaseSelector, pidfd: int, forked: Forked) -> None:
-    """Tell its actor how it ended."""
+    """Tell its owner how it ended."""
     selector.unregister(pidfd)
     os.close(pidfd)
     _, status = os.waitpid(forked.pid, 0)
@@ -139,7 +142,7 @@ def _become(
         for given, number in ((settings, 0), (output, 1), (log, 2)):
             os.dup2(given, number)
         _close_all_but(0, 1, 2, lifeline)
-        _die_with(lifeline)
+        _signal_with(lifeline, request["on_parent_death"])
         os.environ.clear()
         os.environ.update(request["environment"])
         _call_itself(f"pdserve-{request['role']}")
@@ -172,10 +175,10 @@ def _run_worker(role: str) -> None:
     run_process(WorkerSettings, module.serve, f"{role} worker")
 
 
-def _die_with(lifeline: int) -> None:
-    """Have the kernel kill this process, stopped or busy, once the other end is closed."""
+def _signal_with(lifeline: int, number: int) -> None:
+    """Have the kernel send this process a signal once the other end is closed."""
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(lifeline, F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(lifeline, F_SETSIG, number)
     flags = fcntl.fcntl(lifeline, fcntl.F_GETFL)
     fcntl.fcntl(lifeline, fcntl.F_SETFL, flags | os.O_NONBLOCK | fcntl.FASYNC)
     try:

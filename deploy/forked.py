@@ -1,13 +1,15 @@
-"""A worker forked from its node's fork server, seen from the actor that asked for it."""
+"""A worker forked from the fork server of its machine, seen from the process that asked for it."""
 
 import asyncio
 import json
 import os
+import secrets
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from signal import SIGKILL, pidfd_send_signal
-from typing import BinaryIO
+from signal import SIGKILL, SIGTERM, pidfd_send_signal
+from typing import Any, BinaryIO, Literal
 
 from deploy.processes import Child, LocalProcess, ProcessRole, environment
 from pdserve.config.base import Settings
@@ -18,18 +20,20 @@ KILLED = -int(SIGKILL)
 
 
 class ForkServer:
-    """Owns the fork server of a node. Starting it takes as long as starting a worker does."""
+    """Owns the fork server of a machine. Starting it takes as long as starting a worker does."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str = "", engine: Literal["torch", "timed"] = "torch") -> None:
+        self.name = name or f"pdserve-fork-{secrets.token_hex(8)}"
+        self._engine = engine
         self._child: asyncio.subprocess.Process | None = None
 
-    async def start(self) -> None:
-        """Until it can fork; raises `LocalFault` where it cannot."""
+    async def start(self, log: BinaryIO | None = None) -> None:
+        """Return once it can fork; raises `LocalFault` if it cannot. `log` takes its stderr."""
         self._child = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "deploy.ray.fork_server", self._name),
+            *(sys.executable, "-m", "deploy.fork_server", self.name, "--engine", self._engine),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
+            stderr=log,
             env=environment(),
             start_new_session=True,
         )
@@ -45,21 +49,31 @@ class ForkServer:
 
 
 class ForkedProcess(LocalProcess):
-    """A `LocalProcess` that begins as a fork; without a server that answers it begins as usual.
-
-    The kernel kills it as soon as this process ends.
-    """
+    """A `LocalProcess` that begins as a fork; without a server that answers it begins as usual."""
 
     def __init__(
-        self, server: str, name: str, role: ProcessRole, settings: Settings, log_path: Path
+        self,
+        server: str,
+        name: str,
+        role: ProcessRole,
+        settings: Settings,
+        log_path: Path,
+        *,
+        dies_at_once: bool = False,
     ) -> None:
-        super().__init__(name, role, settings, log_path, dies_at_once=True)
+        super().__init__(name, role, settings, log_path, dies_at_once=dies_at_once)
         self._server = server
 
     async def _spawn(self, log: BinaryIO) -> Child:
+        request = {
+            "role": self.role,
+            "environment": dict(environment()),
+            "on_parent_death": SIGKILL if self.dies_at_once else SIGTERM,
+        }
         try:
-            settings = self.settings.model_dump_json()
-            return await ForkedChild.ask(self._server, self.role, settings, log)
+            return await ForkedChild.ask(
+                self._server, request, self.settings.model_dump_json(), log
+            )
         except (OSError, TimeoutError):
             return await super()._spawn(log)
 
@@ -78,7 +92,9 @@ class ForkedChild:
         asyncio.get_running_loop().add_reader(self._pidfd, self._on_end)
 
     @classmethod
-    async def ask(cls, server: str, role: str, settings: str, log: BinaryIO) -> "ForkedChild":
+    async def ask(
+        cls, server: str, request: Mapping[str, Any], settings: str, log: BinaryIO
+    ) -> "ForkedChild":
         """Raises `OSError` or `TimeoutError` where no server of that name forks."""
         output, their_output = os.pipe()
         status, their_status = os.pipe()
@@ -88,8 +104,8 @@ class ForkedChild:
         try:
             os.write(given, settings.encode())
             os.lseek(given, 0, os.SEEK_SET)
-            request = json.dumps({"role": role, "environment": dict(environment())}).encode()
-            pid = await asyncio.to_thread(_exchange, server, request, theirs)
+            asked = json.dumps(request).encode()
+            pid = await asyncio.to_thread(_exchange, server, asked, theirs)
             return cls(pid, await _reader(output), status, lifeline)
         except BaseException:
             for descriptor in (output, status, lifeline):
