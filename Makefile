@@ -1,13 +1,14 @@
-# One environment in .venv; every target sets up what it needs.
+# One environment in .venv; every target sets up what it needs. `make setup` sets up all of it.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+TOOLS := $(VENV)/.tools
 export OMP_NUM_THREADS := 1
 
 .PHONY: setup demo check test test-all bench proto diagrams model screenshots clean
 
-setup: $(STAMP)
+setup: $(STAMP) $(TOOLS)
 
 # torch first and by its exact version, so that no later package pulls a CUDA build.
 $(STAMP): pyproject.toml constraints.txt
@@ -17,10 +18,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,planner,ray,dev]'
 	touch $(STAMP)
 
-demo: setup
+# What tests use beyond Python, where the system lets us install it.
+$(TOOLS): scripts/install_test_tools.sh | $(STAMP)
+	sh scripts/install_test_tools.sh
+	touch $(TOOLS)
+
+demo: $(STAMP)
 	$(BIN)/python -m deploy.demo
 
-check: setup
+check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -33,21 +39,21 @@ test: setup
 test-all: setup
 	$(BIN)/pytest -q -m "not peer"
 
-bench: setup
+bench: $(STAMP)
 	$(BIN)/python -m bench
 
-proto: setup
+proto: $(STAMP)
 	$(BIN)/python scripts/generate_stubs.py
 
-diagrams: setup
+diagrams: $(STAMP)
 	$(BIN)/python scripts/generate_diagrams.py
 	$(BIN)/python scripts/generate_metrics_table.py
 
 # Pictures of the planner's report for the docs; says so and does nothing without Chromium.
-screenshots: setup
+screenshots: $(STAMP)
 	$(BIN)/python -m scripts.screenshot_report --output docs/images
 
-model: setup
+model: $(STAMP)
 	$(BIN)/python scripts/train_demo_model.py
 
 clean:
