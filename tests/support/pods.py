@@ -13,6 +13,7 @@ root, and for users who may make user namespaces.
 import functools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ REPO = Path(__file__).parents[2]
 NODE_IP = "10.77.0.1"
 TOOLS = ("unshare", "nsenter", "ip", "ss", "mount")
 BIN = Path(sys.executable).parent
+RUN_FROM = (REPO, Path(sys.prefix), Path(sys.base_prefix))
 
 
 @functools.cache
@@ -35,13 +37,28 @@ def why_no_pods() -> str:
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         return f"not installed: {', '.join(missing)}"
-    if REPO.is_relative_to("/tmp") or BIN.is_relative_to("/tmp"):
-        return "the checkout is under /tmp, which pods have for themselves"
     probe = "ip link add br0 type bridge && mount -t overlay none -o lowerdir=/tmp:/etc /etc"
     done = subprocess.run(
         [*_unshare(with_user=True), "sh", "-c", probe], capture_output=True, text=True, check=False
     )
     return done.stderr.strip() if done.returncode else ""
+
+
+def _memory_mount(path: str, size: str) -> list[str]:
+    """Shell lines: memory at `path`, through which what processes run from still shows."""
+    kept = [folder for folder in RUN_FROM if folder.is_relative_to(path)]
+    memory = f"mount -t tmpfs -o size={size} none {path}"
+    if not kept:
+        return [memory]
+    # The kernel keeps what is covered reachable through a descriptor that was opened before.
+    opened = [f"exec {number}<{shlex.quote(str(folder))}" for number, folder in enumerate(kept, 3)]
+    shown = [
+        f"mkdir -p {shlex.quote(str(folder))} && "
+        f"mount -c --bind /proc/self/fd/{number} {shlex.quote(str(folder))}"
+        for number, folder in enumerate(kept, 3)
+    ]
+    closed = [f"exec {number}<&-" for number in range(3, 3 + len(kept))]
+    return [*opened, memory, *shown, *closed]
 
 
 def _unshare(*, with_user: bool) -> list[str]:
@@ -96,7 +113,7 @@ class Node:
         if etc is not None:
             lines.append(f"mount -t overlay none -o lowerdir={etc}:/etc /etc")
         for path, size in (memory_mounts or {}).items():
-            lines.append(f"mount -t tmpfs -o size={size} none {path}")
+            lines += _memory_mount(path, size)
         if etc is not None:
             lines.append("mount -o remount,bind,ro /")
         pause = self._pause([*self.enter(), *_unshare(with_user=False)], " && ".join(lines))
