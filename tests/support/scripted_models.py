@@ -35,7 +35,7 @@ def save_scripted_model(
         eos_token_id=None,
         tie_word_embeddings=False,
     )
-    model: Any = transformers.GPT2LMHeadModel(config).eval()
+    model: Any = transformers.GPT2LMHeadModel(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("c_attn.weight"):  # attention runs, and is multiplied by zero
