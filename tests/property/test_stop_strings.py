@@ -19,6 +19,7 @@ WORDS = ["".join(letters) for size in (1, 2, 3) for letters in product(LETTERS, 
 SPECIALS = ("<ab>", "<ba>", "<end>")
 EOS = len(WORDS) + 2
 """The last of `SPECIALS`, which come after the words."""
+ACROSS = f"a{SPECIALS[1]}ba"
 STOP_ID = 0
 """The first of `WORDS`, in the answers that stop there."""
 
@@ -97,14 +98,16 @@ def shown_by_search(token_ids: Sequence[int], params: SamplingParams) -> Shown:
 
 words = st.integers(1, len(WORDS) - 1)
 specials = st.integers(len(WORDS), EOS)
-answers = st.lists(st.one_of(words, words, specials, st.just(STOP_ID)), min_size=1, max_size=16)
+letters = st.integers(1, len(LETTERS) - 1)
+kinds = st.one_of(words, letters, letters, specials, st.just(STOP_ID))
+answers = st.lists(kinds, min_size=1, max_size=16)
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[int], SamplingParams]:
     token_ids = draw(answers)
     seen = TOKENIZER.decode(token_ids, skip_special_tokens=False)
-    cut = st.tuples(st.integers(0, len(seen) - 1), st.integers(1, 9))
+    cut = st.tuples(st.integers(0, len(seen) - 1), st.integers(1, 14))
     from_answer = cut.map(lambda place: seen[place[0] : sum(place)])
     anything = st.text(alphabet=LETTERS, min_size=1, max_size=4)
     max_tokens = draw(st.integers(1, 20))
@@ -129,6 +132,9 @@ def word(text: str) -> int:
 )
 @example(  # the first letter waits although special tokens come between
     case=([word("a"), *([EOS - 1] * 40), word("b")], SamplingParams(max_tokens=99, stop=("ab",)))
+)
+@example(  # all before a special token waits, though the text alone begins no stop string
+    case=([word("a"), EOS - 1, word("b"), word("a")], SamplingParams(max_tokens=9, stop=(ACROSS,)))
 )
 @settings(max_examples=1000, deadline=None)
 def test_answers_end_as_a_search_of_the_whole_text_says(

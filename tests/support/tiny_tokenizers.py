@@ -16,7 +16,7 @@ from pdserve.engine.tokenizer import Tokenizer
 REPLACEMENT = "\ufffd"
 BEGIN, END, TURN_END = SPECIALS = ("<s>", "</s>", "<|im_end|>")
 WORDS = ("the", "world", "of", "é", "日本", "🙂", ".", ",", "'s", "a")
-CUT_TEXT = "日本語のテキスト🙂é ok ñ"
+CUT_TEXT = "日本語のテキスト日本🙂é ok ñ"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
