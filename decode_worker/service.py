@@ -173,12 +173,15 @@ class DecodeService:
             raise BadRequest(f"a token id at or above {self._spec.vocab_size}")
 
     def _new_request(self, submit: Submit, outbox: RouterOutbox) -> DecodeRequest:
+        detokenizer = self._tokenizer.detokenizer(
+            submit.prompt_token_ids, skip_special_tokens=submit.sampling.skip_special_tokens
+        )
         return DecodeRequest(
             submit,
             answer=Answer(
                 submit.sampling,
                 eos_token_ids=self._spec.eos_token_ids,
-                detokenizer=self._tokenizer.detokenizer(),
+                detokenizer=detokenizer,
             ),
             outbox=outbox,
             names=hash_full_blocks(submit.prompt_token_ids, self._spec.layout.block_size),

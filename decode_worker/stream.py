@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from decode_worker.stop_strings import StopStrings
 from pdserve.domain.messages import RequestOutput, StepOutputs
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import FinishReason
@@ -36,52 +37,28 @@ class Answer:
         end_ids = () if sampling.ignore_eos else eos_token_ids
         self._stop_ids = frozenset((*end_ids, *sampling.stop_token_ids))
         self._detokenizer = detokenizer
-        self._held_text = ""
+        self._text = StopStrings(sampling.stop, is_included=sampling.include_stop_str_in_output)
         self.num_tokens = 0
 
     def push(self, token_id: int) -> AnswerPiece:
         """Add a token; a piece with `finish` is the last one."""
         can_stop = self.num_tokens >= self._sampling.min_tokens
+        is_stop = can_stop and token_id in self._stop_ids
         self.num_tokens += 1
-        if can_stop and token_id in self._stop_ids:
-            return self._end(FinishReason.STOP, can_stop)
-        self._held_text += self._detokenizer.push(token_id)
-        if can_stop and (stopped := self._cut_at_stop()) is not None:
+        has_text = not is_stop or self._sampling.include_stop_str_in_output
+        if has_text:
+            self._text.add(self._detokenizer.push(token_id))
+        if not has_text or self._detokenizer.skips_special_tokens:
+            self._text.add_hidden(self._detokenizer.special_text(token_id))
+        is_last = self.num_tokens == self._sampling.max_tokens
+        if is_stop or is_last:
+            self._text.add(self._detokenizer.flush())
+        if can_stop and (stopped := self._text.cut()) is not None:
             return AnswerPiece(stopped, FinishReason.STOP)
-        if self.num_tokens == self._sampling.max_tokens:
-            return self._end(FinishReason.LENGTH, can_stop)
-        return AnswerPiece(self._take_safe_text(can_stop), None)
-
-    def _end(self, reason: FinishReason, can_stop: bool) -> AnswerPiece:
-        self._held_text += self._detokenizer.flush()
-        if can_stop and (stopped := self._cut_at_stop()) is not None:
-            return AnswerPiece(stopped, FinishReason.STOP)
-        return AnswerPiece(self._held_text, reason)
-
-    def _cut_at_stop(self) -> str | None:
-        """Text before the first stop string; None if there is no stop string."""
-        places = [self._held_text.find(stop) for stop in self._sampling.stop]
-        first = min((place for place in places if place >= 0), default=None)
-        return None if first is None else self._held_text[:first]
-
-    def _take_safe_text(self, can_stop: bool) -> str:
-        """Take the held text but for the longest end that could begin a stop string."""
-        num_kept = 0
-        if can_stop:
-            num_kept = max(
-                (_overlap(self._held_text, stop) for stop in self._sampling.stop), default=0
-            )
-        cut = len(self._held_text) - num_kept
-        text, self._held_text = self._held_text[:cut], self._held_text[cut:]
-        return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+        if is_stop or is_last:
+            reason = FinishReason.STOP if is_stop else FinishReason.LENGTH
+            return AnswerPiece(self._text.take_all(), reason)
+        return AnswerPiece(self._text.take_safe() if can_stop else self._text.take_all(), None)
 
 
 class RouterOutbox:

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -186,8 +187,9 @@ def _once_it_can_serve(membership: Membership, clock: Callable[[], float]) -> Ca
 
 
 def _in_thread(executor: ThreadPoolExecutor, tokenizer: Tokenizer) -> Encode:
-    async def encode(text: str) -> tuple[int, ...]:
-        return await asyncio.get_running_loop().run_in_executor(executor, tokenizer.encode, text)
+    async def encode(text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        work = partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(executor, work)
 
     return encode
 

@@ -51,8 +51,8 @@ LAST_WORD_S = 1.0
 """Time for the requests that a drain ends to say so."""
 SEED_BITS = 53  # survives JSON
 
-Encode = Callable[[str], Awaitable[tuple[int, ...]]]
-"""Text to tokens, off the event loop."""
+Encode = Callable[[str, bool], Awaitable[tuple[int, ...]]]
+"""Text to tokens, off the event loop; True adds the tokenizer's special tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +206,9 @@ class Dispatcher:
             raise no_workers()
         check_call(call, model, max_prompt_chars=self._limits.max_prompt_chars)
         record.token_ids = (
-            await self._encode(call.prompt) if isinstance(call.prompt, str) else call.prompt
+            await self._encode(call.prompt, call.add_special_tokens)
+            if isinstance(call.prompt, str)
+            else call.prompt
         )
         field = "text" if isinstance(call.prompt, str) else "token_ids"
         check_token_ids(record.token_ids, call.sampling, model, field=field)

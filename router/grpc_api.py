@@ -190,6 +190,9 @@ def _call_from_proto(request: pb.GenerateRequest, label: str, context: Context) 
         label=label,
         deadline_s=context.time_remaining(),
         slo_class=request.slo_class,
+        add_special_tokens=(
+            request.add_special_tokens if request.HasField("add_special_tokens") else True
+        ),
     )
 
 

@@ -18,6 +18,7 @@ class GenerateCall:
     label: str = ""  # the client's name for it, for logs and DUPLICATE_ID
     deadline_s: float | None = None  # budget left when it was received
     slo_class: str = ""  # empty: the router's first
+    add_special_tokens: bool = True  # to a prompt that is text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,7 +56,8 @@ def generate(
         int | None, typer.Option(min=0, help="The same seed draws the same answer.")
     ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be repeated.")
+        list[str] | None,
+        typer.Option(help="End before this text, or special token; may be repeated."),
     ] = None,
     stop_token_id: Annotated[
         list[int] | None, typer.Option(min=0, help="End at this token; may be repeated.")
@@ -64,6 +65,16 @@ def generate(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on past the model's own end.")
     ] = False,
+    include_stop_str_in_output: Annotated[
+        bool,
+        typer.Option("--include-stop-str-in-output", help="Show what ended the answer too."),
+    ] = False,
+    skip_special_tokens: Annotated[
+        bool, typer.Option(help="Leave special tokens out of the answer's text.")
+    ] = True,
+    add_special_tokens: Annotated[
+        bool, typer.Option(help="Put the model's begin token before a prompt that has none.")
+    ] = True,
     logprobs: Annotated[
         int | None, typer.Option(min=0, help="Show each token's log-probability and N others.")
     ] = None,
@@ -99,6 +110,8 @@ def generate(
         stop_token_ids=tuple(stop_token_id or ()),
         ignore_eos=ignore_eos,
         logprobs=logprobs,
+        skip_special_tokens=skip_special_tokens,
+        include_stop_str_in_output=include_stop_str_in_output,
     )
     question = Question(
         prompt=prompt,
@@ -107,6 +120,7 @@ def generate(
         slo_class=slo_class,
         timeout_s=timeout,
         is_token_ids=token_ids,
+        add_special_tokens=add_special_tokens,
         as_json=as_json,
     )
     _run(lambda: answer(address, question))

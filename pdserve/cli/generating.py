@@ -34,6 +34,7 @@ class Question:
     slo_class: str = ""
     timeout_s: float | None = None
     is_token_ids: bool = False
+    add_special_tokens: bool = True
     as_json: bool = False
 
 
@@ -48,6 +49,7 @@ async def answer(address: str, question: Question) -> None:
             model=question.model,
             slo_class=question.slo_class,
             timeout_s=question.timeout_s,
+            add_special_tokens=question.add_special_tokens,
         )
         try:
             async with contextlib.aclosing(stream):

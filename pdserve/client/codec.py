@@ -13,7 +13,13 @@ MAX_UINT64 = 2**64 - 1
 
 
 def request_to_proto(
-    prompt: Prompt, sampling: Sampling, *, model: str, request_id: str, slo_class: str = ""
+    prompt: Prompt,
+    sampling: Sampling,
+    *,
+    model: str,
+    request_id: str,
+    slo_class: str = "",
+    add_special_tokens: bool | None = None,
 ) -> inference_pb2.GenerateRequest:
     """Raises `BadRequest` for what protobuf cannot carry; all other limits are the server's."""
     _check_representable(prompt, sampling)
@@ -24,6 +30,7 @@ def request_to_proto(
         request_id=request_id,
         sampling=_sampling_to_proto(sampling),
         slo_class=slo_class,
+        add_special_tokens=add_special_tokens,
     )
     if isinstance(prompt, str):
         message.text = prompt

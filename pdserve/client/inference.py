@@ -51,15 +51,22 @@ class InferenceClient:
         request_id: str = "",
         slo_class: str = "",
         timeout_s: float | None = None,
+        add_special_tokens: bool | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """Stream the answer; the last chunk has `finished`.
 
         `timeout_s` is the request's deadline, from now to the last token. Leaving the loop early
         cancels the request once the generator is closed (`contextlib.aclosing`). `slo_class` is one
-        of the router's; empty: its first.
+        of the router's; empty: its first. `add_special_tokens` False puts no begin token before a
+        text that holds all its own, as a chat template writes it.
         """
         message = codec.request_to_proto(
-            prompt, sampling, model=model, request_id=request_id, slo_class=slo_class
+            prompt,
+            sampling,
+            model=model,
+            request_id=request_id,
+            slo_class=slo_class,
+            add_special_tokens=add_special_tokens,
         )
         call = self._stub.Generate(message, timeout=timeout_s)
         num_tokens, is_finished = 0, False
@@ -87,10 +94,16 @@ class InferenceClient:
         request_id: str = "",
         slo_class: str = "",
         timeout_s: float | None = None,
+        add_special_tokens: bool | None = None,
     ) -> Answer:
         """The whole answer at once; cancelling the task cancels the request."""
         message = codec.request_to_proto(
-            prompt, sampling, model=model, request_id=request_id, slo_class=slo_class
+            prompt,
+            sampling,
+            model=model,
+            request_id=request_id,
+            slo_class=slo_class,
+            add_special_tokens=add_special_tokens,
         )
         try:
             return codec.answer_from_proto(await self._stub.Complete(message, timeout=timeout_s))

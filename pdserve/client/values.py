@@ -23,6 +23,8 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,9 @@ class SamplingParams:
     """Temperature 0 is greedy. `logprobs` counts the alternatives reported; None reports none.
 
     A stop id or stop string ends the answer once `min_tokens` tokens are out; stop tokens and
-    stop strings are not part of the text.
+    stop strings are part of the text only with `include_stop_str_in_output`. Stop strings are
+    looked for with special tokens shown, even if `skip_special_tokens` leaves those out of the
+    text.
     """
 
     temperature: float = 0.0
@@ -32,6 +34,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
 
 
 def check_sampling(params: SamplingParams, *, vocab_size: int) -> None:

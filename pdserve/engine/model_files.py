@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pdserve.domain.errors import LocalFault
+from pdserve.engine.end_tokens import named_end_tokens
+from pdserve.engine.json_files import read_json, read_json_if_there
 from pdserve.engine.model_shape import check_decoder_only, first_int, text_config
 from pdserve.models import DEMO_DRAFT_MODEL_DIR, DEMO_MODEL_DIR
 
@@ -43,7 +45,7 @@ class ModelFiles:
         the directory is never run either.
         """
         model_dir = resolve_model_dir(str(model))
-        config = _read_json(model_dir / "config.json")
+        config = read_json(model_dir / "config.json")
         check_decoder_only(config)
         weights = _find_weights(model_dir)
         sizes = text_config(config)
@@ -61,7 +63,7 @@ class ModelFiles:
             weights=weights,
             vocab_size=vocab_size,
             max_context_tokens=context,
-            eos_token_ids=_eos_token_ids(model_dir, sizes),
+            eos_token_ids=_eos_token_ids(model_dir, sizes, vocab_size),
             model_hash=_hash_model(model_dir / "config.json", weights),
         )
 
@@ -75,32 +77,30 @@ def resolve_model_dir(name: str) -> Path:
     return model_dir.resolve()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise LocalFault(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise LocalFault(f"{path} is not valid JSON") from error
-    if not isinstance(content, dict):
-        raise LocalFault(f"{path} must hold a JSON object")
-    return content
+def _eos_token_ids(model_dir: Path, config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """generation_config.json decides if it names end tokens, else config.json.
+
+    The tokenizer's files may name more: many chat models end a turn with a token that only those
+    name.
+    """
+    generation = read_json_if_there(model_dir / "generation_config.json")
+    configured = _as_list(config.get("eos_token_id"))
+    decided = _as_list(generation.get("eos_token_id")) or configured
+    named = named_end_tokens(model_dir, configured)
+    inside = [token_id for token_id in named if token_id < vocab_size]
+    return tuple(dict.fromkeys([*map(int, decided), *inside]))
 
 
-def _eos_token_ids(model_dir: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """generation_config.json decides where it names end tokens, else config.json."""
-    path = model_dir / "generation_config.json"
-    generation = _read_json(path) if path.exists() else {}
-    value = generation.get("eos_token_id", config.get("eos_token_id"))
+def _as_list(value: Any) -> list[Any]:
     if value is None:
-        return ()
-    return tuple(int(token_id) for token_id in (value if isinstance(value, list) else [value]))
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _find_weights(model_dir: Path) -> tuple[Path, ...]:
     single, index = model_dir / "model.safetensors", model_dir / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
         weights = tuple(model_dir / str(name) for name in names)
     elif single.exists():
         weights = (single,)

@@ -33,6 +33,8 @@ def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
         stop_token_ids=params.stop_token_ids,
         ignore_eos=params.ignore_eos,
         logprobs=params.logprobs,
+        skip_special_tokens=params.skip_special_tokens,
+        include_stop_str_in_output=params.include_stop_str_in_output,
     )
 
 
@@ -41,13 +43,18 @@ def sampling_from_proto(
 ) -> SamplingParams:
     """Unset fields take the defaults of `SamplingParams`; an unset seed takes `default_seed`."""
     fields = ("temperature", "top_k", "top_p", "max_tokens", "min_tokens", "logprobs")
-    given = {name: getattr(message, name) for name in fields if message.HasField(name)}
+    given = {
+        name: getattr(message, name)
+        for name in (*fields, "skip_special_tokens")
+        if message.HasField(name)
+    }
     return SamplingParams(
         **given,
         seed=message.seed if message.HasField("seed") else default_seed,
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        include_stop_str_in_output=message.include_stop_str_in_output,
     )
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pdserve.v1 import types_pb2 as pdserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apdserve/v1/inference.proto\x12\npdserve.v1\x1a\x16pdserve/v1/types.proto\"\xba\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.pdserve.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.pdserve.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x11\n\tslo_class\x18\x06 \x01(\tB\x08\n\x06prompt\"\x91\x01\n\rGenerateChunk\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12!\n\x06tokens\x18\x02 \x03(\x0b\x32\x11.pdserve.v1.Token\x12\x0c\n\x04text\x18\x03 \x01(\t\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.pdserve.v1.Finished\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"\x83\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.pdserve.v1.Usage\x12+\n\x08timeline\x18\x03 \x01(\x0b\x32\x19.pdserve.v1.PhaseTimeline\"\x7f\n\x10\x43ompleteResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x06tokens\x18\x02 \x03(\x0b\x32\x11.pdserve.v1.Token\x12\x0c\n\x04text\x18\x03 \x01(\t\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.pdserve.v1.Finished\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.pdserve.v1.Model\"E\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r2\xe5\x01\n\tInference\x12\x44\n\x08Generate\x12\x1b.pdserve.v1.GenerateRequest\x1a\x19.pdserve.v1.GenerateChunk0\x01\x12\x45\n\x08\x43omplete\x12\x1b.pdserve.v1.GenerateRequest\x1a\x1c.pdserve.v1.CompleteResponse\x12K\n\nListModels\x12\x1d.pdserve.v1.ListModelsRequest\x1a\x1e.pdserve.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apdserve/v1/inference.proto\x12\npdserve.v1\x1a\x16pdserve/v1/types.proto\"\xf2\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.pdserve.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.pdserve.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x11\n\tslo_class\x18\x06 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x07 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"\x91\x01\n\rGenerateChunk\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12!\n\x06tokens\x18\x02 \x03(\x0b\x32\x11.pdserve.v1.Token\x12\x0c\n\x04text\x18\x03 \x01(\t\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.pdserve.v1.Finished\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"\x83\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.pdserve.v1.Usage\x12+\n\x08timeline\x18\x03 \x01(\x0b\x32\x19.pdserve.v1.PhaseTimeline\"\x7f\n\x10\x43ompleteResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x06tokens\x18\x02 \x03(\x0b\x32\x11.pdserve.v1.Token\x12\x0c\n\x04text\x18\x03 \x01(\t\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.pdserve.v1.Finished\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.pdserve.v1.Model\"E\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r2\xe5\x01\n\tInference\x12\x44\n\x08Generate\x12\x1b.pdserve.v1.GenerateRequest\x1a\x19.pdserve.v1.GenerateChunk0\x01\x12\x45\n\x08\x43omplete\x12\x1b.pdserve.v1.GenerateRequest\x1a\x1c.pdserve.v1.CompleteResponse\x12K\n\nListModels\x12\x1d.pdserve.v1.ListModelsRequest\x1a\x1e.pdserve.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,19 +33,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pdserve.v1.inference_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=67
-  _globals['_GENERATEREQUEST']._serialized_end=253
-  _globals['_GENERATECHUNK']._serialized_start=256
-  _globals['_GENERATECHUNK']._serialized_end=401
-  _globals['_FINISHED']._serialized_start=404
-  _globals['_FINISHED']._serialized_end=535
-  _globals['_COMPLETERESPONSE']._serialized_start=537
-  _globals['_COMPLETERESPONSE']._serialized_end=664
-  _globals['_LISTMODELSREQUEST']._serialized_start=666
-  _globals['_LISTMODELSREQUEST']._serialized_end=685
-  _globals['_LISTMODELSRESPONSE']._serialized_start=687
-  _globals['_LISTMODELSRESPONSE']._serialized_end=742
-  _globals['_MODEL']._serialized_start=744
-  _globals['_MODEL']._serialized_end=813
-  _globals['_INFERENCE']._serialized_start=816
-  _globals['_INFERENCE']._serialized_end=1045
+  _globals['_GENERATEREQUEST']._serialized_end=309
+  _globals['_GENERATECHUNK']._serialized_start=312
+  _globals['_GENERATECHUNK']._serialized_end=457
+  _globals['_FINISHED']._serialized_start=460
+  _globals['_FINISHED']._serialized_end=591
+  _globals['_COMPLETERESPONSE']._serialized_start=593
+  _globals['_COMPLETERESPONSE']._serialized_end=720
+  _globals['_LISTMODELSREQUEST']._serialized_start=722
+  _globals['_LISTMODELSREQUEST']._serialized_end=741
+  _globals['_LISTMODELSRESPONSE']._serialized_start=743
+  _globals['_LISTMODELSRESPONSE']._serialized_end=798
+  _globals['_MODEL']._serialized_start=800
+  _globals['_MODEL']._serialized_end=869
+  _globals['_INFERENCE']._serialized_start=872
+  _globals['_INFERENCE']._serialized_end=1101
 # @@protoc_insertion_point(module_scope)

@@ -19,6 +19,23 @@ def test_unset_sampling_fields_stay_unset_on_the_wire() -> None:
     assert message.sampling == types_pb2.SamplingParams()
     for name in ("temperature", "top_k", "top_p", "seed", "max_tokens", "min_tokens", "logprobs"):
         assert not message.sampling.HasField(name)
+    assert not message.sampling.HasField("skip_special_tokens")
+    assert not message.HasField("add_special_tokens")
+
+
+def test_options_that_are_on_unless_turned_off_travel_when_they_are_off() -> None:
+    message = request_to_proto(
+        "hi",
+        Sampling(skip_special_tokens=False, include_stop_str_in_output=True),
+        model="",
+        request_id="",
+        add_special_tokens=False,
+    )
+    sampling = message.sampling
+    assert (sampling.skip_special_tokens, sampling.include_stop_str_in_output) == (False, True)
+    assert sampling.HasField("skip_special_tokens")
+    assert message.HasField("add_special_tokens")
+    assert not message.add_special_tokens
 
 
 def test_set_sampling_fields_travel_zero_included() -> None:

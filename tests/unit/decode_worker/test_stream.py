@@ -24,7 +24,9 @@ def push_all(token_ids: Sequence[int], **sampling: object) -> tuple[str, int, Fi
     answer = Answer(
         SamplingParams(**{"max_tokens": 64, **sampling}),  # type: ignore[arg-type]
         eos_token_ids=(EOS,),
-        detokenizer=demo_tokenizer().detokenizer(),
+        detokenizer=demo_tokenizer().detokenizer(
+            skip_special_tokens=bool(sampling.get("skip_special_tokens", True))
+        ),
     )
     text = ""
     for token_id in token_ids:
@@ -85,6 +87,66 @@ def test_stop_at_the_last_allowed_token_is_a_stop() -> None:
     stop = demo_tokenizer().decode(token_ids)[-2:]
     _, _, finish = push_all(token_ids, stop=(stop,), max_tokens=len(token_ids))
     assert finish is FinishReason.STOP
+
+
+BEGIN, BEGIN_TEXT, EOS_TEXT = 0, "<|begin_of_text|>", "<|end_of_text|>"
+A_B = demo_tokenizer().encode("a b", add_special_tokens=False)
+HAS_SPECIAL = (*A_B, BEGIN, *demo_tokenizer().encode("c", add_special_tokens=False))
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        (BEGIN_TEXT, "a b"),
+        ("begin_of", "a b"),
+        (f" b{BEGIN_TEXT}", "a"),
+        (f"{BEGIN_TEXT}c", "a b"),
+        (f"b{BEGIN_TEXT}c", "a "),
+        ("bc", "a "),
+    ],
+)
+@pytest.mark.parametrize("is_included", [False, True])
+def test_a_special_token_is_a_stop_string_alone_and_within_text(
+    stop: str, text: str, is_included: bool
+) -> None:
+    shown, _, finish = push_all(
+        (*HAS_SPECIAL, *ids_of("d")), stop=(stop,), include_stop_str_in_output=is_included
+    )
+    assert (shown, finish) == (text + (stop if is_included else ""), FinishReason.STOP)
+
+
+def test_special_token_that_ends_a_stop_string_ends_the_answer_at_once() -> None:
+    _, num_tokens, _ = push_all(HAS_SPECIAL, stop=(BEGIN_TEXT,))
+    assert num_tokens == len(A_B) + 1
+
+
+def test_special_tokens_are_text_only_if_they_are_not_skipped() -> None:
+    options = {"max_tokens": len(HAS_SPECIAL)}
+    assert push_all(HAS_SPECIAL, **options)[0] == "a bc"
+    shown = push_all(HAS_SPECIAL, skip_special_tokens=False, **options)[0]
+    assert shown == f"a b{BEGIN_TEXT}c"
+
+
+@pytest.mark.parametrize(
+    ("sampling", "text"),
+    [
+        ({}, "a b"),
+        ({"include_stop_str_in_output": True}, "a b"),
+        ({"skip_special_tokens": False}, "a b"),
+        ({"include_stop_str_in_output": True, "skip_special_tokens": False}, f"a b{EOS_TEXT}"),
+        ({"include_stop_str_in_output": True, "stop": (EOS_TEXT,)}, f"a b{EOS_TEXT}"),
+        ({"stop": (f" b{EOS_TEXT}",)}, "a"),
+    ],
+)
+def test_end_token_is_shown_if_it_is_asked_for(sampling: dict[str, object], text: str) -> None:
+    shown, num_tokens, finish = push_all((*A_B, EOS, *A_B), **sampling)
+    assert (shown, num_tokens, finish) == (text, len(A_B) + 1, FinishReason.STOP)
+
+
+def test_stop_token_that_has_text_is_shown_if_it_is_asked_for() -> None:
+    token_ids = (*A_B, 77, *A_B)
+    included = {"stop_token_ids": (77,), "include_stop_str_in_output": True}
+    assert push_all(token_ids, **included)[0] == demo_tokenizer().decode((*A_B, 77))
 
 
 @given(

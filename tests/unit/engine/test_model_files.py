@@ -61,10 +61,21 @@ def test_hash_tells_weights_and_configs_apart_but_not_copies(model_dir: Path) ->
 
 
 def test_generation_config_decides_the_end_tokens(model_dir: Path) -> None:
+    (model_dir / "tokenizer_config.json").unlink()
+    edit_config(model_dir, eos_token_id=5)  # an ordinary word
     (model_dir / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     assert ModelFiles.open(model_dir).eos_token_ids == (7, 9)
     (model_dir / "generation_config.json").unlink()
-    assert ModelFiles.open(model_dir).eos_token_ids == (1,)
+    assert ModelFiles.open(model_dir).eos_token_ids == (5,)
+
+
+def test_end_tokens_that_only_the_tokenizers_files_name_are_added(model_dir: Path) -> None:
+    (model_dir / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert ModelFiles.open(model_dir).eos_token_ids == (7, 1)  # config and tokenizer name 1
+    edit_config(model_dir, eos_token_id=None)
+    assert ModelFiles.open(model_dir).eos_token_ids == (7, 1)  # the tokenizer does
+    edit_config(model_dir, vocab_size=1)
+    assert ModelFiles.open(model_dir).eos_token_ids == (7,)  # no token that the model can draw
 
 
 def test_index_names_the_weight_files(model_dir: Path) -> None:

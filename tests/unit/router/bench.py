@@ -170,7 +170,7 @@ class Bench:
         held = any(worker.open for worker in self.workers.values())
         return self.ledger.is_empty and len(self.in_flight) == 0 and not held
 
-    async def _encode(self, text: str) -> tuple[int, ...]:
+    async def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         await asyncio.sleep(0)
         return tuple(text.encode())
 

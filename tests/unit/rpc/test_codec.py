@@ -32,7 +32,10 @@ sampling = st.builds(
     min_tokens=uint32,
     stop=st.lists(label, max_size=3).map(tuple),
     stop_token_ids=tokens,
+    ignore_eos=st.booleans(),
     logprobs=st.none() | st.integers(0, 20),
+    skip_special_tokens=st.booleans(),
+    include_stop_str_in_output=st.booleans(),
 )
 sampled = st.builds(SampledToken, uint32) | st.builds(
     SampledToken,
