@@ -15,9 +15,9 @@ from pdserve.domain.errors import LocalFault, Refused, WorkerLost
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, RequestId
 from pdserve.domain.messages import Cancel, PeerHello, RequestOutput, StepOutputs
 from pdserve.rpc.channels import MAX_INTERNAL_MESSAGE_BYTES
-from pdserve.rpc.links import DecodeServerLink, connect_decode, decode_service
+from pdserve.rpc.links import connect_decode, decode_service
 from pdserve.rpc.server import RpcServer
-from pdserve.rpc.streams import iterate
+from pdserve.rpc.streams import DecodeServerLink, iterate
 from pdserve.v1 import decode_pb2, decode_pb2_grpc
 
 TIMERS = Timers(keepalive_s=0.5, connect_s=1.0)

@@ -479,15 +479,9 @@ async def test_a_cancelled_landing_writes_nothing_afterwards(name: str, num_turn
     with memories(num_blocks, block_bytes) as (source, target):
         async with transport_of(name) as transport:
             server = await transport.serve(source, lambda block_ids: True)
-            receiver = HandoffReceiver(
-                handoff_id(),
-                transport=transport,
-                region=server.region,
-                memory=target,
-                local_blocks=wanted,
-                first_block=0,
-            )
-            landing = asyncio.create_task(receiver.land(offer_of(source, wanted)))
+            receiver = receiver_of(transport, server.region, target, wanted)
+            receiver.hear(offer_of(source, wanted))
+            landing = asyncio.create_task(receiver.land())
             for _ in range(num_turns):
                 await asyncio.sleep(0)
             landing.cancel()
@@ -498,6 +492,21 @@ async def test_a_cancelled_landing_writes_nothing_afterwards(name: str, num_turn
             await server.close()
             await transport.close()
             assert target.bytes == b"\xee" * target.num_bytes
+
+
+def receiver_of(
+    transport: Transport, region: RemoteRegion, target: KvMemory, wanted: tuple[BlockId, ...]
+) -> HandoffReceiver:
+    return HandoffReceiver(
+        handoff_id(),
+        transport=transport,
+        region=region,
+        memory=target,
+        local_blocks=wanted,
+        first_block=0,
+        vocab_size=1,
+        on_first_token=lambda done: True,
+    )
 
 
 def offer_of(source: KvMemory, block_ids: tuple[BlockId, ...]) -> BlocksOffered:
@@ -518,8 +527,8 @@ def offer_of(source: KvMemory, block_ids: tuple[BlockId, ...]) -> BlocksOffered:
 @asynccontextmanager
 async def receiver_through_damage(
     target: KvMemory, num_damaged: int
-) -> AsyncIterator[tuple[HandoffReceiver, BlocksOffered, KvMemory]]:
-    """Eight blocks through a proxy that flips one bit in each of the first replies.
+) -> AsyncIterator[tuple[HandoffReceiver, KvMemory]]:
+    """Eight blocks on offer through a proxy that flips one bit in each of the first replies.
 
     The reader asks again on the same connection, so one count of bytes runs through both replies.
     """
@@ -539,31 +548,25 @@ async def receiver_through_damage(
             proxy_to(peer.region, flip) as region,
         ):
             wanted = blocks(*range(8))
-            receiver = HandoffReceiver(
-                handoff_id(),
-                transport=transport,
-                region=region,
-                memory=target,
-                local_blocks=wanted,
-                first_block=0,
-            )
-            yield receiver, offer_of(source, wanted), source
+            receiver = receiver_of(transport, region, target, wanted)
+            receiver.hear(offer_of(source, wanted))
+            yield receiver, source
 
 
 @pytest.mark.parametrize("num_damaged", [0, 1])
 async def test_a_bit_flipped_on_the_way_is_found_and_the_block_read_again(
     target: KvMemory, num_damaged: int
 ) -> None:
-    async with receiver_through_damage(target, num_damaged) as (receiver, offer, source):
-        await receiver.land(offer)
+    async with receiver_through_damage(target, num_damaged) as (receiver, source):
+        await receiver.land()
         assert target.bytes[: 8 * BLOCK_BYTES] == source.bytes[: 8 * BLOCK_BYTES]
         assert receiver.num_corrupt_blocks == num_damaged
 
 
 async def test_a_bit_flipped_in_both_reads_fails_the_landing(target: KvMemory) -> None:
-    async with receiver_through_damage(target, 2) as (receiver, offer, _):
+    async with receiver_through_damage(target, 2) as (receiver, _):
         with pytest.raises(TransferFailed) as failure:
-            await receiver.land(offer)
+            await receiver.land()
         assert failure.value.reason is Reason.KV_INTEGRITY
         assert receiver.num_landed_blocks == 0
 

@@ -51,8 +51,7 @@ from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.model_files import ModelFiles, resolve_model_dir
 from pdserve.engine.timed_engine import TimedEngine, timed_tokens
 from pdserve.engine.tokenizer import Tokenizer
-from pdserve.rpc.links import PrefillLink
-from pdserve.rpc.streams import MemoryStream, iterate, memory_stream_pair
+from pdserve.rpc.streams import MemoryStream, PrefillLink, iterate, memory_stream_pair
 from prefill_worker.prefill_loop import PrefillLoop
 from prefill_worker.service import PrefillService
 

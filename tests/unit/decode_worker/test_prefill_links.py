@@ -9,7 +9,7 @@ from decode_worker.prefill_links import PrefillLinks
 from pdserve.config.timers import Timers
 from pdserve.domain.ids import Epoch, WorkerId
 from pdserve.domain.messages import PrefillTarget
-from pdserve.rpc.links import PrefillLink
+from pdserve.rpc.streams import PrefillLink
 from tests.support.virtual_time import virtual
 from tests.support.worker_pair import Sizes, WorkerPair, oracle
 
