@@ -1,6 +1,7 @@
 """Streams to prefill workers: opened when first needed, shared by all handoffs, kept alive."""
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 
@@ -20,6 +21,7 @@ from pdserve.domain.messages import (
     PrefillToDecode,
     RemoteRegion,
     RenewLeases,
+    Role,
 )
 from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
 from pdserve.rpc.streams import PrefillLink, iterate, receive_hello, send_or_abort
@@ -59,7 +61,8 @@ class PeerLink:
         self._receivers.pop(receiver.handoff, None)
         if (end := receiver.end()) is not None:
             self.send(end)
-        log.debug("handoff.ended", handoff=receiver.handoff, phase=receiver.phase.name)
+        fields = dataclasses.asdict(receiver.handoff)
+        log.debug("handoff.ended", role=Role.DECODE, phase=receiver.phase.name, **fields)
 
     def send(self, message: DecodeToPrefill) -> None:
         """Send a message; where it cannot be sent, the stream ends, and every handoff on it."""

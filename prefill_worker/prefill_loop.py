@@ -1,6 +1,7 @@
 """The loop that reads prompts: admit, plan, step, settle."""
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 
 import structlog
@@ -15,6 +16,7 @@ from pdserve.domain.messages import (
     HandoffRefused,
     PrefillDone,
     PrefillToDecode,
+    Role,
     WorkerLoad,
 )
 from pdserve.domain.tokens import Failed, SampledToken
@@ -52,9 +54,7 @@ class PrefillLoop:
         watch: PrefillWatch = NO_PREFILL_WATCH,
     ) -> None:
         self.queue = PrefillQueue(max_num_waiting)
-        self.senders: SenderTable[PrefillServerLink] = SenderTable(
-            on_end=lambda sender: watch.handoff_ended(sender.phase.name.lower())
-        )
+        self.senders: SenderTable[PrefillServerLink] = SenderTable(on_end=self._handoff_ended)
         self._engine = engine
         self._pool = pool
         self._coefficients = coefficients
@@ -138,6 +138,11 @@ class PrefillLoop:
             self.queue.remove(peer, request.handoff)
         self.senders.end_peer(peer)
         self._work.set()
+
+    def _handoff_ended(self, sender: HandoffSender) -> None:
+        fields = dataclasses.asdict(sender.handoff)
+        log.debug("handoff.ended", role=Role.PREFILL, phase=sender.phase.name, **fields)
+        self._watch.handoff_ended(sender.phase.name.lower())
 
     async def run(self) -> None:
         """Read prompts until cancelled."""
