@@ -19,6 +19,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import structlog
 import uvloop
 
 from kvtransfer.digest import block_digest
@@ -26,7 +27,11 @@ from kvtransfer.receiver import HandoffReceiver
 from kvtransfer.transports.base import MayRead, Transport
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
-from kvtransfer.transports.tcp_frames import REPLY_HEADER_BYTES, encode_request
+from kvtransfer.transports.tcp_frames import (
+    REPLY_HEADER_BYTES,
+    REQUEST_HEADER_BYTES,
+    encode_request,
+)
 from kvtransfer.transports.tcp_server import TcpRegionServer
 from pdserve.domain.errors import Reason, TransferFailed
 from pdserve.domain.ids import BlockId
@@ -145,9 +150,9 @@ def target() -> Iterator[KvMemory]:
 
 
 @asynccontextmanager
-async def fails_within(limit_s: float) -> AsyncIterator[None]:
+async def fails_within(limit_s: float, why: str | None = None) -> AsyncIterator[None]:
     start_s = time.monotonic()
-    with pytest.raises(TransferFailed):
+    with pytest.raises(TransferFailed, match=why):
         yield
     assert time.monotonic() - start_s < limit_s
 
@@ -356,7 +361,7 @@ async def test_a_stopped_peer_fails_a_network_read_by_the_idle_timeout(target: K
     async with peer_process("tcp") as peer, transport_of("tcp") as transport:
         await transport.read(peer.region, blocks(0), target, blocks(0))
         peer.process.send_signal(signal.SIGSTOP)
-        async with fails_within(NOTICE_S):
+        async with fails_within(NOTICE_S, "silent for 2 s"):
             await transport.read(peer.region, blocks(1), target, blocks(1))
         peer.process.send_signal(signal.SIGCONT)
         await transport.read(peer.region, blocks(2), target, blocks(2))
@@ -395,15 +400,79 @@ async def test_a_peer_that_trickles_fails_by_the_total_timeout(target: KvMemory)
             await asyncio.sleep(0.01)
 
     async with raw_server(trickle) as port:
-        region = RemoteRegion(
-            transport="tcp",
-            address={"host": "127.0.0.1", "port": str(port), "token": "00" * 16},
-            num_blocks=4,
-            block_bytes=BLOCK_BYTES,
-        )
         transport = TcpTransport(idle_timeout_s=0.2, total_timeout_s=0.4)
-        async with fails_within(NOTICE_S):
-            await transport.read(region, blocks(0), target, blocks(0))
+        async with fails_within(NOTICE_S, r"longer than 0\.4 s"):
+            await transport.read(region_at(port), blocks(0), target, blocks(0))
+        await transport.close()
+
+
+def region_at(port: int) -> RemoteRegion:
+    return RemoteRegion(
+        transport="tcp",
+        address={"host": "127.0.0.1", "port": str(port), "token": "00" * 16},
+        num_blocks=NUM_BLOCKS,
+        block_bytes=BLOCK_BYTES,
+    )
+
+
+@asynccontextmanager
+async def slow_peer(reply_s: float) -> AsyncIterator[RemoteRegion]:
+    """Answers each request for one block, with zeros, after `reply_s`."""
+
+    async def answer(sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while await loop.sock_recv(sock, REQUEST_HEADER_BYTES + 4):
+            await asyncio.sleep(reply_s)
+            await loop.sock_sendall(sock, struct.pack("<BQ", 0, BLOCK_BYTES) + bytes(BLOCK_BYTES))
+
+    async with raw_server(answer) as port:
+        yield region_at(port)
+
+
+async def test_waiting_for_ones_own_other_reads_is_not_the_silence_of_the_peer(
+    target: KvMemory,
+) -> None:
+    """Six reads of 0.2 s through one connection; the peer may be silent for 0.4 s, or take 0.5."""
+    transport = TcpTransport(
+        idle_timeout_s=0.4, total_timeout_s=0.5, max_num_connections_per_peer=1
+    )
+    with structlog.testing.capture_logs() as logs:
+        async with slow_peer(0.2) as region, asyncio.TaskGroup() as reads:
+            for block in range(6):
+                reads.create_task(transport.read(region, blocks(0), target, blocks(block)))
+    await transport.close()
+    waits = [entry for entry in logs if entry["event"] == "kv_read.waited"]
+    assert waits, "a wait that long is told"
+    assert {entry["max_num_connections"] for entry in waits} == {1}
+
+
+async def test_wait_for_a_connection_ends_with_the_callers_deadline_and_takes_none(
+    target: KvMemory,
+) -> None:
+    transport = TcpTransport(idle_timeout_s=5.0, max_num_connections_per_peer=1)
+    async with slow_peer(0.5) as region:
+        first = asyncio.create_task(transport.read(region, blocks(0), target, blocks(0)))
+        await asyncio.sleep(0)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await transport.read(region, blocks(0), target, blocks(1))
+        await first
+        await transport.read(region, blocks(0), target, blocks(2))
+        await transport.close()
+
+
+async def test_closing_ends_the_reads_that_wait_for_a_connection(target: KvMemory) -> None:
+    transport = TcpTransport(idle_timeout_s=5.0, max_num_connections_per_peer=1)
+    async with slow_peer(60.0) as region:
+        reads = [
+            asyncio.create_task(transport.read(region, blocks(0), target, blocks(block)))
+            for block in range(3)
+        ]
+        await asyncio.sleep(0.05)
+        await transport.close_peer(region)
+        for read in reads:
+            async with fails_within(NOTICE_S, "connection to the peer broke"):
+                await read
         await transport.close()
 
 
