@@ -150,8 +150,8 @@ async def test_stream_whose_far_end_does_not_read_ends_there_too_when_a_message_
             async for _ in turns():
                 if not send_or_abort(link, cancel):
                     break
-        with pytest.raises(WorkerLost):
-            await link.receive()
+            with pytest.raises(WorkerLost):
+                await link.receive()
         await link.close()
         async with asyncio.timeout(2):
             await ended.wait()

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import structlog
@@ -242,3 +243,26 @@ def test_no_end_is_sent_for_what_the_peer_has_ended(is_refused: bool) -> None:
             assert [message async for message in iterate(peer.stream)] == []
 
     run()
+
+
+class BrokenDetokenizer:
+    def push(self, token_id: int) -> str:
+        raise RuntimeError("a prompt that must not leak")
+
+
+@virtual
+async def test_first_token_that_cannot_be_taken_ends_its_request_and_no_other() -> None:
+    async with WorkerPair() as pair:
+        broken = pair.submit(PROMPT, max_tokens=4)
+        other = pair.submit(PROMPT[::-1], max_tokens=4)
+        tokenizer = pair.service._tokenizer
+        detokenizers = iter([BrokenDetokenizer()])
+        pair.service._tokenizer = SimpleNamespace(  # type: ignore[assignment]
+            detokenizer=lambda: next(detokenizers, None) or tokenizer.detokenizer()
+        )
+        with structlog.testing.capture_logs():
+            failure = await broken.failed()
+        assert failure.reason is Reason.INTERNAL
+        assert "prompt" not in failure.message
+        assert (await other.completed()).timeline.prefill_worker == "prefill-0"
+        assert other.token_ids == oracle(PROMPT[::-1], other.submit.sampling)

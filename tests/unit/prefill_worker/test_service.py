@@ -197,7 +197,8 @@ async def test_peer_that_renews_for_ever_keeps_blocks_until_its_deadline_only() 
                 await asyncio.sleep(1)
 
         renewing = asyncio.create_task(renew())
-        failed = await decode.hear(HandoffFailed)
+        async with asyncio.timeout(60):
+            failed = await decode.hear(HandoffFailed)
         assert failed.failure.reason is Reason.TRANSFER_FAILED
         assert asyncio.get_running_loop().time() - began_s == pytest.approx(25.0, abs=0.1)
         assert node.is_idle()
