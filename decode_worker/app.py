@@ -75,6 +75,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             ),
             transports,
             timers,
+            metrics,
         )
         await stack.enter_async_context(links)
         decode_loop = DecodeLoop(

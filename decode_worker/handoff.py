@@ -1,17 +1,15 @@
 """Getting a prompt read elsewhere: ask, land its blocks, pass on the first token, or try again."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 import structlog
 
-from decode_worker.prefill_links import HandoffInbox, PeerLink, PrefillLinks
+from decode_worker.prefill_links import PeerLink, PrefillLinks
 from decode_worker.requests import Clock, DecodeRequest
 from kvtransfer.receiver import HandoffReceiver
-from kvtransfer.session import ProtocolViolation
-from pdserve.domain.errors import PeerFault, Reason, Refused, WorkerLost
-from pdserve.domain.ids import HandoffId
-from pdserve.domain.messages import BlocksOffered, BlocksPulled, PrefillTarget, StartHandoff
+from pdserve.domain.errors import PeerFault, Reason, Refused
+from pdserve.domain.ids import HandoffId, WorkerId
+from pdserve.domain.messages import BlocksPulled, PrefillDone, PrefillTarget, StartHandoff
 from pdserve.engine.kv_memory import KvMemory
 from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
 
@@ -92,6 +90,15 @@ class Handoffs:
         link = await self._links.get(target)
         first_block = request.num_computed_tokens // self._block_size
         num_blocks = -(-request.num_prompt_tokens // self._block_size)
+        await link.stream.send(
+            StartHandoff(
+                handoff=handoff,
+                prompt_token_ids=request.submit.prompt_token_ids,
+                first_block=first_block,
+                sampling=request.submit.sampling,
+                deadline_s=expires_at_s - self._clock(),
+            )
+        )
         receiver = HandoffReceiver(
             handoff,
             transport=link.transport,
@@ -99,120 +106,55 @@ class Handoffs:
             memory=self._memory,
             local_blocks=request.table.block_ids[first_block:num_blocks],
             first_block=first_block,
+            vocab_size=self._vocab_size,
+            on_first_token=lambda done: _take_first_token(request, link.worker_id, done),
         )
-        inbox = link.open(handoff)
+        link.open(receiver)
         try:
-            await link.stream.send(
-                StartHandoff(
-                    handoff=handoff,
-                    prompt_token_ids=request.submit.prompt_token_ids,
-                    first_block=first_block,
-                    sampling=request.submit.sampling,
-                    deadline_s=expires_at_s - self._clock(),
-                )
-            )
-            await self._receive(request, link, receiver, inbox)
+            await self._land_all(request, link, receiver)
         finally:
-            link.close(handoff)
-            if link.is_lost:
-                receiver.lost()
-            elif (end := receiver.end()) is not None:
-                link.stream.try_send(end)
+            link.close(receiver)
             self.num_bytes += receiver.num_bytes
             self.num_corrupt_blocks += receiver.num_corrupt_blocks
             self._watch.blocks_corrupt(receiver.num_corrupt_blocks)
             request.times.transferred_bytes += receiver.num_bytes
 
-    async def _receive(
-        self,
-        request: DecodeRequest,
-        link: PeerLink,
-        receiver: HandoffReceiver,
-        inbox: HandoffInbox,
-    ) -> None:
-        """Land blocks and take the first token side by side; whichever fails ends both.
-
-        Their faults are values to the task group. Where a member raises while the group is being
-        left, CPython 3.11 leaves the parent counted as cancelled, and then `asyncio.timeout` takes
-        the request's deadline for a cancel, which nobody is told of.
-        """
-        faults: list[PeerFault | Refused] = []
-        parts: list[asyncio.Task[None]] = []
-
-        async def run(part: Callable[[], Awaitable[None]]) -> None:
-            try:
-                await part()
-            except (PeerFault, Refused) as fault:
-                faults.append(fault)
-                for task in parts:
-                    task.cancel()
-
-        async with asyncio.TaskGroup() as tasks:
-            landing = tasks.create_task(run(lambda: self._land_all(request, link, receiver, inbox)))
-            taking = tasks.create_task(
-                run(lambda: self._take_first_token(request, receiver, inbox, landing, link))
-            )
-            parts += (landing, taking)
-        if faults:
-            raise max(faults, key=_severity)
-
     async def _land_all(
-        self,
-        request: DecodeRequest,
-        link: PeerLink,
-        receiver: HandoffReceiver,
-        inbox: HandoffInbox,
+        self, request: DecodeRequest, link: PeerLink, receiver: HandoffReceiver
     ) -> None:
         assert request.table is not None
-        while not receiver.is_complete:
-            offer = await inbox.next_offer()
-            if not request.times.first_read_s:
-                request.times.first_read_s = self._clock()
-            num_landed = receiver.num_landed_blocks
-            pulled = await self._land(link, receiver, offer)
-            if receiver.num_landed_blocks > num_landed:
-                request.table.hold(pulled.first_block, pulled.num_blocks)
-                landed_tokens = (pulled.first_block + pulled.num_blocks) * self._block_size
-                request.num_computed_tokens = min(landed_tokens, request.num_prompt_tokens)
-                request.table.publish(
-                    request.names[: request.num_computed_tokens // self._block_size]
-                )
-            if not link.stream.try_send(pulled) and not receiver.is_complete:
-                raise WorkerLost(f"prefill worker {link.worker_id} takes no messages")
-        request.times.landed_s = self._clock()
+        while await receiver.wait_offer():
+            request.times.first_read_s = request.times.first_read_s or self._clock()
+            pulled = await self._land(link, receiver)
+            if pulled is None:
+                return
+            request.table.hold(pulled.first_block, pulled.num_blocks)
+            landed_tokens = (pulled.first_block + pulled.num_blocks) * self._block_size
+            request.num_computed_tokens = min(landed_tokens, request.num_prompt_tokens)
+            request.table.publish(request.names[: request.num_computed_tokens // self._block_size])
+            link.send(pulled)
+            if receiver.is_complete:
+                request.times.landed_s = self._clock()
 
-    async def _land(
-        self, link: PeerLink, receiver: HandoffReceiver, offer: BlocksOffered
-    ) -> BlocksPulled:
+    async def _land(self, link: PeerLink, receiver: HandoffReceiver) -> BlocksPulled | None:
         num_bytes, started_s = receiver.num_bytes, self._clock()
         try:
-            return await receiver.land(offer)
+            return await receiver.land()
         finally:
             if (read_bytes := receiver.num_bytes - num_bytes) > 0:
                 elapsed_s = self._clock() - started_s
                 self._watch.blocks_read(link.transport.name, read_bytes, elapsed_s)
 
-    async def _take_first_token(
-        self,
-        request: DecodeRequest,
-        receiver: HandoffReceiver,
-        inbox: HandoffInbox,
-        landing: asyncio.Task[None],
-        link: PeerLink,
-    ) -> None:
-        done = await inbox.done
-        if not 0 <= done.first_token.token_id < self._vocab_size:
-            raise ProtocolViolation(f"a first token at or above {self._vocab_size}")
-        if not receiver.done(done):
-            return
-        request.times.prefill_worker = link.worker_id
-        request.times.prefill_queue_s = done.queue_s
-        request.times.prefill_s = done.prefill_s
-        request.num_cached_tokens = max(request.num_cached_tokens, done.cached_tokens)
-        if request.num_output_tokens == 0:  # else an earlier worker gave it: the same, by its seed
-            request.take(done.first_token)
-        if request.finished.done():
-            landing.cancel()
+
+def _take_first_token(request: DecodeRequest, worker_id: WorkerId, done: PrefillDone) -> bool:
+    """Pass it on at once, before the last blocks are there; False if it is the whole answer."""
+    request.times.prefill_worker = worker_id
+    request.times.prefill_queue_s = done.queue_s
+    request.times.prefill_s = done.prefill_s
+    request.num_cached_tokens = max(request.num_cached_tokens, done.cached_tokens)
+    if request.num_output_tokens == 0:  # else an earlier worker gave it: the same, by its seed
+        request.take(done.first_token)
+    return not request.finished.done()
 
 
 def _severity(error: PeerFault | Refused) -> int:

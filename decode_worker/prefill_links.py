@@ -1,81 +1,34 @@
 """Streams to prefill workers: opened when first needed, shared by all handoffs, kept alive."""
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 
 import structlog
 
+from kvtransfer.receiver import HandoffReceiver
+from kvtransfer.session import ProtocolViolation
 from kvtransfer.transports import choose
 from kvtransfer.transports.base import Transport
 from pdserve.config.timers import Timers
-from pdserve.domain.errors import PeerFault, Reason, Refused, TransferFailed, WorkerLost
+from pdserve.domain.errors import LocalFault, PeerFault, Reason, WorkerLost
 from pdserve.domain.ids import HandoffId, WorkerId
 from pdserve.domain.messages import (
-    BlocksOffered,
-    HandoffFailed,
+    DecodeToPrefill,
     HandoffHello,
-    HandoffRefused,
-    PrefillDone,
     PrefillTarget,
     PrefillToDecode,
     RemoteRegion,
     RenewLeases,
+    Role,
 )
-from pdserve.domain.tokens import Failed
-from pdserve.rpc.links import PrefillLink
-from pdserve.rpc.streams import Mailbox, iterate, receive_hello
+from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
+from pdserve.rpc.streams import PrefillLink, iterate, receive_hello, send_or_abort
 
 log = structlog.get_logger(__name__)
 
 Connect = Callable[[str], Awaitable[PrefillLink]]
-
-
-class HandoffInbox:
-    """What one prefill worker says about one handoff, until `failure` is set."""
-
-    def __init__(self) -> None:
-        self.offers: Mailbox[BlocksOffered] = Mailbox()
-        self.done: asyncio.Future[PrefillDone] = asyncio.get_running_loop().create_future()
-        self.failure: PeerFault | Refused | None = None
-
-    def take(self, message: PrefillToDecode) -> None:
-        match message:
-            case BlocksOffered():
-                if not self.offers.try_put(message):
-                    self.fail(TransferFailed("more offers than a prompt has blocks"))
-            case PrefillDone():
-                if not self.done.done():
-                    self.done.set_result(message)
-            case HandoffRefused():
-                self.fail(_refusal(message.failure))
-            case HandoffFailed():
-                self.fail(PeerFault(message.failure.message, reason=message.failure.reason))
-            case HandoffHello():
-                pass
-
-    def fail(self, error: PeerFault | Refused) -> None:
-        """End the handoff for whoever waits for its offers or its first token."""
-        if self.failure is None:
-            self.failure = error
-        self.offers.end()
-        if not self.done.done():
-            self.done.set_exception(error)
-            self.done.exception()  # read here: nobody may be waiting for it
-
-    async def next_offer(self) -> BlocksOffered:
-        """The next offer; raises how the handoff failed."""
-        offer = await self.offers.take()
-        if self.failure is not None:  # also for offers that came before: their blocks may be gone
-            raise self.failure
-        assert offer is not None, "only a failure ends the offers"
-        return offer
-
-
-def _refusal(failure: Failed) -> PeerFault | Refused:
-    if failure.reason is Reason.INTERNAL:
-        return PeerFault(failure.message, reason=failure.reason)
-    return Refused(failure.message, reason=failure.reason, retry_after_s=failure.retry_after_s)
 
 
 class PeerLink:
@@ -87,24 +40,33 @@ class PeerLink:
         worker_id: WorkerId,
         transport: Transport,
         region: RemoteRegion,
+        watch: DecodeWatch,
     ) -> None:
         self.stream = stream
         self.worker_id = worker_id
         self.transport = transport
         self.region = region
         self.is_lost = False
-        self._inboxes: dict[HandoffId, HandoffInbox] = {}
+        self._watch = watch
+        self._receivers: dict[HandoffId, HandoffReceiver] = {}
 
-    def open(self, handoff: HandoffId) -> HandoffInbox:
-        """Start to collect what comes for `handoff`; raises `WorkerLost` if the stream is over."""
+    def open(self, receiver: HandoffReceiver) -> None:
+        """Let it hear what comes for its handoff; raises `WorkerLost` if the stream is over."""
         if self.is_lost:
             raise WorkerLost(f"prefill worker {self.worker_id} is lost")
-        self._inboxes[handoff] = HandoffInbox()
-        return self._inboxes[handoff]
+        self._receivers[receiver.handoff] = receiver
 
-    def close(self, handoff: HandoffId) -> None:
-        """Drop whatever still comes for `handoff`."""
-        self._inboxes.pop(handoff, None)
+    def close(self, receiver: HandoffReceiver) -> None:
+        """Drop whatever still comes for its handoff, and end it at the peer if it is open there."""
+        self._receivers.pop(receiver.handoff, None)
+        if (end := receiver.end()) is not None:
+            self.send(end)
+        fields = dataclasses.asdict(receiver.handoff)
+        log.debug("handoff.ended", role=Role.DECODE, phase=receiver.phase.name, **fields)
+
+    def send(self, message: DecodeToPrefill) -> None:
+        """Send a message; where it cannot be sent, the stream ends, and every handoff on it."""
+        send_or_abort(self.stream, message)
 
     async def run(self, renew_s: float) -> None:
         """Give each message to its handoff, until the stream is over; then fail what is open."""
@@ -117,24 +79,34 @@ class PeerLink:
         finally:
             self.is_lost = True
             error = WorkerLost(f"prefill worker {self.worker_id} is lost")
-            for inbox in self._inboxes.values():
-                inbox.fail(error)
+            for receiver in self._receivers.values():
+                receiver.lose(error)
             await self.transport.close_peer(self.region)
             await self.stream.close()
 
     def _take(self, message: PrefillToDecode) -> None:
-        if isinstance(message, HandoffHello):
+        """Whatever a message says or does, only its own handoff ends."""
+        if isinstance(message, HandoffHello) or message.handoff not in self._receivers:
+            self._watch.message_dropped("late")
             return
-        inbox = self._inboxes.get(message.handoff)
-        if inbox is not None:
-            inbox.take(message)
+        receiver = self._receivers[message.handoff]
+        try:
+            if not receiver.hear(message):
+                self._watch.message_dropped("late")
+        except ProtocolViolation as violation:
+            log.warning("peer.violated", peer=self.stream.peer, why=violation.message)
+            self._watch.message_dropped("violation")
+            receiver.fail(violation)
+        except Exception as error:
+            log.error("handoff.crashed", worker_id=self.worker_id, exc_info=error)
+            receiver.fail(LocalFault("internal error at the decode worker"))
 
     async def _renew_leases(self, renew_s: float) -> None:
         """Keep the blocks of open handoffs pinned."""
         while True:
             await asyncio.sleep(renew_s)
-            if self._inboxes:
-                self.stream.try_send(RenewLeases(tuple(self._inboxes)))
+            if self._receivers:
+                self.send(RenewLeases(tuple(self._receivers)))
 
 
 class PrefillLinks:
@@ -146,11 +118,13 @@ class PrefillLinks:
         hello: HandoffHello,
         transports: Sequence[Transport],
         timers: Timers,
+        watch: DecodeWatch = NO_DECODE_WATCH,
     ) -> None:
         self._connect = connect
         self._hello = hello
         self._transports = transports
         self._timers = timers
+        self._watch = watch
         self._links: dict[PrefillTarget, PeerLink] = {}
         self._opening: dict[PrefillTarget, asyncio.Task[PeerLink | PeerFault]] = {}
         self._running: set[asyncio.Task[None]] = set()
@@ -235,7 +209,7 @@ class PrefillLinks:
                 f"no transport reaches prefill worker {target.worker_id}",
                 reason=Reason.INCOMPATIBLE_PEER,
             )
-        return PeerLink(stream, target.worker_id, *chosen)
+        return PeerLink(stream, target.worker_id, *chosen, watch=self._watch)
 
     def _forget_lost(self) -> None:
         self._links = {target: link for target, link in self._links.items() if not link.is_lost}

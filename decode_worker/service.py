@@ -20,8 +20,7 @@ from pdserve.domain.tokens import Failed
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.tokenizer import Tokenizer
 from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
-from pdserve.rpc.links import DecodeServerLink
-from pdserve.rpc.streams import iterate, receive_hello
+from pdserve.rpc.streams import DecodeServerLink, iterate, receive_hello
 
 log = structlog.get_logger(__name__)
 

@@ -3,16 +3,12 @@
 import asyncio
 from dataclasses import dataclass
 
-import structlog
-
 from decode_worker.stop_strings import StopStrings
 from pdserve.domain.messages import RequestOutput, StepOutputs
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import FinishReason
 from pdserve.engine.tokenizer import Detokenizer
-from pdserve.rpc.links import DecodeServerLink
-
-log = structlog.get_logger(__name__)
+from pdserve.rpc.streams import DecodeServerLink, send_or_abort
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +75,4 @@ class RouterOutbox:
 
     def _flush(self) -> None:
         outputs, self._pending = tuple(self._pending), []
-        if not self._stream.try_send(StepOutputs(outputs)):
-            log.warning("router.stuck", peer=self._stream.peer, num_outputs=len(outputs))
-            self._stream.abort()
+        send_or_abort(self._stream, StepOutputs(outputs))

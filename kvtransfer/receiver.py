@@ -1,26 +1,36 @@
 """The decode side of a handoff: offered blocks are read, checked, and only then counted."""
 
+import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from kvtransfer.digest import DIGEST_BYTES, block_digest
 from kvtransfer.session import Event, HandoffSession, Phase, ProtocolViolation
 from kvtransfer.threads import run_to_end
 from kvtransfer.transports.base import Transport
-from pdserve.domain.errors import Reason, TransferFailed
+from pdserve.domain.errors import PdserveError, PeerFault, Reason, Refused, TransferFailed
 from pdserve.domain.ids import BlockId, HandoffId
 from pdserve.domain.messages import (
     BlocksOffered,
     BlocksPulled,
     EndHandoff,
+    HandoffFailed,
+    HandoffRefused,
     PrefillDone,
+    PrefillToHandoff,
     RemoteRegion,
     Role,
 )
+from pdserve.domain.tokens import Failed
 from pdserve.engine.kv_memory import KvMemory
 
 
 class HandoffReceiver:
     """One handoff at the decode worker, from the moment its start is sent.
+
+    `hear` takes all that the prefill worker says of it, at once; `wait_offer` and `land` are for
+    the one task that moves the blocks, and end as soon as the handoff does. `on_first_token` is
+    called within `hear`, at most once, and returns whether the blocks are still needed.
 
     `local_blocks` take the prompt's blocks from `first_block` on, in order; the caller has
     reserved them and keeps them until no `land` is running. Local blocks below
@@ -36,6 +46,8 @@ class HandoffReceiver:
         memory: KvMemory,
         local_blocks: Sequence[BlockId],
         first_block: int,
+        vocab_size: int,
+        on_first_token: Callable[[PrefillDone], bool],
         thread_above_bytes: int = 1 << 20,
     ) -> None:
         assert local_blocks, "a handoff moves at least one block"
@@ -48,9 +60,16 @@ class HandoffReceiver:
         self._memory = memory
         self._local_blocks = tuple(local_blocks)
         self._first_block = first_block
+        self._vocab_size = vocab_size
+        self._on_first_token = on_first_token
         self._thread_above_bytes = thread_above_bytes
-        self._is_landing = False
+        self._next_offer = first_block
+        self._offers: deque[BlocksOffered] = deque()
         self._done: PrefillDone | None = None
+        self._fault: PdserveError | None = None
+        self._is_answered = False  # by the first token: the blocks are not needed
+        self._has_news = asyncio.Event()
+        self._reading: asyncio.Timeout | None = None
         self._session = HandoffSession(Role.DECODE)
         self._session.say(Event.START)
 
@@ -59,53 +78,130 @@ class HandoffReceiver:
         return self._session.phase
 
     @property
-    def is_over(self) -> bool:
-        return self._session.is_over
-
-    @property
-    def num_late(self) -> int:
-        """Messages dropped because they came again or after the end."""
-        return self._session.num_late
-
-    @property
     def is_complete(self) -> bool:
         """All blocks are there."""
         return self.num_landed_blocks == len(self._local_blocks)
 
     @property
-    def is_ready(self) -> bool:
+    def _is_ready(self) -> bool:
         """All blocks and the first token are there: decoding can begin."""
         return self.phase in (Phase.READY, Phase.COMPLETED)
 
-    async def land(self, offer: BlocksOffered) -> BlocksPulled:
-        """Read and check one offer; the answer tells the peer that it may unpin.
+    @property
+    def _is_going(self) -> bool:
+        """More is to come, and is waited for."""
+        return not (self._session.is_over or self._is_answered or self._fault)
 
-        Offers are landed one at a time, in the order they came. A block that does not match its
-        digest is read once more. Raises `TransferFailed`: KV_INTEGRITY if it still does not match,
-        `ProtocolViolation` for an offer that was not asked for. After the call, cancelled or not,
-        nothing writes to the local blocks.
+    def hear(self, message: PrefillToHandoff) -> bool:
+        """Take a message of this handoff; False if it came late, or again, and is dropped.
+
+        Raises `ProtocolViolation` for what no correct peer says; the caller ends the handoff.
         """
-        assert not self._is_landing, "one offer at a time"
-        self._is_landing = True
+        match message:
+            case BlocksOffered():
+                return self._hear_offer(message)
+            case PrefillDone():
+                return self._hear_first_token(message)
+            case HandoffRefused():
+                return self._hear_end(Event.REFUSE, _refusal(message.failure))
+            case HandoffFailed():
+                failure = message.failure
+                return self._hear_end(Event.FAIL, PeerFault(failure.message, reason=failure.reason))
+
+    def _hear_offer(self, offer: BlocksOffered) -> bool:
+        if not self._is_going:
+            return False
+        first, end = offer.first_block, offer.first_block + len(offer.block_ids)
+        if not self._first_block <= first < end <= self._first_block + len(self._local_blocks):
+            raise ProtocolViolation(f"blocks {first} to {end} offered, which were not asked for")
+        if end <= self._next_offer:
+            return False
+        if first != self._next_offer:
+            raise ProtocolViolation(f"block {first} offered where {self._next_offer} was next")
+        if not all(0 <= block < self._region.num_blocks for block in offer.block_ids):
+            raise ProtocolViolation(f"a block beyond {self._region.num_blocks} offered")
+        lengths = [len(digest) for digest in offer.digests]
+        if lengths != [DIGEST_BYTES] * len(offer.block_ids):
+            raise ProtocolViolation(f"{len(lengths)} digests for {len(offer.block_ids)} blocks")
+        self._session.hear(Event.OFFER)
+        self._next_offer = end
+        self._offers.append(offer)
+        self._has_news.set()
+        return True
+
+    def _hear_first_token(self, message: PrefillDone) -> bool:
+        if not self._is_going or message == self._done:
+            return False
+        if not 0 <= message.first_token.token_id < self._vocab_size:
+            raise ProtocolViolation(f"a first token at or above {self._vocab_size}")
+        self._session.hear(Event.SAMPLE)
+        self._done = message
+        if not self._on_first_token(message):
+            self._is_answered = True
+            self._interrupt()
+        self._has_news.set()
+        return True
+
+    def _hear_end(self, event: Event, fault: PdserveError) -> bool:
+        if not self._session.hear(event):
+            return False
+        self.fail(fault)
+        return True
+
+    def lose(self, fault: PdserveError) -> None:
+        """The stream to the prefill worker is gone; harmless when called again."""
+        if not self._session.is_over:
+            self._session.say(Event.LOSE)
+            self.fail(fault)
+
+    def fail(self, fault: PdserveError) -> None:
+        """Have the task that moves the blocks raise `fault`, unless nothing is missing."""
+        if self._fault is None and not self._is_ready:
+            self._fault = fault
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        self._has_news.set()
+        if self._reading is not None and self._reading.when() is None:
+            self._reading.reschedule(0.0)
+
+    async def wait_offer(self) -> bool:
+        """Wait until there are blocks to `land`; False when nothing more is needed.
+
+        Raises why the handoff failed: `PeerFault`, `Refused`, or what `fail` was told.
+        """
+        while True:
+            if self._fault is not None:
+                raise self._fault
+            if self._is_ready or self._is_answered:
+                return False
+            if self._offers:
+                return True
+            self._has_news.clear()
+            await self._has_news.wait()
+
+    async def land(self) -> BlocksPulled | None:
+        """Read and check the oldest offer; the answer tells the peer that it may unpin.
+
+        A block that does not match its digest is read once more. Raises as `wait_offer` does, and
+        `TransferFailed`: KV_INTEGRITY for a block that still does not match. None if the answer
+        turned out to need no blocks. After the call, cancelled or not, nothing writes to the
+        local blocks.
+        """
+        assert self._reading is None, "one offer at a time"
         try:
-            return await self._land(offer)
+            async with asyncio.timeout(None) as self._reading:  # ended by `_interrupt`
+                return await self._land(self._offers.popleft())
+        except (TimeoutError, TransferFailed):
+            if self._fault is not None:
+                raise self._fault from None
+            if self._is_answered:
+                return None
+            raise
         finally:
-            self._is_landing = False
+            self._reading = None
 
     async def _land(self, offer: BlocksOffered) -> BlocksPulled:
-        if self.is_over:
-            self._session.num_late += 1
-            raise TransferFailed("the handoff is over", reason=Reason.FENCED)
-        self._check(offer)
-        pulled = BlocksPulled(
-            handoff=self.handoff,
-            first_block=offer.first_block,
-            num_blocks=len(offer.block_ids),
-        )
-        if offer.first_block < self._next_block:
-            self._session.num_late += 1
-            return pulled
-        self._session.hear(Event.OFFER)
         corrupt = await self._read(offer, range(len(offer.block_ids)))
         if corrupt:
             corrupt = await self._read(offer, corrupt)
@@ -114,30 +210,13 @@ class HandoffReceiver:
                 f"{len(corrupt)} of {len(offer.block_ids)} blocks do not match their digests",
                 reason=Reason.KV_INTEGRITY,
             )
-        if self.is_over:
-            raise TransferFailed("the handoff ended while blocks were read", reason=Reason.FENCED)
         self.num_landed_blocks += len(offer.block_ids)
         self._session.say(Event.PULL_LAST if self.is_complete else Event.PULL)
-        return pulled
-
-    @property
-    def _next_block(self) -> int:
-        return self._first_block + self.num_landed_blocks
-
-    def _check(self, offer: BlocksOffered) -> None:
-        """Raise `ProtocolViolation` unless this is the next offer, or one that has landed."""
-        first, end = offer.first_block, offer.first_block + len(offer.block_ids)
-        is_asked = self._first_block <= first < end <= self._first_block + len(self._local_blocks)
-        is_in_turn = first == self._next_block or end <= self._next_block
-        if offer.handoff != self.handoff or not is_asked or not is_in_turn:
-            raise ProtocolViolation(
-                f"blocks {first} to {end} offered where {self._next_block} was next"
-            )
-        if not all(0 <= block < self._region.num_blocks for block in offer.block_ids):
-            raise ProtocolViolation(f"a block beyond {self._region.num_blocks} offered")
-        lengths = [len(digest) for digest in offer.digests]
-        if lengths != [DIGEST_BYTES] * len(offer.block_ids):
-            raise ProtocolViolation(f"{len(lengths)} digests for {len(offer.block_ids)} blocks")
+        return BlocksPulled(
+            handoff=self.handoff,
+            first_block=offer.first_block,
+            num_blocks=len(offer.block_ids),
+        )
 
     async def _read(self, offer: BlocksOffered, places: Sequence[int]) -> list[int]:
         """Read these places of the offer; returns those that do not match their digests."""
@@ -158,6 +237,8 @@ class HandoffReceiver:
             corrupt = await run_to_end(find_corrupt)
         else:
             corrupt = find_corrupt(lambda: False)
+        if not self._is_going:  # the peer may have given the blocks to another by then
+            raise TransferFailed("the handoff ended while blocks were read", reason=Reason.FENCED)
         self.num_corrupt_blocks += len(corrupt)
         return corrupt
 
@@ -166,36 +247,20 @@ class HandoffReceiver:
         content = self._memory.block(self._local_blocks[block_index - self._first_block])
         return block_digest(self.handoff, block_index, content) == offer.digests[place]
 
-    def done(self, message: PrefillDone) -> bool:
-        """The first token came; False if it came before or too late, and is to be dropped."""
-        if message == self._done:
-            self._session.num_late += 1
-            return False
-        if not self._session.hear(Event.SAMPLE):
-            return False
-        self._done = message
-        return True
-
-    def refused(self) -> bool:
-        """The prefill worker will not do it; False if that came too late to matter."""
-        return self._session.hear(Event.REFUSE)
-
-    def failed(self) -> bool:
-        """The prefill worker gave up; False if that came too late to matter."""
-        return self._session.hear(Event.FAIL)
-
-    def lost(self) -> None:
-        """The stream to the prefill worker is gone; harmless when called again."""
-        if not self.is_over:
-            self._session.say(Event.LOSE)
-
     def end(self) -> EndHandoff | None:
         """This side needs nothing more, whatever the phase: returns the message to send.
 
-        None if the peer has ended it, or was told. Cancel a running `land` and await it before.
+        None if the peer has ended it, the stream is lost, or the message was returned before.
+        Cancel a running `land` and await it before.
         """
-        assert not self._is_landing, "blocks may still be written"
-        if self.is_over:
+        assert self._reading is None, "blocks may still be written"
+        if self._session.is_over:
             return None
         self._session.say(Event.END)
         return EndHandoff(handoff=self.handoff)
+
+
+def _refusal(failure: Failed) -> PeerFault | Refused:
+    if failure.reason is Reason.INTERNAL:
+        return PeerFault(failure.message, reason=failure.reason)
+    return Refused(failure.message, reason=failure.reason, retry_after_s=failure.retry_after_s)

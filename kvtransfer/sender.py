@@ -60,7 +60,8 @@ class HandoffSender:
         self._block_table = block_table
         self._memory = memory
         self._lease_s = lease_s
-        self.expires_at_s = now_s + lease_s
+        self._ends_at_s = now_s + start.deadline_s  # nobody waits longer, whatever is renewed
+        self.renew(now_s)
         self._next_offer = start.first_block
         self._next_pull = start.first_block
         self._offered: set[BlockId] = set()
@@ -74,15 +75,6 @@ class HandoffSender:
     @property
     def is_over(self) -> bool:
         return self._session.is_over
-
-    @property
-    def num_late(self) -> int:
-        """Messages dropped because they came again or after the end."""
-        return self._session.num_late
-
-    @property
-    def num_pinned_blocks(self) -> int:
-        return 0 if self.is_over else self._next_offer - self._next_pull
 
     def offer(self, num_computed_tokens: int, *, is_last: bool) -> BlocksOffered | None:
         """Pin and describe the blocks that became complete; None if there are none, or it is over.
@@ -116,31 +108,30 @@ class HandoffSender:
         self._session.say(Event.SAMPLE)
         return True
 
-    def pulled(self, message: BlocksPulled) -> None:
-        """Unpin what the peer has; raises `ProtocolViolation` if it cannot have that."""
+    def pulled(self, message: BlocksPulled) -> bool:
+        """Unpin what the peer has; False if it said so before, or after the end.
+
+        Raises `ProtocolViolation` if it cannot have that.
+        """
         first, end = message.first_block, message.first_block + message.num_blocks
         if message.num_blocks < 1 or first < 0 or end > self._next_offer:
             raise ProtocolViolation(f"blocks {first} to {end} pulled but not offered")
         if self.is_over or end <= self._next_pull:
-            self._session.num_late += 1
-            return
+            return False
         if first != self._next_pull:
             raise ProtocolViolation(f"block {first} pulled where {self._next_pull} was next")
         self._session.hear(Event.PULL_LAST if end == self._num_blocks else Event.PULL)
         self._block_table.unpin(first, end - first)
         self._offered.difference_update(self._block_table.block_ids[first:end])
         self._next_pull = end
+        return True
 
     def renew(self, now_s: float) -> None:
-        """Another lease from now."""
-        self.expires_at_s = now_s + self._lease_s
+        """Another lease from now, within the deadline of the request."""
+        self.expires_at_s = min(now_s + self._lease_s, self._ends_at_s)
 
     def is_expired(self, now_s: float) -> bool:
         return not self.is_over and now_s >= self.expires_at_s
-
-    def is_offered(self, block_ids: Sequence[BlockId]) -> bool:
-        """Whether all of these may be read right now."""
-        return self._offered.issuperset(block_ids)
 
     def not_offered(self, block_ids: set[BlockId]) -> set[BlockId]:
         """Those of `block_ids` that may not be read on behalf of this handoff."""
@@ -149,11 +140,10 @@ class HandoffSender:
     def end(self, cause: Event) -> None:
         """Give every block back, pinned or not; harmless when called again.
 
-        `cause` is how it ended: END (the peer said so), FAIL, EXPIRE, LOSE or REFUSE.
+        `cause` is how it ended: END (the peer said so), FAIL, EXPIRE or LOSE.
         """
-        assert cause in ENDINGS or cause is Event.REFUSE, cause
+        assert cause in ENDINGS, cause
         if self.is_over:
-            self._session.num_late += cause is Event.END
             return
         if SAID_BY.get(cause) is Role.DECODE:
             self._session.hear(cause)
@@ -176,8 +166,7 @@ class SenderTable(Generic[PeerT]):
         max_num_past: int = 4096,
         on_end: Callable[["HandoffSender"], None] = lambda sender: None,
     ) -> None:
-        """`on_end` hears of each handoff that ended, refused ones left out."""
-        self.num_late = 0  # messages for a handoff that is over
+        """`on_end` hears of each handoff that was added and ended."""
         self._on_end = on_end
         self._max_num_past = max_num_past
         self._live: dict[tuple[PeerT, HandoffId], HandoffSender] = {}
@@ -194,30 +183,26 @@ class SenderTable(Generic[PeerT]):
         assert not self.is_known(peer, sender.handoff), sender.handoff
         self._live[peer, sender.handoff] = sender
 
-    def refuse(self, peer: PeerT, handoff: HandoffId) -> None:
-        """A start was turned down: should it come again, nobody waits for it any more."""
+    def remember(self, peer: PeerT, handoff: HandoffId) -> None:
+        """It is over, begun or not: should its start come again, nobody waits for it any more."""
         assert (peer, handoff) not in self._live, handoff
-        self._remember(peer, handoff)
-
-    def _remember(self, peer: PeerT, handoff: HandoffId) -> None:
         self._past[peer, handoff] = None
         if len(self._past) > self._max_num_past:
             self._past.popitem(last=False)
 
     def get(self, peer: PeerT, handoff: HandoffId) -> HandoffSender | None:
-        """The live handoff that a message is for; None (counted) if the message is late."""
-        sender = self._live.get((peer, handoff))
-        self.num_late += sender is None
-        return sender
+        """The live handoff that a message is for; None if the message is late."""
+        return self._live.get((peer, handoff))
 
-    def end(self, peer: PeerT, handoff: HandoffId, cause: Event) -> None:
-        """End and forget one handoff; harmless if it is over."""
+    def end(self, peer: PeerT, handoff: HandoffId, cause: Event) -> bool:
+        """End and forget one handoff; False if it is over."""
         sender = self._live.pop((peer, handoff), None)
         if sender is None:
-            return
-        self._remember(peer, handoff)
+            return False
+        self.remember(peer, handoff)
         sender.end(cause)
         self._on_end(sender)
+        return True
 
     def may_read(self, block_ids: Sequence[BlockId]) -> bool:
         """Whether every block is offered, and pinned, by some handoff."""
@@ -228,14 +213,13 @@ class SenderTable(Generic[PeerT]):
             missing = sender.not_offered(missing)
         return not missing
 
-    def end_peer(self, peer: PeerT) -> list[HandoffId]:
+    def end_peer(self, peer: PeerT) -> None:
         """A stream is gone: end all it carried."""
         ended = [key for key in self._live if key[0] == peer]
         for key in ended:
             self.end(*key, Event.LOSE)
         for key in [key for key in self._past if key[0] == peer]:
             del self._past[key]
-        return [handoff for _, handoff in ended]
 
     def expire(self, now_s: float) -> list[tuple[PeerT, HandoffId]]:
         """End every handoff whose lease is out."""

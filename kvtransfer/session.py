@@ -13,7 +13,7 @@ Each end moves when it sends or hears an event, so the two can be apart by the m
 Any open handoff can end at any time: by the decode worker (END), the prefill worker (FAIL), the
 lease (EXPIRE, kept by the prefill worker) or the stream (LOSE). From READY every ending is a
 completion, since the decode worker has all it asked for. Because either end may stop on its own,
-messages cross: what arrives after the end is dropped and counted, never an error.
+messages cross: what arrives after the end is dropped, never an error.
 
 An event of our own that the table does not have is a bug (`AssertionError`). The same from a peer
 is its fault (`ProtocolViolation`), and the owner of the handoff ends it.
@@ -115,12 +115,11 @@ SAID_BY: dict[Event, Role] = {
 class HandoffSession:
     """Where one handoff is, as seen from the end that plays `role`."""
 
-    __slots__ = ("num_late", "phase", "role")
+    __slots__ = ("phase", "role")
 
     def __init__(self, role: Role) -> None:
         self.role = role
         self.phase = Phase.IDLE
-        self.num_late = 0  # messages heard after the end, or again
 
     @property
     def is_over(self) -> bool:
@@ -140,7 +139,6 @@ class HandoffSession:
         if SAID_BY.get(event) in (None, self.role):
             raise ProtocolViolation(f"the peer of a {self.role} worker sent {event.name}")
         if self.is_over:
-            self.num_late += 1
             return False
         if (self.phase, event) not in NEXT:
             raise ProtocolViolation(f"the peer sent {event.name} in phase {self.phase.name}")

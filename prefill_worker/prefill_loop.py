@@ -1,6 +1,7 @@
 """The loop that reads prompts: admit, plan, step, settle."""
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 
 import structlog
@@ -15,6 +16,7 @@ from pdserve.domain.messages import (
     HandoffRefused,
     PrefillDone,
     PrefillToDecode,
+    Role,
     WorkerLoad,
 )
 from pdserve.domain.tokens import Failed, SampledToken
@@ -22,7 +24,7 @@ from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.contract import Engine, StepBatch
 from pdserve.engine.step_table import StepTable
 from pdserve.observe.watch import NO_PREFILL_WATCH, PrefillWatch
-from pdserve.rpc.links import PrefillServerLink
+from pdserve.rpc.streams import PrefillServerLink, send_or_abort
 from prefill_worker.batching import chunk_step, plan_chunks
 from prefill_worker.queue import PrefillQueue, PrefillRequest
 
@@ -52,9 +54,7 @@ class PrefillLoop:
         watch: PrefillWatch = NO_PREFILL_WATCH,
     ) -> None:
         self.queue = PrefillQueue(max_num_waiting)
-        self.senders: SenderTable[PrefillServerLink] = SenderTable(
-            on_end=lambda sender: watch.handoff_ended(sender.phase.name.lower())
-        )
+        self.senders: SenderTable[PrefillServerLink] = SenderTable(on_end=self._handoff_ended)
         self._engine = engine
         self._pool = pool
         self._coefficients = coefficients
@@ -104,17 +104,18 @@ class PrefillLoop:
         self._work.set()
         return is_queued
 
-    def end(self, peer: PrefillServerLink, handoff: HandoffId) -> None:
-        """The decode worker needs nothing more of this handoff, wherever it is."""
-        self.queue.remove(peer, handoff)
-        self.senders.end(peer, handoff, Event.END)
+    def end(self, peer: PrefillServerLink, handoff: HandoffId) -> bool:
+        """The decode worker needs nothing more of this handoff; False if nothing was left of it."""
         self._work.set()
+        if self.queue.remove(peer, handoff) is None:
+            return self.senders.end(peer, handoff, Event.END)
+        self.senders.remember(peer, handoff)
+        return True
 
     def fail(
         self, peer: PrefillServerLink, handoff: HandoffId, reason: Reason, message: str
     ) -> None:
         """End a handoff that cannot go on, and say so: else its owner waits for its deadline."""
-        self.queue.remove(peer, handoff)
         self.senders.end(peer, handoff, Event.FAIL)
         failure = Failed(reason=reason, message=message)
         self.tell(peer, HandoffFailed(handoff=handoff, failure=failure))
@@ -122,13 +123,12 @@ class PrefillLoop:
 
     def tell(self, peer: PrefillServerLink, message: PrefillToDecode) -> None:
         """Send a message; a peer that is too far behind loses its stream, and all it asked for."""
-        if not peer.try_send(message):
-            log.warning("decode_worker.dropped", peer=peer.peer)
-            peer.abort()
+        if not send_or_abort(peer, message):
             self.end_peer(peer)
 
     def refuse(self, peer: PrefillServerLink, handoff: HandoffId, failure: Failed) -> None:
-        """Turn down a handoff that nothing was offered of."""
+        """Turn down a handoff that nothing was reserved for."""
+        self.senders.remember(peer, handoff)
         self._watch.refused(failure.reason)
         self.tell(peer, HandoffRefused(handoff=handoff, failure=failure))
 
@@ -138,6 +138,11 @@ class PrefillLoop:
             self.queue.remove(peer, request.handoff)
         self.senders.end_peer(peer)
         self._work.set()
+
+    def _handoff_ended(self, sender: HandoffSender) -> None:
+        fields = dataclasses.asdict(sender.handoff)
+        log.debug("handoff.ended", role=Role.PREFILL, phase=sender.phase.name, **fields)
+        self._watch.handoff_ended(sender.phase.name.lower())
 
     async def run(self) -> None:
         """Read prompts until cancelled."""
@@ -161,7 +166,6 @@ class PrefillLoop:
                 message=f"the prompt waited {waited_s:.1f} s in the prefill queue",
                 retry_after_s=self.drain_time_s(),
             )
-            self.senders.refuse(request.peer, request.handoff)
             self.refuse(request.peer, request.handoff, failure)
         for peer, handoff in self.senders.expire(now_s):
             log.warning("lease.expired", request_id=handoff.request_id, attempt=handoff.attempt)

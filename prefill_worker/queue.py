@@ -8,7 +8,7 @@ from kvtransfer.sender import HandoffSender
 from pdserve.domain.ids import HandoffId
 from pdserve.domain.messages import StartHandoff
 from pdserve.engine.step_table import StepTable
-from pdserve.rpc.links import PrefillServerLink
+from pdserve.rpc.streams import PrefillServerLink
 
 MIN_HEAP_TO_COMPACT = 64
 

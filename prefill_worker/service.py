@@ -21,8 +21,7 @@ from pdserve.domain.prefix import hash_full_blocks
 from pdserve.domain.sampling import check_sampling
 from pdserve.domain.tokens import Failed
 from pdserve.observe.watch import NO_PREFILL_WATCH, PrefillWatch
-from pdserve.rpc.links import PrefillServerLink
-from pdserve.rpc.streams import iterate, receive_hello
+from pdserve.rpc.streams import PrefillServerLink, iterate, receive_hello
 from prefill_worker.prefill_loop import Clock, PrefillLoop
 from prefill_worker.queue import PrefillRequest
 
@@ -83,32 +82,38 @@ class PrefillService:
             case StartHandoff():
                 self._start(stream, message)
             case BlocksPulled():
-                if (sender := senders.get(stream, message.handoff)) is None:
-                    return
-                num_pinned = sender.num_pinned_blocks
+                sender = senders.get(stream, message.handoff)
                 try:
-                    sender.pulled(message)
+                    is_late = sender is None or not sender.pulled(message)
                 except ProtocolViolation as violation:
-                    log.warning("peer.violated", peer=stream.peer, why=violation.message)
+                    self._drop(stream, violation.message)
                     self._loop.fail(
                         stream, message.handoff, Reason.TRANSFER_FAILED, violation.message
                     )
+                    return
+                if is_late:
+                    self._watch.message_dropped("late")
                 else:
-                    self._watch.blocks_sent(num_pinned - sender.num_pinned_blocks)
+                    self._watch.blocks_sent(message.num_blocks)
             case RenewLeases():
                 now_s = self._clock()
                 for handoff in message.handoffs:
                     if sender := senders.get(stream, handoff):
                         sender.renew(now_s)
             case EndHandoff():
-                self._loop.end(stream, message.handoff)
+                if not self._loop.end(stream, message.handoff):
+                    self._watch.message_dropped("late")
             case HandoffHello():
-                log.warning("peer.violated", peer=stream.peer, why="a second hello")
+                self._drop(stream, "a second hello")
+
+    def _drop(self, stream: PrefillServerLink, why: str) -> None:
+        log.warning("peer.violated", peer=stream.peer, why=why)
+        self._watch.message_dropped("violation")
 
     def _start(self, stream: PrefillServerLink, start: StartHandoff) -> None:
         key = (stream, start.handoff)
         if key in self._loop.queue or self._loop.senders.is_known(*key):
-            log.warning("peer.violated", peer=stream.peer, why="a handoff started twice")
+            self._drop(stream, "a handoff started twice")
             return
         if (failure := self._refusal(start)) is None:
             now_s = self._clock()

@@ -15,11 +15,11 @@ from pdserve.domain.messages import (
     DecodeToRouter,
     PeerHello,
     RequestOutput,
-    RouterToDecode,
     StepOutputs,
     Submit,
 )
-from pdserve.rpc.streams import MessageStream
+from pdserve.rpc.streams import DecodeLink as DecodeStream
+from pdserve.rpc.streams import send_or_abort
 from router.cluster_view import Life
 
 log = structlog.get_logger(__name__)
@@ -27,7 +27,6 @@ log = structlog.get_logger(__name__)
 FIRST_BACKOFF_S = 0.02
 MAX_BACKOFF_S = 0.5
 
-DecodeStream = MessageStream[RouterToDecode, DecodeToRouter]
 ConnectDecode = Callable[[str, Timers], Awaitable[DecodeStream]]
 
 
@@ -152,7 +151,6 @@ class DecodeLink:
         self._rng = rng
         self._on_change = on_change
         self._stream: DecodeStream | None = None
-        self._patience = asyncio.timeout(None)
         self._inboxes: dict[AttemptId, Inbox] = {}
 
     def submit(self, submit: Submit, inbox: Inbox) -> None:
@@ -166,9 +164,7 @@ class DecodeLink:
         if self._inboxes.pop(attempt, None) is None or self._stream is None:
             return
         cancel = Cancel(request_id=attempt.request_id, attempt=attempt.attempt)
-        if not self._stream.try_send(cancel):
-            # A cancel that is lost would leave blocks held there: end the stream, which frees all.
-            self._patience.reschedule(0.0)
+        send_or_abort(self._stream, cancel)
 
     async def run(self) -> None:
         """Connect, serve, reconnect; until cancelled."""
@@ -211,10 +207,7 @@ class DecodeLink:
         self._on_change(True)
         log.info("link.opened", worker_id=self.life.worker_id)
         try:
-            async with asyncio.timeout(None) as self._patience:
-                await self._read(stream)
-        except TimeoutError:
-            raise WorkerLost("the decode worker does not take messages") from None
+            await self._read(stream)
         finally:
             self._lose()
             await stream.close()

@@ -9,14 +9,12 @@ import structlog
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import PdserveError, PeerFault, Reason, WorkerLost
 from pdserve.domain.ids import WorkerId
-from pdserve.domain.messages import PeerHello, RegisterReply, Role, WorkerHello, WorkerReport
-from pdserve.rpc.streams import MessageStream
+from pdserve.domain.messages import PeerHello, RegisterReply, Role, WorkerHello
+from pdserve.rpc.streams import RegisterServerLink
 from router.decode_links import ConnectDecode, DecodeLink, LinkTarget
 from router.membership import Member, Membership
 
 log = structlog.get_logger(__name__)
-
-RegisterStream = MessageStream[RegisterReply, WorkerReport]
 
 
 class Registrations:
@@ -40,7 +38,7 @@ class Registrations:
         self._clock = clock
         self._rng = rng
 
-    async def serve(self, stream: RegisterStream) -> None:
+    async def serve(self, stream: RegisterServerLink) -> None:
         """Keep one worker registered while its stream lasts and it is heard.
 
         Raises `PeerFault` to tell a worker that is still there why it is not registered.
@@ -64,7 +62,7 @@ class Registrations:
             log.info("worker.gone", worker_id=hello.worker_id, why=fault.message)
         raise fault
 
-    async def _receive_hello(self, stream: RegisterStream) -> WorkerHello:
+    async def _receive_hello(self, stream: RegisterServerLink) -> WorkerHello:
         try:
             async with asyncio.timeout(self._timers.connect_s):
                 report = await stream.receive()
@@ -82,7 +80,7 @@ class Registrations:
             heartbeat_s=self._timers.heartbeat_s,
         )
 
-    async def _listen(self, stream: RegisterStream, member: Member) -> None:
+    async def _listen(self, stream: RegisterServerLink, member: Member) -> None:
         """Take heartbeats until the stream is over or silent for too long; then raise."""
         while True:
             try:

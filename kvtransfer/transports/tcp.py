@@ -6,6 +6,8 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import structlog
+
 from kvtransfer.transports.base import MayRead
 from kvtransfer.transports.block_runs import block_runs, check_read
 from kvtransfer.transports.sockets import recv_all, send_all
@@ -23,6 +25,8 @@ from pdserve.domain.errors import TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
 from pdserve.engine.kv_memory import KvMemory
+
+log = structlog.get_logger(__name__)
 
 MAX_IDLE_S = 30.0
 """A pooled connection is not used after this: below the server's keep-alive."""
@@ -59,6 +63,8 @@ class _Connections:
 
     async def take(self) -> socket.socket:
         """A connection that nobody else uses; give it back with `put` or `drop`."""
+        if self._is_closed:
+            raise ConnectionAbortedError("closed by this side")
         loop = asyncio.get_running_loop()
         while self._idle:
             sock, since_s = self._idle.pop()
@@ -116,7 +122,9 @@ def _is_quiet(sock: socket.socket) -> bool:
 class TcpTransport:
     """Serves on `host` and `port` (0: a free one); readers are told `advertised_host`, or `host`.
 
-    A read fails when nothing moves for `idle_timeout_s`, or after `total_timeout_s` in all.
+    A read fails when nothing moves for `idle_timeout_s`, or after `total_timeout_s` in all. Both
+    count from when the peer is asked: while all connections to it are taken by other reads, only
+    the caller's own deadline ends the wait.
     """
 
     name = "tcp"
@@ -179,15 +187,39 @@ class TcpTransport:
         if peer is None:
             peer = _Connections(address, self._max_num_connections_per_peer)
             self._peers[address] = peer
+        await self._take_slot(peer)
         try:
-            async with asyncio.timeout(self._total_timeout_s), peer.slots:
+            async with asyncio.timeout(self._total_timeout_s) as patience:
                 for first in range(0, len(remote_blocks), MAX_BLOCKS_PER_REQUEST):
                     part = slice(first, first + MAX_BLOCKS_PER_REQUEST)
                     await self._read_part(peer, remote_blocks[part], memory, local_blocks[part])
         except TimeoutError as error:
-            raise TransferFailed(f"the peer was silent for {self._idle_timeout_s} s") from error
+            if patience.expired():
+                message = f"the peer took longer than {self._total_timeout_s:g} s"
+            else:
+                message = f"the peer was silent for {self._idle_timeout_s:g} s"
+            raise TransferFailed(message) from error
         except (OSError, BadFrame) as error:
             raise TransferFailed("the connection to the peer broke") from error
+        finally:
+            peer.slots.release()
+
+    async def _take_slot(self, peer: _Connections) -> None:
+        """Wait for a connection of this process's own limit; a long wait is told, also if given up.
+
+        It is no fault of the peer, which has not been asked.
+        """
+        loop = asyncio.get_running_loop()
+        since_s = loop.time()
+        try:
+            await peer.slots.acquire()
+        finally:
+            if (waited_s := loop.time() - since_s) > self._idle_timeout_s:
+                log.warning(
+                    "kv_read.waited",
+                    max_num_connections=self._max_num_connections_per_peer,
+                    waited_s=round(waited_s, 3),
+                )
 
     async def _read_part(
         self,

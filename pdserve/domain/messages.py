@@ -151,7 +151,8 @@ class HandoffFailed:
 
 
 DecodeToPrefill = HandoffHello | StartHandoff | BlocksPulled | RenewLeases | EndHandoff
-PrefillToDecode = HandoffHello | HandoffRefused | BlocksOffered | PrefillDone | HandoffFailed
+PrefillToHandoff = HandoffRefused | BlocksOffered | PrefillDone | HandoffFailed
+PrefillToDecode = HandoffHello | PrefillToHandoff
 
 
 # Worker and router --------------------------------------------------------------------------------

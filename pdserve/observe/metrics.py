@@ -282,6 +282,13 @@ KV_CACHED = _gauge(
 )
 KV_CAPACITY = _gauge("pdserve_kv_blocks_capacity", WORKERS, "KV blocks of this worker")
 KV_BLOCK_BYTES = _gauge("pdserve_kv_block_bytes", WORKERS, "Size of one KV block")
+DROPPED_MESSAGES = _counter(
+    "pdserve_handoff_messages_dropped_total",
+    WORKERS,
+    "Messages about handoffs that were dropped: late (over here when it came, or said before; "
+    "some are usual, since messages cross) or violation (no correct peer sends it)",
+    "why",
+)
 OPEN_HANDOFFS = _gauge(
     "pdserve_handoffs_open", PREFILL, "Handoffs under a lease: read or offered, and not over"
 )
@@ -343,7 +350,7 @@ OWN_METRICS = (
     *(ENGINE_PROMPT_TOKENS, ENGINE_CACHED_TOKENS, ENGINE_OUTPUT_TOKENS),
     *(RUNNING, QUEUED, QUEUED_TOKENS, CONTEXT_TOKENS),
     *(KV_BLOCKS, KV_CACHED, KV_CAPACITY, KV_BLOCK_BYTES),
-    *(OPEN_HANDOFFS, HANDOFFS_SENT, SENT_BLOCKS),
+    *(DROPPED_MESSAGES, OPEN_HANDOFFS, HANDOFFS_SENT, SENT_BLOCKS),
     *(HANDOFFS_RECEIVED, HANDOFF_RETRIES),
     *(TRANSFER_BYTES, TRANSFER_SECONDS, CORRUPT_BLOCKS),
 )

@@ -198,6 +198,7 @@ class WorkerMetrics(ProcessMetrics, WorkerWatch):
         self._running = self._gauge(m.RUNNING)
         self._queued = self._gauge(m.QUEUED)
         self._queued_tokens = self._gauge(m.QUEUED_TOKENS)
+        self._dropped = _children(self._counter(m.DROPPED_MESSAGES), ("late", "violation"))
         self._context_tokens = self._gauge(m.CONTEXT_TOKENS)
         blocks = self._gauge(m.KV_BLOCKS)
         states = ("free", "reserved", "held", "pinned")
@@ -224,6 +225,9 @@ class WorkerMetrics(ProcessMetrics, WorkerWatch):
 
     def refused(self, reason: str) -> None:
         self._refusals.labels(reason).inc()
+
+    def message_dropped(self, why: str) -> None:
+        self._dropped[why].inc()
 
     def refresh(self) -> None:
         if self.now is None:

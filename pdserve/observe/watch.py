@@ -53,6 +53,9 @@ class WorkerWatch:
     def refused(self, reason: str) -> None:
         """Something was turned away here."""
 
+    def message_dropped(self, why: str) -> None:
+        """A message of the other role about a handoff: `late`, or a `violation` of the protocol."""
+
 
 class PrefillWatch(WorkerWatch):
     def prompt_read(self, queue_s: float, prefill_s: float) -> None:

@@ -6,13 +6,13 @@ carries many requests, so only the stream's own pumps touch the call; everyone e
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import grpc.aio
 import structlog
 
 from pdserve.domain.errors import Reason, WorkerLost
-from pdserve.rpc.streams import Mailbox
+from pdserve.rpc.streams import Mailbox, MailboxStream
 
 Out = TypeVar("Out")
 In = TypeVar("In")
@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 CLOSE_FLUSH_S = 1.0
 
 
-class GrpcStream(Generic[Out, In]):
+class GrpcStream(MailboxStream[Out, In]):
     """A `MessageStream` over one call, client or server side.
 
     `read` returns protobuf messages and `grpc.aio.EOF` at the end; `decode` raises `ValueError`
@@ -38,31 +38,14 @@ class GrpcStream(Generic[Out, In]):
         decode: Callable[[Any], In],
         peer: str,
     ) -> None:
-        self.peer = peer
+        super().__init__(Mailbox(), Mailbox(), peer)
         self.num_bad_messages = 0
-        self._why_over = "closed the stream"
-        self._reason_over: Reason | None = None
         self._read = read
         self._write = write
         self._encode = encode
         self._decode = decode
-        self._outgoing: Mailbox[Out] = Mailbox()
-        self._incoming: Mailbox[In] = Mailbox()
         self._writer = asyncio.create_task(self._pump_out())
         self._reader = asyncio.create_task(self._pump_in())
-
-    async def send(self, message: Out) -> None:
-        if not await self._outgoing.put(message):
-            raise self._lost()
-
-    def try_send(self, message: Out) -> bool:
-        return self._outgoing.try_put(message)
-
-    async def receive(self) -> In:
-        message = await self._incoming.take()
-        if message is None:
-            raise self._lost()
-        return message
 
     async def close(self) -> None:
         self._outgoing.end()
@@ -76,13 +59,6 @@ class GrpcStream(Generic[Out, In]):
             self._reader.cancel()
             self._writer.cancel()
             await asyncio.wait([self._reader, self._writer])
-
-    def abort(self) -> None:
-        self._outgoing.end()
-        self._incoming.end()
-
-    def _lost(self) -> WorkerLost:
-        return WorkerLost(f"{self.peer} {self._why_over}", reason=self._reason_over)
 
     async def _pump_out(self) -> None:
         try:

@@ -6,24 +6,24 @@ from typing import Any
 import grpc.aio
 
 from pdserve.config.timers import Timers
-from pdserve.domain import messages as m
+from pdserve.domain.messages import ClusterState
 from pdserve.rpc import codec, membership_codec
 from pdserve.rpc.channels import open_channel
 from pdserve.rpc.grpc_streams import ClientStream, serve_stream
-from pdserve.rpc.streams import MessageStream
+from pdserve.rpc.streams import (
+    DecodeLink,
+    DecodeServerLink,
+    PrefillLink,
+    PrefillServerLink,
+    RegisterLink,
+    RegisterServerLink,
+)
 from pdserve.v1 import (
     decode_pb2_grpc,
     membership_pb2,
     membership_pb2_grpc,
     prefill_pb2_grpc,
 )
-
-DecodeLink = MessageStream[m.RouterToDecode, m.DecodeToRouter]
-DecodeServerLink = MessageStream[m.DecodeToRouter, m.RouterToDecode]
-PrefillLink = MessageStream[m.DecodeToPrefill, m.PrefillToDecode]
-PrefillServerLink = MessageStream[m.PrefillToDecode, m.DecodeToPrefill]
-RegisterLink = MessageStream[m.WorkerReport, m.RegisterReply]
-RegisterServerLink = MessageStream[m.RegisterReply, m.WorkerReport]
 
 AddService = Callable[[grpc.aio.Server], str]
 """Adds a service to a server and returns its full name."""
@@ -111,7 +111,7 @@ def prefill_service(handler: Callable[[PrefillServerLink], Awaitable[None]]) -> 
 
 def membership_service(
     handler: Callable[[RegisterServerLink], Awaitable[None]],
-    cluster_state: Callable[[], m.ClusterState],
+    cluster_state: Callable[[], ClusterState],
 ) -> AddService:
     """Serve `Membership`: `handler` runs once for each worker's registration."""
 

@@ -10,8 +10,8 @@ import structlog
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import Reason, WorkerLost
 from pdserve.domain.messages import WorkerHello, WorkerLoad
-from pdserve.rpc.links import RegisterLink, connect_membership
-from pdserve.rpc.streams import receive_hello
+from pdserve.rpc.links import connect_membership
+from pdserve.rpc.streams import RegisterLink, receive_hello
 
 log = structlog.get_logger(__name__)
 
@@ -78,7 +78,8 @@ class Registration:
             self.is_registered = self.has_registered = True
             log.info("router.joined", router_id=reply.router_id, router=self._router_address)
             while True:
-                await link.send(self._load())
+                if not link.try_send(self._load()):  # closed, so that it comes back or is dead
+                    raise WorkerLost("the router takes no reports")
                 self._is_due.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(max(reply.heartbeat_s, MIN_HEARTBEAT_S)):

@@ -1,11 +1,16 @@
-"""Message streams: what the roles see of a connection, and the in-memory kind."""
+"""Message streams: what the roles see of a connection, and the in-memory kind. No gRPC here."""
 
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any, Generic, Protocol, TypeVar
 
-from pdserve.domain.errors import WorkerLost
+import structlog
+
+from pdserve.domain import messages as m
+from pdserve.domain.errors import Reason, WorkerLost
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 Out = TypeVar("Out")
@@ -24,6 +29,11 @@ class MessageStream(Protocol[OutContra, InCo]):
 
     peer: str  # for logs and messages
 
+    @property
+    def is_over(self) -> bool:
+        """Nothing more can be sent, and nothing received but what has arrived."""
+        ...
+
     def __hash__(self) -> int: ...
 
     async def send(self, message: OutContra) -> None:
@@ -31,7 +41,10 @@ class MessageStream(Protocol[OutContra, InCo]):
         ...
 
     def try_send(self, message: OutContra) -> bool:
-        """Queue a message at once; False when the peer is too far behind or gone."""
+        """Queue a message at once; False when the peer is too far behind or gone.
+
+        For what its sender tries again or takes elsewhere; all else goes by `send_or_abort`.
+        """
         ...
 
     async def receive(self) -> InCo:
@@ -45,6 +58,28 @@ class MessageStream(Protocol[OutContra, InCo]):
     def abort(self) -> None:
         """End the stream at once, for a peer that cannot be served; whoever receives closes it."""
         ...
+
+
+DecodeLink = MessageStream[m.RouterToDecode, m.DecodeToRouter]
+DecodeServerLink = MessageStream[m.DecodeToRouter, m.RouterToDecode]
+PrefillLink = MessageStream[m.DecodeToPrefill, m.PrefillToDecode]
+PrefillServerLink = MessageStream[m.PrefillToDecode, m.DecodeToPrefill]
+RegisterLink = MessageStream[m.WorkerReport, m.RegisterReply]
+RegisterServerLink = MessageStream[m.RegisterReply, m.WorkerReport]
+
+
+def send_or_abort(stream: MessageStream[Out, Any], message: Out) -> bool:
+    """Queue a message whose loss would leave something held, or somebody waiting, at the peer.
+
+    A peer that is too far behind to take it loses the stream: the end of a stream frees at both
+    ends all that it carried. False then.
+    """
+    if stream.try_send(message):
+        return True
+    if not stream.is_over:
+        log.warning("stream.aborted", peer=stream.peer, unsent=type(message).__name__)
+        stream.abort()
+    return False
 
 
 async def receive_hello(stream: MessageStream[Any, T], within_s: float) -> T:
@@ -135,17 +170,23 @@ def _wake(waiters: deque[asyncio.Future[None]], count: int) -> None:
             count -= 1
 
 
-class MemoryStream(Generic[Out, In]):
-    """One end of an in-memory pair; a `MessageStream`."""
+class MailboxStream(Generic[Out, In]):
+    """A `MessageStream` for whatever fills the one mailbox and empties the other."""
 
     def __init__(self, outgoing: Mailbox[Out], incoming: Mailbox[In], peer: str) -> None:
+        self.peer = peer
         self._outgoing = outgoing
         self._incoming = incoming
-        self.peer = peer
+        self._why_over = "closed the stream"
+        self._reason_over: Reason | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self._outgoing.is_over
 
     async def send(self, message: Out) -> None:
         if not await self._outgoing.put(message):
-            raise WorkerLost(f"{self.peer} closed the stream")
+            raise self._lost()
 
     def try_send(self, message: Out) -> bool:
         return self._outgoing.try_put(message)
@@ -153,7 +194,7 @@ class MemoryStream(Generic[Out, In]):
     async def receive(self) -> In:
         message = await self._incoming.take()
         if message is None:
-            raise WorkerLost(f"{self.peer} closed the stream")
+            raise self._lost()
         return message
 
     async def close(self) -> None:
@@ -162,6 +203,13 @@ class MemoryStream(Generic[Out, In]):
     def abort(self) -> None:
         self._outgoing.end()
         self._incoming.end()
+
+    def _lost(self) -> WorkerLost:
+        return WorkerLost(f"{self.peer} {self._why_over}", reason=self._reason_over)
+
+
+class MemoryStream(MailboxStream[Out, In]):
+    """One end of an in-memory pair: its mailboxes are those of the other end, changed over."""
 
 
 def memory_stream_pair(

@@ -31,14 +31,9 @@ from pdserve.domain.messages import (
 )
 from pdserve.domain.tokens import Completed, Failed, FinishReason, PhaseTimeline, SampledToken
 from pdserve.rpc.channels import MAX_INTERNAL_MESSAGE_BYTES
-from pdserve.rpc.links import (
-    DecodeServerLink,
-    RegisterLink,
-    connect_membership,
-    decode_service,
-)
+from pdserve.rpc.links import connect_membership, decode_service
 from pdserve.rpc.server import RpcServer
-from pdserve.rpc.streams import iterate
+from pdserve.rpc.streams import DecodeServerLink, RegisterLink, iterate
 from pdserve.v1 import inference_pb2 as pb
 from pdserve.v1 import inference_pb2_grpc, membership_pb2, membership_pb2_grpc, types_pb2
 from router.app import Router, open_router

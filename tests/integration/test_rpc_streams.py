@@ -15,9 +15,9 @@ from pdserve.domain.errors import LocalFault, Refused, WorkerLost
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, RequestId
 from pdserve.domain.messages import Cancel, PeerHello, RequestOutput, StepOutputs
 from pdserve.rpc.channels import MAX_INTERNAL_MESSAGE_BYTES
-from pdserve.rpc.links import DecodeServerLink, connect_decode, decode_service
+from pdserve.rpc.links import connect_decode, decode_service
 from pdserve.rpc.server import RpcServer
-from pdserve.rpc.streams import iterate
+from pdserve.rpc.streams import DecodeServerLink, iterate, send_or_abort
 from pdserve.v1 import decode_pb2, decode_pb2_grpc
 
 TIMERS = Timers(keepalive_s=0.5, connect_s=1.0)
@@ -122,6 +122,39 @@ async def test_handler_errors_become_opaque_status(
         details = await call.details()
         assert text in details
         assert "prompt" not in details
+
+
+async def turns() -> AsyncIterator[None]:
+    """Lets everything else run between two rounds of a loop."""
+    while True:
+        await asyncio.sleep(0)
+        yield
+
+
+async def test_stream_whose_far_end_does_not_read_ends_there_too_when_a_message_is_unsent() -> None:
+    ended = asyncio.Event()
+
+    async def hold(stream: DecodeServerLink) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    limit = MAX_INTERNAL_MESSAGE_BYTES
+    async with await RpcServer.start(
+        "127.0.0.1", 0, [decode_service(hold)], TIMERS, max_message_bytes=limit
+    ) as server:
+        link = await connect_decode(server.address, TIMERS)
+        cancel = Cancel(request_id=RequestId("x" * 10_000), attempt=1)
+        async with asyncio.timeout(10):
+            async for _ in turns():
+                if not send_or_abort(link, cancel):
+                    break
+            with pytest.raises(WorkerLost):
+                await link.receive()
+        await link.close()
+        async with asyncio.timeout(2):
+            await ended.wait()
 
 
 async def test_nobody_listening_is_worker_lost() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import structlog
 import uvloop
 
 from kvtransfer.digest import block_digest
@@ -26,7 +27,11 @@ from kvtransfer.receiver import HandoffReceiver
 from kvtransfer.transports.base import MayRead, Transport
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
-from kvtransfer.transports.tcp_frames import REPLY_HEADER_BYTES, encode_request
+from kvtransfer.transports.tcp_frames import (
+    REPLY_HEADER_BYTES,
+    REQUEST_HEADER_BYTES,
+    encode_request,
+)
 from kvtransfer.transports.tcp_server import TcpRegionServer
 from pdserve.domain.errors import Reason, TransferFailed
 from pdserve.domain.ids import BlockId
@@ -145,9 +150,9 @@ def target() -> Iterator[KvMemory]:
 
 
 @asynccontextmanager
-async def fails_within(limit_s: float) -> AsyncIterator[None]:
+async def fails_within(limit_s: float, why: str | None = None) -> AsyncIterator[None]:
     start_s = time.monotonic()
-    with pytest.raises(TransferFailed):
+    with pytest.raises(TransferFailed, match=why):
         yield
     assert time.monotonic() - start_s < limit_s
 
@@ -356,7 +361,7 @@ async def test_a_stopped_peer_fails_a_network_read_by_the_idle_timeout(target: K
     async with peer_process("tcp") as peer, transport_of("tcp") as transport:
         await transport.read(peer.region, blocks(0), target, blocks(0))
         peer.process.send_signal(signal.SIGSTOP)
-        async with fails_within(NOTICE_S):
+        async with fails_within(NOTICE_S, "silent for 2 s"):
             await transport.read(peer.region, blocks(1), target, blocks(1))
         peer.process.send_signal(signal.SIGCONT)
         await transport.read(peer.region, blocks(2), target, blocks(2))
@@ -395,15 +400,79 @@ async def test_a_peer_that_trickles_fails_by_the_total_timeout(target: KvMemory)
             await asyncio.sleep(0.01)
 
     async with raw_server(trickle) as port:
-        region = RemoteRegion(
-            transport="tcp",
-            address={"host": "127.0.0.1", "port": str(port), "token": "00" * 16},
-            num_blocks=4,
-            block_bytes=BLOCK_BYTES,
-        )
         transport = TcpTransport(idle_timeout_s=0.2, total_timeout_s=0.4)
-        async with fails_within(NOTICE_S):
-            await transport.read(region, blocks(0), target, blocks(0))
+        async with fails_within(NOTICE_S, r"longer than 0\.4 s"):
+            await transport.read(region_at(port), blocks(0), target, blocks(0))
+        await transport.close()
+
+
+def region_at(port: int) -> RemoteRegion:
+    return RemoteRegion(
+        transport="tcp",
+        address={"host": "127.0.0.1", "port": str(port), "token": "00" * 16},
+        num_blocks=NUM_BLOCKS,
+        block_bytes=BLOCK_BYTES,
+    )
+
+
+@asynccontextmanager
+async def slow_peer(reply_s: float) -> AsyncIterator[RemoteRegion]:
+    """Answers each request for one block, with zeros, after `reply_s`."""
+
+    async def answer(sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while await loop.sock_recv(sock, REQUEST_HEADER_BYTES + 4):
+            await asyncio.sleep(reply_s)
+            await loop.sock_sendall(sock, struct.pack("<BQ", 0, BLOCK_BYTES) + bytes(BLOCK_BYTES))
+
+    async with raw_server(answer) as port:
+        yield region_at(port)
+
+
+async def test_waiting_for_ones_own_other_reads_is_not_the_silence_of_the_peer(
+    target: KvMemory,
+) -> None:
+    """Six reads of 0.2 s through one connection; the peer may be silent for 0.4 s, or take 0.5."""
+    transport = TcpTransport(
+        idle_timeout_s=0.4, total_timeout_s=0.5, max_num_connections_per_peer=1
+    )
+    with structlog.testing.capture_logs() as logs:
+        async with slow_peer(0.2) as region, asyncio.TaskGroup() as reads:
+            for block in range(6):
+                reads.create_task(transport.read(region, blocks(0), target, blocks(block)))
+    await transport.close()
+    waits = [entry for entry in logs if entry["event"] == "kv_read.waited"]
+    assert waits, "a wait that long is told"
+    assert {entry["max_num_connections"] for entry in waits} == {1}
+
+
+async def test_wait_for_a_connection_ends_with_the_callers_deadline_and_takes_none(
+    target: KvMemory,
+) -> None:
+    transport = TcpTransport(idle_timeout_s=5.0, max_num_connections_per_peer=1)
+    async with slow_peer(0.5) as region:
+        first = asyncio.create_task(transport.read(region, blocks(0), target, blocks(0)))
+        await asyncio.sleep(0)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await transport.read(region, blocks(0), target, blocks(1))
+        await first
+        await transport.read(region, blocks(0), target, blocks(2))
+        await transport.close()
+
+
+async def test_closing_ends_the_reads_that_wait_for_a_connection(target: KvMemory) -> None:
+    transport = TcpTransport(idle_timeout_s=5.0, max_num_connections_per_peer=1)
+    async with slow_peer(60.0) as region:
+        reads = [
+            asyncio.create_task(transport.read(region, blocks(0), target, blocks(block)))
+            for block in range(3)
+        ]
+        await asyncio.sleep(0.05)
+        await transport.close_peer(region)
+        for read in reads:
+            async with fails_within(NOTICE_S, "connection to the peer broke"):
+                await read
         await transport.close()
 
 
@@ -479,15 +548,9 @@ async def test_a_cancelled_landing_writes_nothing_afterwards(name: str, num_turn
     with memories(num_blocks, block_bytes) as (source, target):
         async with transport_of(name) as transport:
             server = await transport.serve(source, lambda block_ids: True)
-            receiver = HandoffReceiver(
-                handoff_id(),
-                transport=transport,
-                region=server.region,
-                memory=target,
-                local_blocks=wanted,
-                first_block=0,
-            )
-            landing = asyncio.create_task(receiver.land(offer_of(source, wanted)))
+            receiver = receiver_of(transport, server.region, target, wanted)
+            receiver.hear(offer_of(source, wanted))
+            landing = asyncio.create_task(receiver.land())
             for _ in range(num_turns):
                 await asyncio.sleep(0)
             landing.cancel()
@@ -498,6 +561,21 @@ async def test_a_cancelled_landing_writes_nothing_afterwards(name: str, num_turn
             await server.close()
             await transport.close()
             assert target.bytes == b"\xee" * target.num_bytes
+
+
+def receiver_of(
+    transport: Transport, region: RemoteRegion, target: KvMemory, wanted: tuple[BlockId, ...]
+) -> HandoffReceiver:
+    return HandoffReceiver(
+        handoff_id(),
+        transport=transport,
+        region=region,
+        memory=target,
+        local_blocks=wanted,
+        first_block=0,
+        vocab_size=1,
+        on_first_token=lambda done: True,
+    )
 
 
 def offer_of(source: KvMemory, block_ids: tuple[BlockId, ...]) -> BlocksOffered:
@@ -518,8 +596,8 @@ def offer_of(source: KvMemory, block_ids: tuple[BlockId, ...]) -> BlocksOffered:
 @asynccontextmanager
 async def receiver_through_damage(
     target: KvMemory, num_damaged: int
-) -> AsyncIterator[tuple[HandoffReceiver, BlocksOffered, KvMemory]]:
-    """Eight blocks through a proxy that flips one bit in each of the first replies.
+) -> AsyncIterator[tuple[HandoffReceiver, KvMemory]]:
+    """Eight blocks on offer through a proxy that flips one bit in each of the first replies.
 
     The reader asks again on the same connection, so one count of bytes runs through both replies.
     """
@@ -539,31 +617,25 @@ async def receiver_through_damage(
             proxy_to(peer.region, flip) as region,
         ):
             wanted = blocks(*range(8))
-            receiver = HandoffReceiver(
-                handoff_id(),
-                transport=transport,
-                region=region,
-                memory=target,
-                local_blocks=wanted,
-                first_block=0,
-            )
-            yield receiver, offer_of(source, wanted), source
+            receiver = receiver_of(transport, region, target, wanted)
+            receiver.hear(offer_of(source, wanted))
+            yield receiver, source
 
 
 @pytest.mark.parametrize("num_damaged", [0, 1])
 async def test_a_bit_flipped_on_the_way_is_found_and_the_block_read_again(
     target: KvMemory, num_damaged: int
 ) -> None:
-    async with receiver_through_damage(target, num_damaged) as (receiver, offer, source):
-        await receiver.land(offer)
+    async with receiver_through_damage(target, num_damaged) as (receiver, source):
+        await receiver.land()
         assert target.bytes[: 8 * BLOCK_BYTES] == source.bytes[: 8 * BLOCK_BYTES]
         assert receiver.num_corrupt_blocks == num_damaged
 
 
 async def test_a_bit_flipped_in_both_reads_fails_the_landing(target: KvMemory) -> None:
-    async with receiver_through_damage(target, 2) as (receiver, offer, _):
+    async with receiver_through_damage(target, 2) as (receiver, _):
         with pytest.raises(TransferFailed) as failure:
-            await receiver.land(offer)
+            await receiver.land()
         assert failure.value.reason is Reason.KV_INTEGRITY
         assert receiver.num_landed_blocks == 0
 

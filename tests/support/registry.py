@@ -7,9 +7,9 @@ from pdserve.domain.errors import PeerFault
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch
 from pdserve.domain.messages import ClusterState, RegisterReply, WorkerHello, WorkerLoad
 from pdserve.rpc.channels import MAX_INTERNAL_MESSAGE_BYTES
-from pdserve.rpc.links import RegisterServerLink, membership_service
+from pdserve.rpc.links import membership_service
 from pdserve.rpc.server import RpcServer
-from pdserve.rpc.streams import iterate
+from pdserve.rpc.streams import RegisterServerLink, iterate
 
 TIMERS = Timers(connect_s=1.0, keepalive_s=0.5)
 

@@ -51,8 +51,7 @@ from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.model_files import ModelFiles, resolve_model_dir
 from pdserve.engine.timed_engine import TimedEngine, timed_tokens
 from pdserve.engine.tokenizer import Tokenizer
-from pdserve.rpc.links import PrefillLink
-from pdserve.rpc.streams import MemoryStream, iterate, memory_stream_pair
+from pdserve.rpc.streams import MemoryStream, PrefillLink, iterate, memory_stream_pair
 from prefill_worker.prefill_loop import PrefillLoop
 from prefill_worker.service import PrefillService
 
@@ -209,14 +208,14 @@ class Wire:
     async def run(self) -> None:
         left, right = self._inner
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._carry(left, right))
-            tasks.create_task(self._carry(right, left))
+            tasks.create_task(self.carry(left, right))
+            tasks.create_task(self.carry(right, left))
 
     def cut(self) -> None:
         for end in (self.left, self.right, *self._inner):
             end.abort()
 
-    async def _carry(self, source: MemoryStream[Any, Any], target: MemoryStream[Any, Any]) -> None:
+    async def carry(self, source: MemoryStream[Any, Any], target: MemoryStream[Any, Any]) -> None:
         async for message in iterate(source):
             await self.flows.wait()
             await asyncio.sleep(self._delay_s())
@@ -273,7 +272,7 @@ class PrefillNode:
     async def connect(self) -> PrefillLink:
         if not self.is_alive:
             raise WorkerLost(f"{self.name} is dead")
-        wire = Wire("decode", self.name, self._pair.delay_s)
+        wire = self._pair.make_wire("decode", self.name)
         self.wires.append(wire)
         self._spawn(wire.run())
         self._spawn(serve_like_grpc(self.service.handle, wire.right))
@@ -442,6 +441,7 @@ class WorkerPair:
         self.sizes = sizes or Sizes()
         self.timers = timers or Timers()
         self.delay_s = delay_s
+        self.make_wire: Callable[[str, str], Wire] = lambda left, right: Wire(left, right, delay_s)
         self.transport = PairTransport()
         self.prefill: list[PrefillNode] = []
         self.scripted: dict[str, ScriptedPrefill] = {}

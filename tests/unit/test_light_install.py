@@ -1,4 +1,4 @@
-"""Router, planner, client and command line run where torch is not installed."""
+"""Router, planner, client and command line run without torch; what decides runs without gRPC."""
 
 import subprocess
 import sys
@@ -17,9 +17,32 @@ for room in rooms:
 print("all imported")
 """
 
+WITHOUT_GRPC = """
+import importlib, pkgutil, sys
+sys.modules["grpc"] = None  # importing it raises
+rooms = ("pdserve.domain", "pdserve.config", "pdserve.observe", "pdserve.engine", "kvtransfer",
+         "router", "prefill_worker", "decode_worker", "placement")
+adapters = ("__main__", ".app", "router.grpc_api", "placement.probing")
+for room in rooms:
+    package = importlib.import_module(room)
+    for module in pkgutil.walk_packages(package.__path__, room + "."):
+        if not module.name.endswith(adapters):
+            importlib.import_module(module.name)
+importlib.import_module("pdserve.rpc.streams")
+print("all imported")
+"""
+
+
+def imports(script: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    return result.stdout or result.stderr
+
 
 def test_all_but_workers_import_without_torch() -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_HEAVY], capture_output=True, text=True, check=False
-    )
-    assert result.stdout == "all imported\n", result.stderr
+    assert imports(WITHOUT_HEAVY) == "all imported\n"
+
+
+def test_all_that_decides_imports_without_grpc() -> None:
+    assert imports(WITHOUT_GRPC) == "all imported\n"

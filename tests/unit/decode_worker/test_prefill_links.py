@@ -1,15 +1,32 @@
 """Streams to prefill workers come and go without taking the process with them."""
 
 import asyncio
+import dataclasses
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import structlog
 
-from decode_worker.prefill_links import PrefillLinks
+from decode_worker.prefill_links import PeerLink, PrefillLinks
 from pdserve.config.timers import Timers
-from pdserve.domain.ids import Epoch, WorkerId
-from pdserve.domain.messages import PrefillTarget
-from pdserve.rpc.links import PrefillLink
+from pdserve.domain.errors import Reason
+from pdserve.domain.ids import Epoch, HandoffId, RequestId, WorkerId
+from pdserve.domain.messages import (
+    BlocksOffered,
+    EndHandoff,
+    HandoffFailed,
+    HandoffHello,
+    HandoffRefused,
+    PrefillDone,
+    PrefillTarget,
+    PrefillToDecode,
+    RenewLeases,
+    StartHandoff,
+)
+from pdserve.domain.tokens import Failed, SampledToken
+from pdserve.observe.watch import DecodeWatch
+from pdserve.rpc.streams import PrefillLink, iterate
 from tests.support.virtual_time import virtual
 from tests.support.worker_pair import Sizes, WorkerPair, oracle
 
@@ -69,3 +86,183 @@ async def test_closing_does_not_wait_for_timers_nor_for_links_being_opened() -> 
         assert asyncio.get_running_loop().time() == began_s
         assert link.is_lost
         await asyncio.wait([opening])
+
+
+def clog(link: PeerLink) -> None:
+    """Fill what waits to be sent, as when the peer has read nothing for long."""
+    while link.stream.try_send(RenewLeases(())):
+        pass
+
+
+@pytest.mark.parametrize("unsent", ["end", "pulled", "renewal"])
+def test_message_that_cannot_be_sent_ends_the_stream_and_the_request_goes_on(unsent: str) -> None:
+    @virtual
+    async def run() -> None:
+        async with WorkerPair() as pair:
+            peer = await pair.script_prefill()
+            targets = (peer.target, pair.prefill[0].target)
+            call = pair.submit(PROMPT, max_tokens=4, targets=targets)
+            other = pair.submit(PROMPT[::-1], max_tokens=4, targets=targets)
+            offer, _ = await peer.read(await peer.hear(StartHandoff))
+            await peer.hear(StartHandoff)
+            link = await pair.links.get(peer.target)
+            clog(link)
+            match unsent:
+                case "end":
+                    pair.cancel(call)
+                case "pulled":
+                    peer.stream.try_send(offer)
+                case "renewal":
+                    await asyncio.sleep(pair.timers.renew_s)
+            await asyncio.sleep(0.1)
+            assert peer.stream.is_over
+            assert link.is_lost
+            for each in (other,) if unsent == "end" else (call, other):
+                end = await each.completed()
+                # Whose blocks have all landed computes its first token here.
+                reader = "" if (unsent, each) == ("pulled", call) else "prefill-0"
+                assert end.timeline.prefill_worker == reader
+                assert each.token_ids == oracle(each.submit.prompt_token_ids, each.submit.sampling)
+
+    with structlog.testing.capture_logs() as logs:
+        run()
+    kind = {"end": "EndHandoff", "pulled": "BlocksPulled", "renewal": "RenewLeases"}[unsent]
+    assert [log["unsent"] for log in logs if log["event"] == "stream.aborted"] == [kind]
+
+
+@virtual
+async def test_start_that_never_went_out_is_taken_back_without_harm_to_others() -> None:
+    async with WorkerPair() as pair:
+        peer = await pair.script_prefill()
+        other = pair.submit(PROMPT, max_tokens=4, targets=(peer.target,))
+        offer, done = await peer.read(await peer.hear(StartHandoff))
+        link = await pair.links.get(peer.target)
+        clog(link)
+        late = pair.submit(PROMPT[::-1], max_tokens=4, deadline_s=0.5, targets=(peer.target,))
+        gone = pair.submit((*PROMPT, 3), max_tokens=4, targets=(peer.target,))
+        await late.failed()
+        pair.cancel(gone)
+        await asyncio.sleep(0.01)
+        assert not link.is_lost
+        other_end = asyncio.create_task(other.completed())
+        peer.stream.try_send(done)
+        while not isinstance(await peer.hear(RenewLeases), RenewLeases):
+            pass
+        peer.stream.try_send(offer)
+        end = await peer.hear(EndHandoff)
+        assert end.handoff == offer.handoff, "nothing is said of what was not asked"
+        await other_end
+
+
+@virtual
+async def test_lost_end_leaves_no_block_pinned_at_the_prefill_worker() -> None:
+    """Nor does it stay until its lease is out: the end of the stream frees it."""
+    async with WorkerPair() as pair:
+        pair.transport.pause_s = lambda: 60.0
+        call = pair.submit(PROMPT, max_tokens=4)
+        await call.has_begun.wait()
+        node = pair.prefill[0]
+        assert node.pool.usage().pinned > 0
+        node.wires[0].flows.clear()
+        clog(await pair.links.get(node.target))
+        await asyncio.sleep(0.001)
+        clog(await pair.links.get(node.target))
+        pair.cancel(call)
+        await asyncio.sleep(0.001)
+        node.wires[0].flows.set()
+        await asyncio.sleep(0.1)
+        assert node.pool.usage().is_idle
+
+
+class CountingWatch(DecodeWatch):
+    def __init__(self) -> None:
+        self.dropped: Counter[str] = Counter()
+
+    def message_dropped(self, why: str) -> None:
+        self.dropped[why] += 1
+
+
+@virtual
+async def test_messages_that_are_late_or_senseless_are_counted_and_end_no_other_handoff() -> None:
+    async with WorkerPair() as pair:
+        watch = pair.links._watch = CountingWatch()
+        peer = await pair.script_prefill()
+        targets = (peer.target, pair.prefill[0].target)
+        call = pair.submit(PROMPT, max_tokens=4, targets=targets)
+        other = pair.submit(PROMPT[::-1], max_tokens=4, targets=(peer.target,))
+        offer, done = await peer.read(await peer.hear(StartHandoff))
+        other_offer, other_done = await peer.read(await peer.hear(StartHandoff))
+        nobody = HandoffId(RequestId("nobody"), 1, 0)
+        failure = Failed(reason=Reason.INTERNAL, message="gave up")
+        late: list[PrefillToDecode] = [
+            HandoffHello(
+                worker_id=WorkerId("again"),
+                epoch=Epoch(1),
+                protocol_version=1,
+                model_hash=b"",
+                layout_hash=b"",
+            ),
+            HandoffRefused(handoff=nobody, failure=failure),
+            HandoffFailed(handoff=nobody, failure=failure),
+            BlocksOffered(handoff=nobody, first_block=0, block_ids=(), digests=()),
+            PrefillDone(
+                handoff=nobody,
+                first_token=SampledToken(2**31),
+                queue_s=0.0,
+                prefill_s=0.0,
+                cached_tokens=0,
+            ),
+        ]
+        for message in (*late, other_done, other_done):
+            peer.stream.try_send(message)
+        await other.has_begun.wait()
+        assert watch.dropped == {"late": len(late) + 1}
+        with structlog.testing.capture_logs():
+            peer.stream.try_send(dataclasses.replace(offer, first_block=3))
+            assert (await peer.hear(EndHandoff)).handoff == offer.handoff
+        peer.stream.try_send(done)
+        peer.stream.try_send(other_offer)
+        assert (await call.completed()).timeline.prefill_worker == "prefill-0"
+        assert (await other.completed()).timeline.prefill_worker == peer.name
+        assert watch.dropped == {"late": len(late) + 2, "violation": 1}
+
+
+@pytest.mark.parametrize("is_refused", [True, False])
+def test_no_end_is_sent_for_what_the_peer_has_ended(is_refused: bool) -> None:
+    @virtual
+    async def run() -> None:
+        async with WorkerPair(Sizes(num_prefill=0)) as pair:
+            peer = await pair.script_prefill()
+            call = pair.submit(PROMPT, max_tokens=4, targets=(peer.target,))
+            handoff = (await peer.hear(StartHandoff)).handoff
+            kind = HandoffRefused if is_refused else HandoffFailed
+            failure = Failed(reason=Reason.DRAINING, message="is leaving")
+            peer.stream.try_send(kind(handoff=handoff, failure=failure))
+            await call.completed()
+            peer.stream.abort()
+            assert [message async for message in iterate(peer.stream)] == []
+
+    run()
+
+
+class BrokenDetokenizer:
+    def push(self, token_id: int) -> str:
+        raise RuntimeError("a prompt that must not leak")
+
+
+@virtual
+async def test_first_token_that_cannot_be_taken_ends_its_request_and_no_other() -> None:
+    async with WorkerPair() as pair:
+        broken = pair.submit(PROMPT, max_tokens=4)
+        other = pair.submit(PROMPT[::-1], max_tokens=4)
+        tokenizer = pair.service._tokenizer
+        detokenizers = iter([BrokenDetokenizer()])
+        pair.service._tokenizer = SimpleNamespace(  # type: ignore[assignment]
+            detokenizer=lambda: next(detokenizers, None) or tokenizer.detokenizer()
+        )
+        with structlog.testing.capture_logs():
+            failure = await broken.failed()
+        assert failure.reason is Reason.INTERNAL
+        assert "prompt" not in failure.message
+        assert (await other.completed()).timeline.prefill_worker == "prefill-0"
+        assert other.token_ids == oracle(PROMPT[::-1], other.submit.sampling)

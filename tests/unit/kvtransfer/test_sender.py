@@ -1,5 +1,6 @@
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -39,14 +40,19 @@ def sender_of(
     first_block: int = 0,
     handoff: HandoffId | None = None,
     now_s: float = 0.0,
+    deadline_s: float = 60.0,
 ) -> HandoffSender:
     """14 tokens: three full blocks and a partial one."""
     num_blocks = -(-num_tokens // BLOCK_SIZE)
     table = pool.reserve(num_blocks)
     assert table is not None
     table.hold(0, num_blocks)
-    start = start_of(num_tokens, first_block, handoff)
+    start = replace(start_of(num_tokens, first_block, handoff), deadline_s=deadline_s)
     return HandoffSender(start, block_table=table, memory=memory, lease_s=LEASE_S, now_s=now_s)
+
+
+def may_read(sender: HandoffSender, block_ids: Sequence[BlockId]) -> bool:
+    return not sender.not_offered(set(block_ids))
 
 
 def pulled(first: int, count: int, handoff: HandoffId | None = None) -> BlocksPulled:
@@ -92,12 +98,12 @@ def test_blocks_are_pinned_and_readable_from_offer_to_pull(
     sender = sender_of(pool, memory)
     offer = sender.offer(14, is_last=True)
     assert offer is not None
-    assert pool.usage().pinned == sender.num_pinned_blocks == 4
-    assert sender.is_offered(offer.block_ids)
-    sender.pulled(pulled(0, 3))
-    assert pool.usage().pinned == sender.num_pinned_blocks == 1
-    assert not sender.is_offered(offer.block_ids[:1])
-    assert sender.is_offered(offer.block_ids[3:])
+    assert pool.usage().pinned == 4
+    assert may_read(sender, offer.block_ids)
+    assert sender.pulled(pulled(0, 3))
+    assert pool.usage().pinned == 1
+    assert not may_read(sender, offer.block_ids[:1])
+    assert may_read(sender, offer.block_ids[3:])
     sender.pulled(pulled(3, 1))
     assert pool.usage().pinned == 0
     assert pool.usage().held == 4
@@ -110,11 +116,11 @@ def test_a_block_that_was_not_offered_may_not_be_read(pool: BlockPool, memory: K
     assert offer is not None
     foreign = BlockId(15)
     assert foreign not in offer.block_ids
-    assert not sender.is_offered((*offer.block_ids, foreign))
+    assert not may_read(sender, (*offer.block_ids, foreign))
     sender.end(Event.FAIL)
 
 
-@pytest.mark.parametrize("cause", [Event.END, Event.FAIL, Event.EXPIRE, Event.LOSE, Event.REFUSE])
+@pytest.mark.parametrize("cause", [Event.END, Event.FAIL, Event.EXPIRE, Event.LOSE])
 def test_every_ending_gives_back_the_blocks_of_a_handoff_that_was_asked(
     pool: BlockPool, memory: KvMemory, cause: Event
 ) -> None:
@@ -137,7 +143,7 @@ def test_every_ending_gives_back_pinned_blocks_once(
     other = pool.reserve(16)  # would be hurt by a second release
     sender.end(cause)
     assert pool.usage().free == 0
-    assert not sender.is_offered(offer.block_ids)
+    assert not may_read(sender, offer.block_ids)
     assert other is not None
     other.release()
 
@@ -162,19 +168,17 @@ def test_a_handoff_that_gave_all_it_was_asked_for_completes(
     assert phases == [Phase.READY, Phase.COMPLETED]
 
 
-def test_pulls_that_come_again_or_late_are_counted_and_change_nothing(
+def test_pulls_that_come_again_or_late_are_told_apart_and_change_nothing(
     pool: BlockPool, memory: KvMemory
 ) -> None:
     sender = sender_of(pool, memory)
     sender.offer(14, is_last=True)
-    sender.pulled(pulled(0, 2))
-    sender.pulled(pulled(0, 2))
-    sender.pulled(pulled(1, 1))
-    assert (sender.num_late, pool.usage().pinned) == (2, 2)
+    assert sender.pulled(pulled(0, 2))
+    assert not sender.pulled(pulled(0, 2))
+    assert not sender.pulled(pulled(1, 1))
+    assert pool.usage().pinned == 2
     sender.end(Event.END)
-    sender.pulled(pulled(2, 2))
-    sender.end(Event.END)
-    assert sender.num_late == 4
+    assert not sender.pulled(pulled(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -203,9 +207,11 @@ def test_no_sequence_of_pulls_makes_a_sender_fail_or_leak(
         sender = sender_of(pool, memory)
         sender.offer(min(14, num_offered * BLOCK_SIZE), is_last=num_offered == 4)
         for first, count in pulls:
+            pinned = pool.usage().pinned
+            is_pulled = False
             with contextlib.suppress(ProtocolViolation):
-                sender.pulled(pulled(first, count))
-            assert pool.usage().pinned == sender.num_pinned_blocks
+                is_pulled = sender.pulled(pulled(first, count))
+            assert pool.usage().pinned == pinned - (count if is_pulled else 0)
         sender.end(Event.LOSE)
     assert pool.usage().is_idle
 
@@ -226,6 +232,17 @@ def test_a_lease_is_out_unless_renewed(pool: BlockPool, memory: KvMemory) -> Non
     assert sender.is_expired(24.0)
     sender.end(Event.EXPIRE)
     assert not sender.is_expired(99.0)
+
+
+def test_no_renewal_keeps_blocks_beyond_the_deadline_of_the_request(
+    pool: BlockPool, memory: KvMemory
+) -> None:
+    sender = sender_of(pool, memory, now_s=5.0, deadline_s=12.0)
+    for now_s in (5.0, 10.0, 16.0):
+        sender.renew(now_s)
+    assert not sender.is_expired(16.9)
+    assert sender.is_expired(17.0)
+    sender.end(Event.EXPIRE)
 
 
 def test_table_reads_are_allowed_for_what_any_handoff_offers(
@@ -262,24 +279,21 @@ def test_table_remembers_past_handoffs_so_that_a_second_start_is_a_duplicate(
     assert len(table) == 0
 
 
-def test_table_remembers_refused_starts_so_that_a_repeated_one_is_not_taken_on() -> None:
+def test_table_remembers_starts_that_nothing_came_of() -> None:
     table: SenderTable[str] = SenderTable()
-    table.refuse("d1", handoff_id())
+    table.remember("d1", handoff_id())
     assert table.is_known("d1", handoff_id())
     assert len(table) == 0
 
 
-def test_table_counts_messages_for_handoffs_that_are_over(
-    pool: BlockPool, memory: KvMemory
-) -> None:
+def test_table_has_no_handoff_that_is_over(pool: BlockPool, memory: KvMemory) -> None:
     table: SenderTable[str] = SenderTable()
     sender = sender_of(pool, memory)
     table.add("d1", sender)
     assert table.get("d1", sender.handoff) is sender
-    table.end("d1", sender.handoff, Event.END)
-    table.end("d1", sender.handoff, Event.END)
+    assert table.end("d1", sender.handoff, Event.END)
+    assert not table.end("d1", sender.handoff, Event.END)
     assert table.get("d1", sender.handoff) is None
-    assert table.num_late == 1
 
 
 def test_a_peer_cannot_reach_the_handoffs_of_another(pool: BlockPool, memory: KvMemory) -> None:
@@ -300,10 +314,9 @@ def test_a_lost_stream_ends_its_own_handoffs_only(pool: BlockPool, memory: KvMem
     for sender in lost:
         table.add("d1", sender)
     table.add("d2", kept)
-    assert table.end_peer("d1") == [sender.handoff for sender in lost]
+    table.end_peer("d1")
     assert [sender.phase for sender in lost] == [Phase.LOST, Phase.LOST]
     assert not kept.is_over
-    assert table.end_peer("d1") == []
     table.end("d2", kept.handoff, Event.END)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -26,6 +27,7 @@ from pdserve.domain.messages import (
 )
 from pdserve.domain.sampling import SamplingParams
 from pdserve.engine.contract import StepBatch, StepResult
+from pdserve.observe.watch import PrefillWatch
 from pdserve.rpc.streams import MAX_NUM_BUFFERED_MESSAGES, MemoryStream, memory_stream_pair
 from tests.support.virtual_time import virtual
 from tests.support.worker_pair import (
@@ -181,6 +183,79 @@ async def test_lease_that_runs_out_is_told_and_a_renewed_one_does_not() -> None:
         assert [handoff for _, handoff in node.loop.senders._live] == [kept]
         assert node.pool.usage().pinned == 8
         renewing.cancel()
+
+
+@virtual
+async def test_peer_that_renews_for_ever_keeps_blocks_until_its_deadline_only() -> None:
+    async with prefill() as (_, node, decode):
+        began_s = asyncio.get_running_loop().time()
+        handoff = decode.start(deadline_s=25.0)
+
+        async def renew() -> None:
+            while True:
+                decode.stream.try_send(RenewLeases((handoff,)))
+                await asyncio.sleep(1)
+
+        renewing = asyncio.create_task(renew())
+        async with asyncio.timeout(60):
+            failed = await decode.hear(HandoffFailed)
+        assert failed.failure.reason is Reason.TRANSFER_FAILED
+        assert asyncio.get_running_loop().time() - began_s == pytest.approx(25.0, abs=0.1)
+        assert node.is_idle()
+        renewing.cancel()
+
+
+class CountingWatch(PrefillWatch):
+    def __init__(self) -> None:
+        self.dropped: Counter[str] = Counter()
+        self.num_sent_blocks = 0
+
+    def message_dropped(self, why: str) -> None:
+        self.dropped[why] += 1
+
+    def blocks_sent(self, num_blocks: int) -> None:
+        self.num_sent_blocks += num_blocks
+
+
+@virtual
+async def test_messages_that_are_late_or_senseless_are_counted_and_change_nothing() -> None:
+    async with prefill(max_step_tokens=64) as (_, node, decode):
+        watch = node.service._watch = CountingWatch()
+        handoff = decode.start()
+        await decode.hear(BlocksOffered)
+        pulled = BlocksPulled(handoff=handoff, first_block=0, num_blocks=8)
+        nobody = HandoffId(RequestId("nobody"), 1, 0)
+        late = [pulled, BlocksPulled(handoff=nobody, first_block=0, num_blocks=1)]
+        for message in (pulled, *late, EndHandoff(nobody), RenewLeases((nobody,))):
+            decode.stream.try_send(message)
+        decode.start()
+        decode.stream.try_send(hello_of("decode", node.epoch))
+        await asyncio.sleep(0.1)
+        assert watch.dropped == {"late": 3, "violation": 2}
+        assert watch.num_sent_blocks == 8
+        assert len(node.loop.senders) == 1
+        decode.stream.try_send(EndHandoff(handoff))
+        decode.stream.try_send(EndHandoff(handoff))
+        await asyncio.sleep(0.1)
+        assert watch.dropped == {"late": 4, "violation": 2}
+        assert node.is_idle()
+
+
+@virtual
+async def test_start_that_comes_again_after_its_end_or_refusal_is_not_read() -> None:
+    async with prefill(max_num_requests=1, max_num_waiting=1) as (_, node, decode):
+        running = decode.start("running")
+        await asyncio.sleep(0.001)
+        waiting, refused = decode.start("waiting"), decode.start("refused")
+        assert (await decode.hear(HandoffRefused)).handoff == refused
+        for handoff in (waiting, running):
+            decode.stream.try_send(EndHandoff(handoff))
+        await asyncio.sleep(1.0)
+        for handoff in (running, waiting, refused):
+            decode.start(handoff=handoff)
+        await asyncio.sleep(1.0)
+        assert node.is_idle()
+        assert node.loop.load(0, is_draining=False).num_tokens <= len(PROMPT)
 
 
 @virtual

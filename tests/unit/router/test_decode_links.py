@@ -152,7 +152,10 @@ async def test_worker_that_takes_no_messages_loses_its_link() -> None:
         link.submit(make_submit(attempt), make_inbox())
     with pytest.raises(WorkerLost):
         link.submit(make_submit(MAX_NUM_BUFFERED_MESSAGES), make_inbox())
-    link.leave(AttemptId(ID, 2))  # this cancel cannot be sent either
+    for attempt in (2, 3, 4):  # these cancels cannot be sent either
+        link.leave(AttemptId(ID, attempt))
+        await asyncio.sleep(0)
+    assert far_ends[0].is_over
     with pytest.raises(WorkerLost):
         await inbox.take()
     assert changes == [True, False]

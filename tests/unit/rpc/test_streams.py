@@ -4,11 +4,19 @@ import asyncio
 from random import Random
 
 import pytest
+import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve.domain.errors import WorkerLost
-from pdserve.rpc.streams import Mailbox, iterate, memory_stream_pair, receive_hello
+from pdserve.rpc.streams import (
+    MAX_NUM_BUFFERED_MESSAGES,
+    Mailbox,
+    iterate,
+    memory_stream_pair,
+    receive_hello,
+    send_or_abort,
+)
 from tests.support.virtual_time import Deadlock, run_virtual, virtual
 
 
@@ -127,6 +135,22 @@ def test_end_of_one_side_is_the_end_of_both(how: str) -> None:
                 await end.receive()
 
     run()
+
+
+@virtual
+async def test_message_that_cannot_be_sent_ends_the_stream_at_both_ends_once() -> None:
+    left, right = memory_stream_pair("left", "right")
+    for index in range(MAX_NUM_BUFFERED_MESSAGES):
+        assert send_or_abort(left, index)
+    assert not left.is_over
+    with structlog.testing.capture_logs() as logs:
+        assert not send_or_abort(left, "one too many")
+        assert not send_or_abort(left, "nor this")
+    assert [(log["event"], log["unsent"]) for log in logs] == [("stream.aborted", "str")]
+    assert left.is_over
+    with pytest.raises(WorkerLost):
+        await left.receive()
+    assert len([message async for message in iterate(right)]) == MAX_NUM_BUFFERED_MESSAGES
 
 
 @virtual
