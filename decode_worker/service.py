@@ -152,8 +152,8 @@ class DecodeService:
         if request.is_answered:  # whatever else went wrong came too late
             self._watch.request_done(request.complete(self._hello.peer_id))
         else:
-            assert failure is not None
-            request.fail(failure)
+            ended = "the request ended without an answer"
+            request.fail(failure or Failed.of(LocalFault(ended)))
 
     def _check(self, submit: Submit) -> None:
         """Raise what is wrong with it: one bad request must not reach a batch with others."""

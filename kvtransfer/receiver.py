@@ -8,6 +8,7 @@ from kvtransfer.threads import run_to_end
 from kvtransfer.transports.base import Transport
 from pdserve.domain.errors import Reason, TransferFailed
 from pdserve.domain.ids import BlockId, HandoffId
+from pdserve.domain.invariants import check_invariant
 from pdserve.domain.messages import (
     BlocksOffered,
     BlocksPulled,
@@ -38,7 +39,7 @@ class HandoffReceiver:
         first_block: int,
         thread_above_bytes: int = 1 << 20,
     ) -> None:
-        assert local_blocks, "a handoff moves at least one block"
+        check_invariant(len(local_blocks) > 0, "a handoff moves at least one block", handoff)
         self.handoff = handoff
         self.num_landed_blocks = 0
         self.num_corrupt_blocks = 0  # each time one did not match its digest
@@ -85,7 +86,7 @@ class HandoffReceiver:
         `ProtocolViolation` for an offer that was not asked for. After the call, cancelled or not,
         nothing writes to the local blocks.
         """
-        assert not self._is_landing, "one offer at a time"
+        check_invariant(not self._is_landing, "offers land one at a time", self.handoff)
         self._is_landing = True
         try:
             return await self._land(offer)
@@ -194,7 +195,7 @@ class HandoffReceiver:
 
         None if the peer has ended it, or was told. Cancel a running `land` and await it before.
         """
-        assert not self._is_landing, "blocks may still be written"
+        check_invariant(not self._is_landing, "no block is written after the end", self.handoff)
         if self.is_over:
             return None
         self._session.say(Event.END)

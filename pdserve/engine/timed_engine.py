@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.errors import LocalFault
+from pdserve.domain.invariants import check_invariant
 from pdserve.domain.latency import StepLatency
 from pdserve.domain.layout import KvLayout
 from pdserve.domain.sampling import SamplingParams
@@ -50,7 +51,7 @@ class TimedEngine:
         layout: KvLayout | None = None,
     ) -> None:
         layout = layout or kv_layout(files.config, block_size=block_size, dtype=dtype)
-        assert layout.block_size == block_size
+        check_invariant(layout.block_size == block_size, "one block size", block_size, layout)
         self.spec = EngineSpec(
             kind="timed",
             model_name=files.name,

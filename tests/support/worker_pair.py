@@ -518,7 +518,8 @@ class WorkerPair:
         await self.router.send(
             PeerHello(peer_id="router", epoch=Epoch(1), protocol_version=PROTOCOL_VERSION)
         )
-        assert isinstance(await self.router.receive(), PeerHello)
+        reply = await self.router.receive()
+        assert isinstance(reply, PeerHello)
         self._collecting = asyncio.create_task(self._collect(self.router))
 
     def submit(
@@ -544,7 +545,8 @@ class WorkerPair:
         )
         call = Call(submit)
         self.calls[submit.request_id, attempt] = call
-        assert self.router.try_send(submit)
+        is_sent = self.router.try_send(submit)
+        assert is_sent
         return call
 
     def cancel(self, call: Call) -> None:
