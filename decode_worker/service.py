@@ -159,7 +159,11 @@ class DecodeService:
         """Raise what is wrong with it: one bad request must not reach a batch with others."""
         if self.is_draining:
             raise Refused("the decode worker is draining", reason=Reason.DRAINING)
-        check_sampling(submit.sampling, vocab_size=self._spec.vocab_size)
+        check_sampling(
+            submit.sampling,
+            vocab_size=self._spec.vocab_size,
+            eos_token_ids=self._spec.eos_token_ids,
+        )
         num_tokens = len(submit.prompt_token_ids) + submit.sampling.max_tokens
         if num_tokens > self._spec.max_context_tokens:
             raise BadRequest(

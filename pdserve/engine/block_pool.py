@@ -22,7 +22,7 @@ After vLLM's `BlockPool` (v1/core/block_pool.py), with reservation and pinning m
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum, IntEnum, auto
 
 from pdserve.domain.ids import BlockId
@@ -126,8 +126,16 @@ class BlockTable:
 class BlockPool:
     """Hands out blocks 0 to `num_blocks - 1` and counts them. Synchronous: no call waits."""
 
-    def __init__(self, num_blocks: int, *, reuse_prefixes: bool = True) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        *,
+        reuse_prefixes: bool = True,
+        is_sound: Callable[[BlockId], bool] = lambda block: True,
+    ) -> None:
+        """A block that is not sound when it is to be named, nor one after it, gets no name."""
         self.num_blocks = num_blocks
+        self._is_sound = is_sound
         self._reuse_prefixes = reuse_prefixes
         self._unnamed = [BlockId(block) for block in range(num_blocks - 1, -1, -1)]
         self._cached: OrderedDict[BlockId, None] = OrderedDict()  # free and named, oldest first
@@ -230,6 +238,8 @@ class BlockPool:
             known = self._block_to_name.get(block)
             check_invariant(known in (None, name), "a named block keeps its content", block)
             if known is None and name not in self._name_to_block:
+                if not self._is_sound(block):
+                    return
                 self._name_to_block[name] = block
                 self._block_to_name[block] = name
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pdserve.domain.errors import LocalFault
+from pdserve.engine.model_numbers import check_numbers, end_token_ids
 from pdserve.engine.model_shape import check_decoder_only, first_int, text_config
 from pdserve.models import DEMO_DRAFT_MODEL_DIR, DEMO_MODEL_DIR
 
@@ -47,6 +48,7 @@ class ModelFiles:
         check_decoder_only(config)
         weights = _find_weights(model_dir)
         sizes = text_config(config)
+        check_numbers(sizes, model_dir / "config.json")
         context = first_int(sizes, *_CONTEXT_KEYS)
         vocab_size = first_int(sizes, "vocab_size")
         if context is None or vocab_size is None:
@@ -61,7 +63,7 @@ class ModelFiles:
             weights=weights,
             vocab_size=vocab_size,
             max_context_tokens=context,
-            eos_token_ids=_eos_token_ids(model_dir, sizes),
+            eos_token_ids=_eos_token_ids(model_dir, sizes, vocab_size),
             model_hash=_hash_model(model_dir / "config.json", weights),
         )
 
@@ -87,14 +89,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _eos_token_ids(model_dir: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+def _eos_token_ids(model_dir: Path, config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
     """generation_config.json decides where it names end tokens, else config.json."""
     path = model_dir / "generation_config.json"
     generation = _read_json(path) if path.exists() else {}
-    value = generation.get("eos_token_id", config.get("eos_token_id"))
-    if value is None:
-        return ()
-    return tuple(int(token_id) for token_id in (value if isinstance(value, list) else [value]))
+    is_named = "eos_token_id" in generation
+    source, path = (generation, path) if is_named else (config, model_dir / "config.json")
+    return end_token_ids(
+        source.get("eos_token_id"), vocab_size=vocab_size, field="eos_token_id", path=path
+    )
 
 
 def _find_weights(model_dir: Path) -> tuple[Path, ...]:

@@ -84,6 +84,9 @@ class PagedStep:
         for first, length, start, table_first in self._spans:
             result = self._attend_one(call, first, length, start, table_first)
             out[first : first + length] = result.transpose(0, 1)
+        if self._spans and not torch.isfinite(call.query.sum(dtype=torch.float32)):
+            # torch answers a query that is not finite with zeros, which would pass for numbers.
+            out[~torch.isfinite(call.query).all(dim=2).all(dim=0)] = torch.nan
         return out
 
     def _store(self, call: AttentionCall) -> None:

@@ -347,7 +347,8 @@ class ScriptedPrefill:
             sample=SampleStep(params=start.sampling, token_index=0),
         )
         result = await self.engine.step(StepBatch((step,)))
-        assert result.sampled[0] is not None
+        [token] = result.sampled
+        assert isinstance(token, SampledToken)
         offered = range(start.first_block, num_blocks)
         offer = BlocksOffered(
             handoff=start.handoff,
@@ -360,7 +361,7 @@ class ScriptedPrefill:
         )
         done = PrefillDone(
             handoff=start.handoff,
-            first_token=result.sampled[0],
+            first_token=token,
             queue_s=0.0,
             prefill_s=result.elapsed_s,
             cached_tokens=0,

@@ -101,7 +101,7 @@ def generate(
         )
         token = engine.compute(StepBatch((*company, step))).sampled[-1]
         computed = end
-        if token is not None:
+        if isinstance(token, SampledToken):
             tokens.append(token)
             known.append(token.token_id)
     table.publish(names)
