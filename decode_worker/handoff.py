@@ -205,6 +205,8 @@ class Handoffs:
         done = await inbox.done
         if not 0 <= done.first_token.token_id < self._vocab_size:
             raise ProtocolViolation(f"a first token at or above {self._vocab_size}")
+        if not done.first_token.is_finite:
+            raise ProtocolViolation("a log-probability that is not finite")
         if not receiver.done(done):
             return
         request.times.prefill_worker = link.worker_id

@@ -25,7 +25,7 @@ _POSITIVE = (
 )
 _FINITE = (
     *("logit_scale", "embedding_multiplier", "residual_multiplier", "attention_multiplier"),
-    *("attn_logit_softcapping", "final_logit_softcapping", "sliding_window", "rope_scaling_factor"),
+    *("attn_logit_softcapping", "final_logit_softcapping", "sliding_window"),
 )
 _ROPE = ("rope_scaling", "rope_parameters")
 _ROPE_POSITIVE = (

@@ -41,7 +41,9 @@ def draw_tokens(
 
 def _draw_guarded(row: Logits, best: int, step: SampleStep, eos_token_ids: Sequence[int]) -> Drawn:
     if not np.isfinite(row[best]):
-        return _unusable(f"the model's logits for output token {step.token_index} are not finite")
+        return _unusable(
+            f"the model's logits for output token {step.token_index} are NaN or infinite"
+        )
     try:
         return _draw(row, best, step, eos_token_ids)
     except Exception as error:
