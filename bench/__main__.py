@@ -9,6 +9,7 @@ import sys
 
 MODULES = {
     "engine": "our engine beside transformers and vLLM (see docs/benchmarks.md for that peer)",
+    "sampling": "top-k, top-p and log-probabilities beside transformers' warpers",
     "kvtransfer": "KV transports beside memcpy and plain sockets",
     "simulator": "the planner's simulator beside a plain Python event loop",
     "planner": "the planner's questions: time, memory, answers",

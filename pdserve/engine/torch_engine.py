@@ -50,7 +50,7 @@ class TorchEngine:
             raise LocalFault(f"device must be cpu; got {device}")
         item_bytes(dtype)
         _use_one_thread()
-        _keep_freed_memory()
+        keep_freed_memory()
         if isinstance(files, Path):
             files = ModelFiles.open(files)
         model = PagedModel(
@@ -105,7 +105,7 @@ def _use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc reuse large blocks instead of giving them back to the system.
 
     Otherwise each large intermediate result is mapped and cleared anew: SiLU of 512 x 1408 values
