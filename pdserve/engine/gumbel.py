@@ -7,6 +7,8 @@ from pdserve.engine.mixing import GOLDEN, Words, mix, mix_ints
 from pdserve.engine.ranking import Floats, Places
 
 _NUM_BITS = 53
+_NUM_PROBED = 256
+_LOW = 6.0  # a score this far below the best one wins once in 400 times
 MAX_NOISE_GAP = 42.0
 """No two noises differ by more: they lie between -log(54 log 2) and 53 log 2."""
 
@@ -19,17 +21,28 @@ def gumbel_noise(seed: int, token_index: int, token_ids: npt.NDArray[np.intp]) -
 def noisiest(scores: Floats, seed: int, token_index: int, token_ids: Places) -> int:
     """Where `scores + gumbel_noise` is largest; the noise of only a few tokens is computed.
 
-    The sums of two tokens bound the winner's from below: those of the best score and of the
-    largest random number. A token whose random number is too small to reach the bound with the
-    best score has lost.
+    The sums of some tokens, the best one and those of the largest random numbers, bound the
+    winner's from below. Whatever would need more noise than its random number gives to reach that
+    bound has lost; most tokens are told by two scores, the best and one well below it.
     """
     bits = _random_bits(seed, token_index, token_ids)
+    if len(bits) <= _NUM_PROBED:
+        return int((scores + _noise(bits)).argmax())
     best = scores.argmax()
-    pair = np.array([best, bits.argmax()])
-    least_noise = (scores[pair] + _noise(bits[pair])).max() - scores[best]
-    least_uniform = np.exp(-np.exp(-least_noise)) * (1 - 1e-9)  # rounding never drops the winner
-    rivals = np.flatnonzero(bits >= np.uint64(least_uniform * 2.0**_NUM_BITS))
+    lucky = np.flatnonzero(bits >= np.uint64((1 - _NUM_PROBED / len(bits)) * 2.0**_NUM_BITS))
+    probed = np.append(lucky, best)
+    bound = float((scores[probed] + _noise(bits[probed])).max())
+    high = float(scores[best])
+    is_rival = scores >= high - _LOW
+    is_rival |= bits >= _least_bits(bound - (high - _LOW))
+    is_rival &= bits >= _least_bits(bound - high)
+    rivals = np.flatnonzero(is_rival)
     return int(rivals[(scores[rivals] + _noise(bits[rivals])).argmax()])
+
+
+def _least_bits(noise: float) -> np.uint64:
+    """The least random number that gives `noise`, less a margin for rounding."""
+    return np.uint64(np.exp(-np.exp(-noise)) * (1 - 1e-9) * 2.0**_NUM_BITS)
 
 
 def _random_bits(seed: int, token_index: int, token_ids: npt.NDArray[np.intp]) -> Words:

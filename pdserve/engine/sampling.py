@@ -19,7 +19,7 @@ from pdserve.domain.errors import Reason
 from pdserve.domain.tokens import Failed, SampledToken
 from pdserve.engine.contract import Drawn, SampleStep
 from pdserve.engine.gumbel import MAX_NOISE_GAP, noisiest
-from pdserve.engine.ranking import Floats, Logits, largest, nucleus, ranked
+from pdserve.engine.ranking import Floats, Logits, Places, largest, nucleus, ranked
 
 log = structlog.get_logger(__name__)
 
@@ -73,19 +73,25 @@ def _draw(row: Logits, best: int, step: SampleStep, eos_token_ids: Sequence[int]
 def _sample(logits: Logits, top: float, step: SampleStep) -> int:
     """Scores are relative to the largest logit, `top`, so that no temperature overflows them."""
     params = step.params
-    places = largest(logits, params.top_k or len(logits))
-    chosen = logits[places] if len(places) < len(logits) else logits
-    scores: Floats = chosen.astype(np.float64)
+    places = largest(logits, params.top_k) if 0 < params.top_k < len(logits) else None
+    scores: Floats = (logits if places is None else logits[places]).astype(np.float64)
     scores -= top
     scores /= params.temperature
     # Whatever is so far below the likeliest token can neither win nor be in a nucleus.
     if scores.min() < -MAX_NOISE_GAP:
         near = np.flatnonzero(scores >= -MAX_NOISE_GAP)
-        places, scores = places[near], scores[near]
+        places, scores = _among(places, near), scores[near]
     if params.top_p < 1:
         kept = nucleus(scores, params.top_p)
-        places, scores = places[kept], scores[kept]
+        places, scores = _among(places, kept), scores[kept]
+    if places is None:
+        places = np.arange(len(logits))
     return int(places[noisiest(scores, params.seed, step.token_index, places)])
+
+
+def _among(places: Places | None, kept: Places) -> Places:
+    """The kept ones of `places`; None stands for all."""
+    return kept if places is None else places[kept]
 
 
 def _with_logprobs(row: Logits, top: float, token_id: int, num_others: int) -> SampledToken:
