@@ -80,7 +80,7 @@ def _last_kept(scores: Floats, masses: Floats, limit: float) -> tuple[float, int
         depths = high - scores
         depths *= (_NUM_SLOTS - 1) / (high - low)
         slots = depths.astype(np.intp)
-        sums: Floats = np.bincount(slots, masses, minlength=_NUM_SLOTS)
+        sums = np.bincount(slots, masses, minlength=_NUM_SLOTS).astype(np.float64)
         slot = _first_reaching(sums, limit)
         limit -= float(sums[:slot].sum())
         members = np.flatnonzero(slots == slot)

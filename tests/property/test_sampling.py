@@ -1,6 +1,7 @@
 """Draws that sort nothing are those of a full sort of the vocabulary."""
 
 import math
+from collections.abc import Callable
 from itertools import accumulate
 
 import numpy as np
@@ -19,7 +20,7 @@ from pdserve.engine.sampling import draw_tokens
 Logits = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 
-SHAPES = {
+SHAPES: dict[str, Callable[[np.random.Generator, int], Floats]] = {
     "normal": lambda rng, size: rng.normal(0, 2, size),
     "steep": lambda rng, size: rng.normal(0, 60, size),
     "bfloat16": lambda rng, size: np.round(rng.normal(0, 3, size) * 8) / 8,
@@ -133,5 +134,5 @@ def test_ranking_is_that_of_a_full_sort(shape: str, size: int, seed: int, count:
 def test_draws_of_a_large_vocabulary_are_those_of_a_full_sort(shape: str) -> None:
     row = logits_of(shape, 151_936, 1)
     for settings_of in ({"top_p": 0.9}, {"top_p": 0.999}, {"top_k": 50}, {"top_k": 9000}, {}):
-        params = SamplingParams(temperature=0.8, seed=4, **settings_of)  # type: ignore[arg-type]
+        params = SamplingParams(temperature=0.8, seed=4, **settings_of)
         assert draw_by_sorting(row, params, 3) in (None, draw(row, params, 3).token_id)

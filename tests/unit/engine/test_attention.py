@@ -185,7 +185,8 @@ def test_numbers_that_are_not_finite_are_not_lost(part: str, bad: float, is_comp
     }
     parts[part][:, 3, 0] = bad
     step = SequenceStep(token_ids=(1,) * 6, start=0, block_table=(BlockId(2), BlockId(0)))
-    call = AttentionCall(layer=0, scaling=0.4, **parts)
+    query, key, value = (parts[name] for name in sizes)
+    call = AttentionCall(layer=0, scaling=0.4, query=query, key=key, value=value)
     out = PagedStep(cache, pack(StepBatch((step,)), BLOCK_SIZE)).attend(call)
     assert not torch.isfinite(out[3]).all()
     if part != "value":

@@ -23,6 +23,11 @@ def edit_config(model_dir: Path, **changes: Any) -> None:
     (model_dir / "config.json").write_text(json.dumps(config))
 
 
+def end_by_config(model_dir: Path, token_id: int) -> None:
+    (model_dir / "generation_config.json").write_text("{}")
+    edit_config(model_dir, eos_token_id=token_id)
+
+
 def cut_weights(model_dir: Path) -> None:
     content = (model_dir / "model.safetensors").read_bytes()
     (model_dir / "model.safetensors").write_bytes(content[:-1])
@@ -127,7 +132,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"generation_config\.json: eos_token_id must be a token id from 0 to \d+; got 5000000",
     ),
     "end token below": (
-        lambda d: ((d / "generation_config.json").unlink(), edit_config(d, eos_token_id=-1)),
+        lambda d: end_by_config(d, -1),
         r"/config\.json: eos_token_id must be a token id from 0 to \d+; got -1",
     ),
     "end token of no kind": (
