@@ -1,6 +1,7 @@
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -197,3 +198,13 @@ async def test_small_layout_can_stand_in_for_the_models_own() -> None:
     )
     assert engine.kv.num_bytes == 16 * 2 * BLOCK_SIZE * 6 * 4
     engine.close()
+
+
+def test_small_vocabulary_gives_as_many_alternatives_as_it_has(engine: TimedEngine) -> None:
+    """The timed engine looks for tokens until it has enough; it must not look for ever."""
+    spec = replace(engine.spec, vocab_size=4, eos_token_ids=(0,))
+    drawn = timed_tokens(PROMPT, 9, spec=spec, params=SamplingParams(logprobs=20))
+    assert set(drawn) <= {1, 2, 3}
+    nothing = replace(spec, eos_token_ids=(0, 1, 2, 3))
+    with pytest.raises(ValueError, match="leave no token"):
+        timed_tokens(PROMPT, 1, spec=nothing)
