@@ -74,13 +74,14 @@ class DecodeLoop:
         finally:
             for table in tables:
                 table.leave_step()
-        self.num_steps += 1
-        self._watch.step_done(
-            result.elapsed_s,
-            num_requests=len(plan),
-            num_prompt_tokens=sum(_num_prompt_tokens(request, count) for request, count in plan),
-            num_output_tokens=result.num_tokens,
-        )
+        if not result.is_lost:
+            self.num_steps += 1
+            self._watch.step_done(
+                result.elapsed_s,
+                num_requests=len(plan),
+                num_prompt_tokens=sum(_num_prompt_tokens(*share) for share in plan),
+                num_output_tokens=result.num_tokens,
+            )
         for (request, count), drawn in zip(plan, result.sampled, strict=True):
             # It ended during the step; cancelling its task cancels the future at once, the task
             # itself leaves a turn later.
@@ -96,9 +97,13 @@ class DecodeLoop:
             request.finished.set_exception(error)
             return
         request.num_computed_tokens += count
-        if drawn is not None:
-            self.num_tokens += 1
+        if drawn is None:
+            return
+        self.num_tokens += 1
+        try:
             request.take(drawn)
+        except Exception as error:  # noqa: BLE001  its task logs it; the others go on
+            request.finished.set_exception(error)
 
 
 def _num_prompt_tokens(request: DecodeRequest, count: int) -> int:

@@ -207,13 +207,14 @@ class PrefillLoop:
         finally:
             for table in tables:
                 table.leave_step()
-        self._num_steps += 1
-        self._watch.step_done(
-            result.elapsed_s,
-            num_requests=len(plan),
-            num_prompt_tokens=sum(count for _, count in plan),
-            num_output_tokens=result.num_tokens,
-        )
+        if not result.is_lost:
+            self._num_steps += 1
+            self._watch.step_done(
+                result.elapsed_s,
+                num_requests=len(plan),
+                num_prompt_tokens=sum(count for _, count in plan),
+                num_output_tokens=result.num_tokens,
+            )
         for (request, count), drawn in zip(plan, result.sampled, strict=True):
             self._num_tokens += count
             self._settle(request, count, drawn)

@@ -68,6 +68,11 @@ class StepResult:
         """How many tokens were drawn."""
         return sum(isinstance(drawn, SampledToken) for drawn in self.sampled)
 
+    @property
+    def is_lost(self) -> bool:
+        """No sequence was computed."""
+        return all(isinstance(drawn, Failed) for drawn in self.sampled)
+
 
 class Engine(Protocol):
     """Owns weights and KV memory. One step at a time; the caller owns the block tables."""

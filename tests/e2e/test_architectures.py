@@ -165,5 +165,23 @@ def test_model_that_cannot_be_served_is_refused_with_its_name(name: str) -> None
         PagedModel(model, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, dtype="float32")
 
 
+def test_model_whose_numbers_overflow_is_refused_for_that() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.inf
+    with pytest.raises(LocalFault, match="logits are NaN or infinite in float32; try another"):
+        PagedModel(model, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, dtype="float32")
+
+
+def test_model_that_rules_tokens_out_is_served() -> None:
+    model = tiny_model("phi")  # its output layer has a bias
+    with torch.no_grad():
+        model.lm_head.bias[[3, 7]] = -torch.inf
+    paged = PagedModel(model, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, dtype="float32")
+    [logits] = paged.forward(StepBatch((whole([5, 9], range(1)),)))
+    assert (logits == -torch.inf).nonzero().flatten().tolist() == [3, 7]
+    paged.close()
+
+
 def test_at_least_forty_architectures_are_verified() -> None:
     assert len({name.partition("/")[0] for name in SERVED}) >= 40

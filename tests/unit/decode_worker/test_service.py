@@ -12,7 +12,7 @@ from pdserve.domain.errors import PeerFault, Reason, WorkerLost
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch
 from pdserve.domain.messages import Cancel, PeerHello
 from pdserve.domain.sampling import SamplingParams
-from pdserve.domain.tokens import Completed, Failed, FinishReason
+from pdserve.domain.tokens import Completed, Failed, FinishReason, SampledToken
 from pdserve.engine.contract import StepBatch, StepResult
 from pdserve.rpc.streams import memory_stream_pair
 from tests.support.virtual_time import VirtualTimeLoop, virtual
@@ -261,6 +261,31 @@ async def test_failed_row_ends_its_request_and_no_other_one(failure: Failed | No
         assert len(calls[1].tokens) == 3, "what came before stands"
         assert failed.reason is (Reason.INTERNAL if failure is None else Reason.UNUSABLE_LOGITS)
         assert "prompt" not in failed.message
+
+
+class WrongEngine(GuiltyEngine):
+    """Draws a token id that no tokenizer knows instead of failing."""
+
+    async def step(self, batch: StepBatch) -> StepResult:
+        result: StepResult = await self.inner.step(batch)
+        sampled = tuple(
+            SampledToken(-1) if each.token_ids == (self.poison,) else drawn
+            for each, drawn in zip(batch.sequences, result.sampled, strict=True)
+        )
+        return replace(result, sampled=sampled)
+
+
+@virtual
+async def test_token_that_has_no_text_ends_its_request_and_no_other_one() -> None:
+    poison = oracle((*PROMPT, 1), SamplingParams(max_tokens=4))[2]
+    async with WorkerPair(Sizes(num_prefill=0)) as pair:
+        pair.decode_loop._engine = WrongEngine(pair.engine, poison, None)  # type: ignore[assignment]
+        calls = [pair.submit((*PROMPT, i), max_tokens=9) for i in range(4)]
+        with structlog.testing.capture_logs():
+            for index in (0, 2, 3):
+                await calls[index].completed()
+                assert is_right(calls[index])
+            assert (await calls[1].failed()).reason is Reason.INTERNAL
 
 
 @virtual
