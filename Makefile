@@ -32,6 +32,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/generate_stubs.py --check
+	$(BIN)/python scripts/check_asserts.py
 
 test: setup
 	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not peer"

@@ -4,12 +4,12 @@ Each prints its table; options of one are told by `python -m bench.NAME --help`.
 """
 
 import argparse
-import importlib.util
 import subprocess
 import sys
 
 MODULES = {
     "engine": "our engine beside transformers and vLLM (see docs/benchmarks.md for that peer)",
+    "sampling": "top-k, top-p and log-probabilities beside transformers' warpers",
     "kvtransfer": "KV transports beside memcpy and plain sockets",
     "simulator": "the planner's simulator beside a plain Python event loop",
     "planner": "the planner's questions: time, memory, answers",
@@ -27,7 +27,6 @@ def main() -> None:
     names = parser.parse_args().names or list(MODULES)
     failed = []
     for name in names:
-        assert importlib.util.find_spec(f"bench.{name}") is not None
         print(f"\n== {name}: {MODULES[name]}", flush=True)
         if subprocess.run([sys.executable, "-m", f"bench.{name}"], check=False).returncode != 0:
             failed.append(name)

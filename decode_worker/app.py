@@ -55,7 +55,11 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
         stack.callback(engine.close)
         coefficients = await measure_coefficients(engine, settings.engine.coefficients)
         spec = engine.spec
-        pool = BlockPool(settings.engine.num_blocks, reuse_prefixes=settings.engine.prefix_reuse)
+        pool = BlockPool(
+            settings.engine.num_blocks,
+            reuse_prefixes=settings.engine.prefix_reuse,
+            is_sound=engine.kv.is_sound,
+        )
         metrics = DecodeMetrics(
             settings.worker_id,
             block_bytes=spec.layout.block_bytes,

@@ -2,15 +2,13 @@
 
 import asyncio
 
-import structlog
-
 from decode_worker.batching import plan_step, sequence_step
 from decode_worker.requests import Clock, DecodeRequest
-from pdserve.domain.errors import LocalFault
-from pdserve.engine.contract import Engine, StepBatch
+from pdserve.domain.errors import PdserveError
+from pdserve.domain.tokens import Failed
+from pdserve.engine.contract import Drawn, Engine, StepBatch
+from pdserve.engine.isolation import run_step
 from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
-
-log = structlog.get_logger(__name__)
 
 
 class DecodeLoop:
@@ -72,39 +70,40 @@ class DecodeLoop:
         for request, _ in plan:
             request.times.first_step_s = request.times.first_step_s or now_s
         try:
-            result = await self._engine.step(batch)
-        except Exception as error:
-            log.error("step.failed", num_requests=len(plan), exc_info=error)
-            self._watch.step_failed()
-            self._fail([request for request, _ in plan])
-            return
+            result = await run_step(self._engine, batch, self._watch)
         finally:
             for table in tables:
                 table.leave_step()
-        self.num_steps += 1
-        self._watch.step_done(
-            result.elapsed_s,
-            num_requests=len(plan),
-            num_prompt_tokens=sum(_num_prompt_tokens(request, count) for request, count in plan),
-            num_output_tokens=sum(sampled is not None for sampled in result.sampled),
-        )
-        for (request, count), sampled in zip(plan, result.sampled, strict=True):
+        if not result.is_lost:
+            self.num_steps += 1
+            self._watch.step_done(
+                result.elapsed_s,
+                num_requests=len(plan),
+                num_prompt_tokens=sum(_num_prompt_tokens(*share) for share in plan),
+                num_output_tokens=result.num_tokens,
+            )
+        for (request, count), drawn in zip(plan, result.sampled, strict=True):
             # It ended during the step; cancelling its task cancels the future at once, the task
             # itself leaves a turn later.
             if request not in self._running or request.finished.done():
                 continue
-            request.num_computed_tokens += count
-            if sampled is not None:
-                self.num_tokens += 1
-                request.take(sampled)
+            self._settle(request, count, drawn)
             if request.finished.done():
                 self.leave(request)
 
-    def _fail(self, requests: list[DecodeRequest]) -> None:
-        for request in requests:
-            self.leave(request)
-            if not request.finished.done():
-                request.finished.set_exception(LocalFault("the engine failed on this batch"))
+    def _settle(self, request: DecodeRequest, count: int, drawn: Drawn | None) -> None:
+        if isinstance(drawn, Failed):
+            error = PdserveError(drawn.message, reason=drawn.reason)
+            request.finished.set_exception(error)
+            return
+        request.num_computed_tokens += count
+        if drawn is None:
+            return
+        self.num_tokens += 1
+        try:
+            request.take(drawn)
+        except Exception as error:  # noqa: BLE001  its task logs it; the others go on
+            request.finished.set_exception(error)
 
 
 def _num_prompt_tokens(request: DecodeRequest, count: int) -> int:

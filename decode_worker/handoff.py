@@ -64,6 +64,8 @@ class Handoffs:
                     reason=error.reason,
                     why=error.message,
                 )
+                if error.reason is Reason.UNUSABLE_LOGITS:
+                    raise  # the model's doing: it computes the same everywhere
                 if worst is None or _severity(error) > _severity(worst):
                     worst = error
             else:

@@ -151,14 +151,18 @@ class DecodeService:
         if request.is_answered:  # whatever else went wrong came too late
             self._watch.request_done(request.complete(self._hello.peer_id))
         else:
-            assert failure is not None
-            request.fail(failure)
+            ended = "the request ended without an answer"
+            request.fail(failure or Failed.of(LocalFault(ended)))
 
     def _check(self, submit: Submit) -> None:
         """Raise what is wrong with it: one bad request must not reach a batch with others."""
         if self.is_draining:
             raise Refused("the decode worker is draining", reason=Reason.DRAINING)
-        check_sampling(submit.sampling, vocab_size=self._spec.vocab_size)
+        check_sampling(
+            submit.sampling,
+            vocab_size=self._spec.vocab_size,
+            eos_token_ids=self._spec.eos_token_ids,
+        )
         num_tokens = len(submit.prompt_token_ids) + submit.sampling.max_tokens
         if num_tokens > self._spec.max_context_tokens:
             raise BadRequest(

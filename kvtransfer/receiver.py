@@ -10,6 +10,7 @@ from kvtransfer.threads import run_to_end
 from kvtransfer.transports.base import Transport
 from pdserve.domain.errors import PdserveError, PeerFault, Reason, Refused, TransferFailed
 from pdserve.domain.ids import BlockId, HandoffId
+from pdserve.domain.invariants import check_invariant
 from pdserve.domain.messages import (
     BlocksOffered,
     BlocksPulled,
@@ -50,7 +51,7 @@ class HandoffReceiver:
         on_first_token: Callable[[PrefillDone], bool],
         thread_above_bytes: int = 1 << 20,
     ) -> None:
-        assert local_blocks, "a handoff moves at least one block"
+        check_invariant(len(local_blocks) > 0, "a handoff moves at least one block", handoff)
         self.handoff = handoff
         self.num_landed_blocks = 0
         self.num_corrupt_blocks = 0  # each time one did not match its digest
@@ -134,6 +135,8 @@ class HandoffReceiver:
             return False
         if not 0 <= message.first_token.token_id < self._vocab_size:
             raise ProtocolViolation(f"a first token at or above {self._vocab_size}")
+        if not message.first_token.is_finite:
+            raise ProtocolViolation("a log-probability that is not finite")
         self._session.hear(Event.SAMPLE)
         self._done = message
         if not self._on_first_token(message):
@@ -188,7 +191,7 @@ class HandoffReceiver:
         turned out to need no blocks. After the call, cancelled or not, nothing writes to the
         local blocks.
         """
-        assert self._reading is None, "one offer at a time"
+        check_invariant(self._reading is None, "offers land one at a time", self.handoff)
         try:
             async with asyncio.timeout(None) as self._reading:  # ended by `_interrupt`
                 return await self._land(self._offers.popleft())
@@ -253,7 +256,7 @@ class HandoffReceiver:
         None if the peer has ended it, the stream is lost, or the message was returned before.
         Cancel a running `land` and await it before.
         """
-        assert self._reading is None, "blocks may still be written"
+        check_invariant(self._reading is None, "no block is written after the end", self.handoff)
         if self._session.is_over:
             return None
         self._session.say(Event.END)

@@ -11,6 +11,7 @@ from typing import Generic, Protocol, TypeVar
 from kvtransfer.digest import block_digest
 from kvtransfer.session import ENDINGS, SAID_BY, Event, HandoffSession, Phase, ProtocolViolation
 from pdserve.domain.ids import BlockId, HandoffId
+from pdserve.domain.invariants import check_invariant
 from pdserve.domain.messages import BlocksOffered, BlocksPulled, Role, StartHandoff
 from pdserve.engine.kv_memory import KvMemory
 
@@ -56,7 +57,8 @@ class HandoffSender:
         self.handoff = start.handoff
         self._block_size = memory.layout.block_size
         self._num_blocks = check_start(start, self._block_size)
-        assert self._num_blocks <= len(block_table.block_ids), (start.handoff, self._num_blocks)
+        is_covered = self._num_blocks <= len(block_table.block_ids)
+        check_invariant(is_covered, "the table covers the prompt", start.handoff, self._num_blocks)
         self._block_table = block_table
         self._memory = memory
         self._lease_s = lease_s
@@ -85,7 +87,8 @@ class HandoffSender:
             return None
         first = self._next_offer
         end = self._num_blocks if is_last else num_computed_tokens // self._block_size
-        assert end <= self._num_blocks, (self.handoff, num_computed_tokens)
+        is_within = end <= self._num_blocks
+        check_invariant(is_within, "only the prompt is offered", self.handoff, num_computed_tokens)
         if end <= first:
             return None
         block_ids = tuple(self._block_table.block_ids[first:end])
@@ -142,7 +145,7 @@ class HandoffSender:
 
         `cause` is how it ended: END (the peer said so), FAIL, EXPIRE or LOSE.
         """
-        assert cause in ENDINGS, cause
+        check_invariant(cause in ENDINGS, "an ending ends", cause)
         if self.is_over:
             return
         if SAID_BY.get(cause) is Role.DECODE:
@@ -180,12 +183,14 @@ class SenderTable(Generic[PeerT]):
         return (peer, handoff) in self._live or (peer, handoff) in self._past
 
     def add(self, peer: PeerT, sender: HandoffSender) -> None:
-        assert not self.is_known(peer, sender.handoff), sender.handoff
+        is_new = not self.is_known(peer, sender.handoff)
+        check_invariant(is_new, "a handoff starts once", sender.handoff)
         self._live[peer, sender.handoff] = sender
 
     def remember(self, peer: PeerT, handoff: HandoffId) -> None:
         """It is over, begun or not: should its start come again, nobody waits for it any more."""
-        assert (peer, handoff) not in self._live, handoff
+        is_live = (peer, handoff) in self._live
+        check_invariant(not is_live, "a live handoff is ended first", handoff)
         self._past[peer, handoff] = None
         if len(self._past) > self._max_num_past:
             self._past.popitem(last=False)

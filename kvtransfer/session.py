@@ -24,6 +24,7 @@ After h11's `_state.py`: https://github.com/python-hyper/h11
 from enum import Enum, auto
 
 from pdserve.domain.errors import TransferFailed
+from pdserve.domain.invariants import check_invariant
 from pdserve.domain.messages import Role
 
 
@@ -127,8 +128,10 @@ class HandoffSession:
 
     def say(self, event: Event) -> None:
         """This end did `event` (or noticed it); it must be its turn."""
-        assert SAID_BY.get(event, self.role) is self.role, (self.role, event)
-        assert (self.phase, event) in NEXT, (self.role, self.phase, event)
+        is_ours = SAID_BY.get(event, self.role) is self.role
+        check_invariant(is_ours, "an end says only what its role says", self.role, event)
+        is_legal = (self.phase, event) in NEXT
+        check_invariant(is_legal, "a handoff moves by NEXT", self.role, self.phase, event)
         self.phase = NEXT[self.phase, event]
 
     def hear(self, event: Event) -> bool:

@@ -55,7 +55,11 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             block_bytes=engine.spec.layout.block_bytes,
             outcomes=[phase.name.lower() for phase in Phase if phase in _ENDS],
         )
-        pool = BlockPool(settings.engine.num_blocks, reuse_prefixes=settings.engine.prefix_reuse)
+        pool = BlockPool(
+            settings.engine.num_blocks,
+            reuse_prefixes=settings.engine.prefix_reuse,
+            is_sound=engine.kv.is_sound,
+        )
         loop = PrefillLoop(
             engine,
             pool,

@@ -19,9 +19,10 @@ from pdserve.domain.messages import (
     Role,
     WorkerLoad,
 )
-from pdserve.domain.tokens import Failed, SampledToken
+from pdserve.domain.tokens import Failed
 from pdserve.engine.block_pool import BlockPool
-from pdserve.engine.contract import Engine, StepBatch
+from pdserve.engine.contract import Drawn, Engine, StepBatch
+from pdserve.engine.isolation import run_step
 from pdserve.engine.step_table import StepTable
 from pdserve.observe.watch import NO_PREFILL_WATCH, PrefillWatch
 from pdserve.rpc.streams import PrefillServerLink, send_or_abort
@@ -206,46 +207,38 @@ class PrefillLoop:
         for table in tables:
             table.enter_step()
         try:
-            result = await self._engine.step(batch)
-        except Exception as error:
-            log.error("step.failed", num_requests=len(plan), exc_info=error)
-            self._watch.step_failed()
-            for request, _ in plan:
-                if not _is_over(request):
-                    self.fail(
-                        request.peer,
-                        request.handoff,
-                        Reason.INTERNAL,
-                        "the engine failed on this batch",
-                    )
-            return
+            result = await run_step(self._engine, batch, self._watch)
         finally:
             for table in tables:
                 table.leave_step()
-        self._num_steps += 1
-        self._watch.step_done(
-            result.elapsed_s,
-            num_requests=len(plan),
-            num_prompt_tokens=sum(count for _, count in plan),
-            num_output_tokens=sum(sampled is not None for sampled in result.sampled),
-        )
-        for (request, count), sampled in zip(plan, result.sampled, strict=True):
+        if not result.is_lost:
+            self._num_steps += 1
+            self._watch.step_done(
+                result.elapsed_s,
+                num_requests=len(plan),
+                num_prompt_tokens=sum(count for _, count in plan),
+                num_output_tokens=result.num_tokens,
+            )
+        for (request, count), drawn in zip(plan, result.sampled, strict=True):
             self._num_tokens += count
-            self._settle(request, count, sampled)
+            self._settle(request, count, drawn)
 
-    def _settle(self, request: PrefillRequest, count: int, sampled: SampledToken | None) -> None:
+    def _settle(self, request: PrefillRequest, count: int, drawn: Drawn | None) -> None:
         if _is_over(request):
+            return
+        if isinstance(drawn, Failed):
+            self.fail(request.peer, request.handoff, drawn.reason, drawn.message)
             return
         assert request.table is not None
         assert request.sender is not None
         request.num_computed_tokens += count
         block_size = self._engine.spec.layout.block_size
         request.table.publish(request.names[: request.num_computed_tokens // block_size])
-        if sampled is not None and request.sender.sampled():
+        if drawn is not None and request.sender.sampled():
             now_s = self._clock()
             done = PrefillDone(
                 handoff=request.handoff,
-                first_token=sampled,
+                first_token=drawn,
                 queue_s=request.started_s - request.arrived_s,
                 prefill_s=now_s - request.started_s,
                 cached_tokens=request.num_cached_tokens,

@@ -141,7 +141,11 @@ class PrefillService:
             return Failed(reason=Reason.DRAINING, message="the prefill worker is draining")
         try:
             num_blocks = check_start(start, self._spec.layout.block_size)
-            check_sampling(start.sampling, vocab_size=self._spec.vocab_size)
+            check_sampling(
+                start.sampling,
+                vocab_size=self._spec.vocab_size,
+                eos_token_ids=self._spec.eos_token_ids,
+            )
         except ProtocolViolation as violation:
             return Failed(reason=Reason.INTERNAL, message=violation.message)
         except BadRequest as error:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from pdserve.domain.ids import AttemptId, Epoch, WorkerId
+from pdserve.domain.invariants import check_invariant
 from pdserve.domain.latency import num_attention_pairs
 from pdserve.domain.messages import WorkerHello, WorkerLoad
 
@@ -94,7 +95,7 @@ class Ledger:
         block_size: int,
     ) -> None:
         """Add one attempt; `reader` is the decode worker itself where it reads the prompt."""
-        assert attempt not in self._decoding, attempt
+        check_invariant(attempt not in self._decoding, "an attempt is booked once", attempt)
         num_prompt = shape.num_prompt_tokens
         decoding = Assigned(
             num_requests=1,

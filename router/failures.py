@@ -31,7 +31,8 @@ MOVED = frozenset(
 """Failures of workers: another pair may do better.
 
 KV_INTEGRITY is not among them: the decode worker has read the blocks twice from every prefill
-worker it was given, so a person must look.
+worker it was given, so a person must look. Nor is UNUSABLE_LOGITS: every worker runs the same model
+on the same tokens.
 """
 OF_DECODE = frozenset({Reason.DRAINING, Reason.FENCED, Reason.CANCELLED})
 """Among those, the ones that a decode worker reports of itself; the others are of its peers."""
@@ -63,7 +64,7 @@ def error_of(failed: Failed) -> PdserveError:
             return BadRequest(failed.message, reason=failed.reason)
         case Reason.OVERLOADED | Reason.QUEUE_TIMEOUT:
             return Refused(failed.message, reason=failed.reason, retry_after_s=failed.retry_after_s)
-        case Reason.DEADLINE | Reason.SLOW_CONSUMER | Reason.KV_INTEGRITY:
+        case Reason.DEADLINE | Reason.SLOW_CONSUMER | Reason.KV_INTEGRITY | Reason.UNUSABLE_LOGITS:
             return PdserveError(failed.message, reason=failed.reason)
         case _:
             return LocalFault("internal error at a worker")

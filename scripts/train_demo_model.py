@@ -145,7 +145,8 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, BOS_ID)]
     )
-    assert tokenizer.get_vocab_size() == VOCAB
+    if (size := tokenizer.get_vocab_size()) != VOCAB:
+        raise ValueError(f"the tokenizer has {size} tokens, not {VOCAB}")
     return tokenizer
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
+pytest.register_assert_rewrite("tests.support")  # else `python -O` removes what it asserts
+
 
 @pytest.fixture(autouse=True)
 def logging_as_it_was() -> Iterator[None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from bench.engine.runner import Prompts, model_dir, serve
 from pdserve.domain.prefix import hash_full_blocks
 from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.tokens import SampledToken
 from pdserve.engine.block_pool import BlockPool, BlockTable
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
 from pdserve.engine.torch_engine import TorchEngine
@@ -90,7 +91,7 @@ class Scheduler:
         result = self._engine.compute(StepBatch(tuple(sequences)))
         for each, sequence, token in zip(chosen, sequences, result.sampled, strict=True):
             each.num_computed += len(sequence.token_ids)
-            if token is not None:
+            if isinstance(token, SampledToken):
                 each.output.append(token.token_id)
 
 

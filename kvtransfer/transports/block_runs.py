@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pdserve.domain.errors import TransferFailed
 from pdserve.domain.ids import BlockId
+from pdserve.domain.invariants import check_invariant
 from pdserve.domain.messages import RemoteRegion
 from pdserve.engine.kv_memory import KvMemory
 
@@ -24,9 +25,11 @@ def check_read(
     memory: KvMemory,
     local_blocks: Sequence[BlockId],
 ) -> None:
-    """Raises `TransferFailed` if the peer's side makes no sense; ours is asserted."""
-    assert len(remote_blocks) == len(local_blocks), (len(remote_blocks), len(local_blocks))
-    assert all(0 <= block < memory.num_blocks for block in local_blocks), local_blocks
+    """Raises `TransferFailed` if the peer's side makes no sense; ours is an invariant."""
+    num_remote, num_local = len(remote_blocks), len(local_blocks)
+    check_invariant(num_remote == num_local, "blocks come in pairs", num_remote, num_local)
+    are_ours = all(0 <= block < memory.num_blocks for block in local_blocks)
+    check_invariant(are_ours, "blocks land in our memory", local_blocks, memory.num_blocks)
     if region.block_bytes != memory.layout.block_bytes:
         raise TransferFailed(
             f"the peer's blocks have {region.block_bytes} bytes, ours {memory.layout.block_bytes}"

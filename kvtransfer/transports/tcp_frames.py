@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 
 from pdserve.domain.ids import BlockId
+from pdserve.domain.invariants import check_invariant
 
 TOKEN_BYTES = 16
 MAX_BLOCKS_PER_REQUEST = 16_384
@@ -35,7 +36,8 @@ class BadFrame(Exception):
 
 
 def encode_request(token: bytes, block_ids: Sequence[BlockId]) -> bytes:
-    assert 0 < len(block_ids) <= MAX_BLOCKS_PER_REQUEST, len(block_ids)
+    is_legal = 0 < len(block_ids) <= MAX_BLOCKS_PER_REQUEST
+    check_invariant(is_legal, "a request asks for blocks within the limit", len(block_ids))
     header = _REQUEST.pack(_MAGIC, _VERSION, token, len(block_ids))
     return header + struct.pack(f"<{len(block_ids)}I", *block_ids)
 

@@ -1,7 +1,6 @@
 """`pdserve bench`: plan a workload, send it, report."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pdserve.cli.generating import PHASE_LABELS
+from pdserve.cli.plain_json import json_text
 from pdserve.cli.problems import EXIT_FAILED
 from pdserve.cli.status_view import plain_console
 from pdserve.client.inference import InferenceClient
@@ -101,20 +101,17 @@ def render_report(report: LoadReport) -> list[Table]:
 
 
 def report_as_json(report: LoadReport, plan: Plan, model: Model) -> dict[str, object]:
-    """Everything, with each request's record; NaN as null."""
-    content = {
+    """Everything, with each request's record."""
+    return {
         "plan": dataclasses.asdict(plan),
         "model": dataclasses.asdict(model),
         **dataclasses.asdict(report),
     }
-    plain = _without_nan(content)
-    assert isinstance(plain, dict)
-    return plain
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
     try:
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        path.write_text(json_text(content, indent=1) + "\n")
     except OSError as error:
         raise LocalFault(f"{path}: {error.strerror}") from None
 
@@ -189,15 +186,3 @@ def _phase_table(report: LoadReport) -> Table:
 
 def _ms(seconds: float) -> str:
     return "-" if math.isnan(seconds) else f"{seconds * 1e3:,.1f} ms"
-
-
-def _without_nan(value: object) -> object:
-    match value:
-        case float() if math.isnan(value):
-            return None
-        case Mapping():
-            return {str(key): _without_nan(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_without_nan(item) for item in value]
-        case _:
-            return value

@@ -2,15 +2,16 @@
 
 import contextlib
 import dataclasses
-import json
 import sys
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pdserve.cli.plain_json import json_text
 from pdserve.client.inference import InferenceClient
 from pdserve.client.values import Chunk, Finished, Prompt, Sampling
 from pdserve.domain.errors import LocalFault, PdserveError
-from pdserve.domain.tokens import PhaseTimeline, SampledToken
+from pdserve.domain.tokens import SampledToken
 
 BAR_CHARS = 40
 PHASE_LABELS = {
@@ -65,7 +66,7 @@ async def answer(address: str, question: Question) -> None:
     assert finished is not None  # generate() ends with it, or raises
     tokens = [token for chunk in chunks for token in chunk.tokens]
     if question.as_json:
-        print(json.dumps(_as_json(chunks, tokens, finished)))
+        print(answer_as_json(chunks, finished))
         return
     print(flush=True)
     if question.sampling.logprobs is not None:
@@ -173,24 +174,21 @@ def _bar(start_s: float, length_s: float, whole_s: float, mark: str = "█") -> 
     return (" " * begin + mark * length).ljust(BAR_CHARS)
 
 
-def _as_json(
-    chunks: list[Chunk], tokens: list[SampledToken], finished: Finished
-) -> dict[str, object]:
-    shown = [
+def answer_as_json(chunks: Sequence[Chunk], finished: Finished) -> str:
+    """The whole answer in one line."""
+    shown: list[dict[str, object]] = [
         {"id": token.token_id}
         if token.logprob is None
         else {"id": token.token_id, "logprob": token.logprob, "top": list(token.top_logprobs)}
-        for token in tokens
+        for chunk in chunks
+        for token in chunk.tokens
     ]
-    return {
+    content = {
         "request_id": chunks[0].request_id,
         "text": "".join(chunk.text for chunk in chunks),
         "tokens": shown,
         "finish_reason": finished.reason,
         "usage": dataclasses.asdict(finished.usage),
-        "timeline": timeline_as_json(finished.timeline),
+        "timeline": dataclasses.asdict(finished.timeline),
     }
-
-
-def timeline_as_json(timeline: PhaseTimeline) -> dict[str, object]:
-    return dataclasses.asdict(timeline)
+    return json_text(content)

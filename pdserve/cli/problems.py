@@ -16,6 +16,7 @@ ADVICE: dict[Reason, str] = {
     Reason.DRAINING: "the cluster is shutting down",
     Reason.DEADLINE: "raise --timeout, or ask for fewer tokens",
     Reason.KV_INTEGRITY: "see the workers' logs; trying again is safe",
+    Reason.UNUSABLE_LOGITS: "the model's numbers overflow; try another dtype, or other weights",
     Reason.INTERNAL: "the logs of the router and the workers say more",
 }
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass
 from rich import box
 from rich.table import Table
 
+from pdserve.cli.plain_json import json_text
 from pdserve.cli.status_view import plain_console
 from pdserve.client.admin import AdminClient
 from pdserve.client.inference import InferenceClient
@@ -53,7 +53,7 @@ async def run_smoke(
     is_ok = all(result.is_ok for result in results)
     if as_json:
         checks = [asdict(result) for result in results]
-        print(json.dumps({"ok": is_ok, "model": served.name, "checks": checks}))
+        print(json_text({"ok": is_ok, "model": served.name, "checks": checks}))
         return int(not is_ok)
     console = plain_console()
     console.print(_table(results), markup=False)

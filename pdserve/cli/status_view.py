@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import json
 from collections.abc import Mapping
 
 from rich import box
@@ -11,6 +10,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from pdserve.cli.plain_json import json_text
 from pdserve.client.admin import AdminClient
 from pdserve.client.inference import InferenceClient
 from pdserve.domain.messages import ClusterState, SloState, WorkerState
@@ -30,7 +30,7 @@ async def show_status(address: str, *, watch: bool, as_json: bool) -> None:
 
 async def _print_json(admin: AdminClient, *, watch: bool) -> None:
     while True:
-        print(json.dumps(state_as_json(await admin.cluster_state())), flush=True)
+        print(json_text(state_as_json(await admin.cluster_state())), flush=True)
         if not watch:
             return
         await asyncio.sleep(WATCH_S)
@@ -55,7 +55,7 @@ async def show_models(address: str, *, as_json: bool) -> None:
     async with InferenceClient(address) as client:
         models = await client.list_models()
     if as_json:
-        print(json.dumps([dataclasses.asdict(model) for model in models]))
+        print(json_text([dataclasses.asdict(model) for model in models]))
         return
     table = Table(box=box.SIMPLE)
     table.add_column("model")

@@ -32,6 +32,7 @@ class Reason(StrEnum):
     FENCED = "FENCED"
     SLOW_CONSUMER = "SLOW_CONSUMER"
     DUPLICATE_ID = "DUPLICATE_ID"
+    UNUSABLE_LOGITS = "UNUSABLE_LOGITS"
     INTERNAL = "INTERNAL"
 
 
@@ -62,6 +63,7 @@ REPLIES: dict[Reason, Reply] = {
     Reason.FENCED: Reply("ABORTED", 500),
     Reason.SLOW_CONSUMER: Reply("RESOURCE_EXHAUSTED", 429),
     Reason.DUPLICATE_ID: Reply("ALREADY_EXISTS", 409),
+    Reason.UNUSABLE_LOGITS: Reply("INTERNAL", 500),
     Reason.INTERNAL: Reply("INTERNAL", 500),
 }
 

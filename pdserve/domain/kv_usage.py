@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pdserve.domain.invariants import check_invariant
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvUsage:
@@ -15,8 +17,9 @@ class KvUsage:
     cached: int = 0
 
     def __post_init__(self) -> None:
-        assert self.free + self.reserved + self.held + self.pinned == self.total, self
-        assert 0 <= self.cached <= self.free, self
+        num_blocks = self.free + self.reserved + self.held + self.pinned
+        check_invariant(num_blocks == self.total, "blocks add up to the total", self)
+        check_invariant(0 <= self.cached <= self.free, "cached blocks are free", self)
 
     @property
     def is_idle(self) -> bool:

@@ -1,11 +1,14 @@
 """How output tokens are drawn, and the limits of each field."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from pdserve.domain.errors import BadRequest, FieldViolation
 
 MAX_TEMPERATURE = 2.0
+GREEDY_BELOW_TEMPERATURE = 1e-5
+"""Smaller temperatures are greedy: logits are not exact enough to tell the difference."""
 MAX_NUM_STOP_STRINGS = 8
 MAX_STOP_STRING_CHARS = 64
 MAX_NUM_STOP_TOKEN_IDS = 64
@@ -16,7 +19,9 @@ DEFAULT_MAX_TOKENS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """Temperature 0 is greedy. `logprobs` counts the alternatives reported; None reports none.
+    """Temperature 0 is greedy, and so is one below 1e-5.
+
+    `logprobs` counts the alternatives reported; None reports none.
 
     A stop id or stop string ends the answer once `min_tokens` tokens are out; stop tokens and
     stop strings are part of the text only with `include_stop_str_in_output`. Stop strings are
@@ -37,9 +42,19 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
+    @property
+    def is_greedy(self) -> bool:
+        """Each token is the likeliest one; of equally likely ones the one of the lowest id."""
+        return self.temperature < GREEDY_BELOW_TEMPERATURE
 
-def check_sampling(params: SamplingParams, *, vocab_size: int) -> None:
-    """Raise `BadRequest` with every field that is out of its limits."""
+
+def check_sampling(
+    params: SamplingParams, *, vocab_size: int, eos_token_ids: Collection[int] = ()
+) -> None:
+    """Raise `BadRequest` with every field that is out of its limits.
+
+    `eos_token_ids` are the model's end tokens, at a process that knows them.
+    """
     violations: list[FieldViolation] = []
 
     def limit(ok: bool, field: str, rule: str, value: object) -> None:
@@ -88,6 +103,13 @@ def check_sampling(params: SamplingParams, *, vocab_size: int) -> None:
         "stop_token_ids",
         f"each must be below the vocabulary size ({vocab_size})",
         max(params.stop_token_ids, default=0),
+    )
+    num_ends = len({*eos_token_ids, *params.stop_token_ids})
+    limit(
+        params.min_tokens == 0 or num_ends < vocab_size,
+        "min_tokens",
+        f"must be 0 if end and stop tokens are the whole vocabulary ({vocab_size})",
+        params.min_tokens,
     )
     limit(
         params.logprobs is None or 0 <= params.logprobs <= MAX_LOGPROBS,

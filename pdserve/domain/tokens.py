@@ -1,5 +1,6 @@
 """Output tokens and the way an answer ends."""
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -13,6 +14,12 @@ class SampledToken:
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def is_finite(self) -> bool:
+        """No log-probability is NaN or infinite."""
+        values = [value for _, value in self.top_logprobs]
+        return all(map(math.isfinite, values)) and math.isfinite(self.logprob or 0.0)
 
 
 class FinishReason(StrEnum):

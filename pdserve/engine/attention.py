@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from pdserve.domain.invariants import check_invariant
+
 ATTENTION_NAME = "pdserve_paged"
 _TEMPERATURE, _CHUNK = "pdserve_temperature", "pdserve_chunk"  # attributes of attention modules
 
@@ -112,7 +114,7 @@ def _paged_attention(
     """Signature of `AttentionInterface`; query, key, value: [1, heads, rows, head_dim]."""
     target = _current.target
     assert target is not None, "a model with paged attention runs only inside `attending`"
-    assert attention_mask is None, "transformers built a mask that paged attention would ignore"
+    check_invariant(attention_mask is None, "transformers builds no mask, which would be ignored")
     layer: Any = module.layer_idx
     call = AttentionCall(
         layer=layer,

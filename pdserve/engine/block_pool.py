@@ -22,10 +22,11 @@ After vLLM's `BlockPool` (v1/core/block_pool.py), with reservation and pinning m
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum, IntEnum, auto
 
 from pdserve.domain.ids import BlockId
+from pdserve.domain.invariants import check_invariant
 from pdserve.domain.kv_usage import KvUsage
 
 
@@ -62,7 +63,7 @@ NEXT: dict[tuple[BlockState, BlockEvent], BlockState] = {
 class BlockTable:
     """One request's blocks in logical order. One owner, who must call `release` in the end.
 
-    A transition that the table above does not have is a bug of the caller (`AssertionError`).
+    A transition that the table above does not have is a bug of the caller (`BrokenInvariant`).
     """
 
     __slots__ = ("_block_ids", "_pool", "_states", "num_cached_blocks")
@@ -97,8 +98,9 @@ class BlockTable:
 
         Naming a block again is harmless. Of two blocks with one name the first stays findable.
         """
-        assert len(names) <= len(self._block_ids), (len(names), len(self._block_ids))
-        assert all(state >= BlockState.HELD for state in self._states[: len(names)]), "not held"
+        states = self._states[: len(names)]
+        are_held = len(states) == len(names) and all(state >= BlockState.HELD for state in states)
+        check_invariant(are_held, "named blocks are held", len(names), self._states)
         self._pool._name(zip(self._block_ids, names, strict=False))
 
     def release(self) -> None:
@@ -111,9 +113,11 @@ class BlockTable:
 
     def _apply(self, event: BlockEvent, places: range) -> None:
         """All or nothing: every pair is looked up before any block moves."""
-        assert not places or 0 <= min(places) <= max(places) < len(self._block_ids), places
+        are_ours = not places or 0 <= min(places) <= max(places) < len(self._block_ids)
+        check_invariant(are_ours, "a table moves its own blocks", places, len(self._block_ids))
         moves = [(self._states[place], event) for place in places]
-        assert all(move in NEXT for move in moves), (event, places, self._states)
+        is_legal = all(move in NEXT for move in moves)
+        check_invariant(is_legal, "blocks move by NEXT", event, places, self._states)
         for place, move in zip(places, moves, strict=True):
             self._states[place] = NEXT[move]
             self._pool._move(self._block_ids[place], move[0], NEXT[move])
@@ -122,8 +126,16 @@ class BlockTable:
 class BlockPool:
     """Hands out blocks 0 to `num_blocks - 1` and counts them. Synchronous: no call waits."""
 
-    def __init__(self, num_blocks: int, *, reuse_prefixes: bool = True) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        *,
+        reuse_prefixes: bool = True,
+        is_sound: Callable[[BlockId], bool] = lambda block: True,
+    ) -> None:
+        """A block that is not sound when it is to be named, nor one after it, gets no name."""
         self.num_blocks = num_blocks
+        self._is_sound = is_sound
         self._reuse_prefixes = reuse_prefixes
         self._unnamed = [BlockId(block) for block in range(num_blocks - 1, -1, -1)]
         self._cached: OrderedDict[BlockId, None] = OrderedDict()  # free and named, oldest first
@@ -209,7 +221,9 @@ class BlockPool:
         if block in self._cached:
             del self._cached[block]
         else:
-            assert self._unnamed.pop() == block
+            is_top = self._unnamed[-1] == block
+            check_invariant(is_top, "unnamed blocks leave from the top", block)
+            self._unnamed.pop()
 
     def _enter_free(self, block: BlockId) -> None:
         if block in self._block_to_name:
@@ -222,8 +236,10 @@ class BlockPool:
             return
         for block, name in named:
             known = self._block_to_name.get(block)
-            assert known in (None, name), "a named block never changes its content"
+            check_invariant(known in (None, name), "a named block keeps its content", block)
             if known is None and name not in self._name_to_block:
+                if not self._is_sound(block):
+                    return
                 self._name_to_block[name] = block
                 self._block_to_name[block] = name
 

@@ -7,7 +7,7 @@ from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.ids import BlockId
 from pdserve.domain.latency import StepShape
 from pdserve.domain.sampling import SamplingParams
-from pdserve.domain.tokens import SampledToken
+from pdserve.domain.tokens import Failed, SampledToken
 from pdserve.engine.kv_memory import KvMemory
 
 
@@ -52,12 +52,26 @@ class StepBatch:
         return StepShape.of(chunks, contexts)
 
 
+Drawn = SampledToken | Failed
+"""A token, or why there is none: such a row ends its request, and no other one."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One entry for each sequence of the batch, None where nothing was to be sampled."""
+    """One entry for each sequence of the batch, None if nothing was to be sampled."""
 
-    sampled: tuple[SampledToken | None, ...]
+    sampled: tuple[Drawn | None, ...]
     elapsed_s: float
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens were drawn."""
+        return sum(isinstance(drawn, SampledToken) for drawn in self.sampled)
+
+    @property
+    def is_lost(self) -> bool:
+        """No sequence was computed."""
+        return all(isinstance(drawn, Failed) for drawn in self.sampled)
 
 
 class Engine(Protocol):

@@ -10,6 +10,7 @@ from typing import Any
 from pdserve.domain.errors import LocalFault
 from pdserve.engine.end_tokens import named_end_tokens
 from pdserve.engine.json_files import read_json, read_json_if_there
+from pdserve.engine.model_numbers import check_numbers, end_token_ids
 from pdserve.engine.model_shape import check_decoder_only, first_int, text_config
 from pdserve.models import DEMO_DRAFT_MODEL_DIR, DEMO_MODEL_DIR
 
@@ -49,6 +50,7 @@ class ModelFiles:
         check_decoder_only(config)
         weights = _find_weights(model_dir)
         sizes = text_config(config)
+        check_numbers(sizes, model_dir / "config.json")
         context = first_int(sizes, *_CONTEXT_KEYS)
         vocab_size = first_int(sizes, "vocab_size")
         if context is None or vocab_size is None:
@@ -83,18 +85,17 @@ def _eos_token_ids(model_dir: Path, config: Mapping[str, Any], vocab_size: int) 
     The tokenizer's files may name more: many chat models end a turn with a token that only those
     name.
     """
-    generation = read_json_if_there(model_dir / "generation_config.json")
-    configured = _as_list(config.get("eos_token_id"))
-    decided = _as_list(generation.get("eos_token_id")) or configured
-    named = named_end_tokens(model_dir, configured)
+    path = model_dir / "generation_config.json"
+    generation = read_json_if_there(path)
+    is_decided = generation.get("eos_token_id") not in (None, [])
+    source, path = (generation, path) if is_decided else (config, model_dir / "config.json")
+    decided = end_token_ids(
+        source.get("eos_token_id"), vocab_size=vocab_size, field="eos_token_id", path=path
+    )
+    configured = config.get("eos_token_id")
+    named = named_end_tokens(model_dir, configured if isinstance(configured, list) else [configured])
     inside = [token_id for token_id in named if token_id < vocab_size]
-    return tuple(dict.fromkeys([*map(int, decided), *inside]))
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys([*decided, *inside]))
 
 
 def _find_weights(model_dir: Path) -> tuple[Path, ...]:

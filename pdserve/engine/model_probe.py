@@ -101,6 +101,11 @@ def discover_layout(model: Any, *, block_size: int, dtype: str) -> KvLayout:
 
 def check_same_logits(model: Any, paged: Tensor, plain: Tensor, dtype: str) -> None:
     """`LocalFault` if paged attention changed what the model computes; [rows, vocabulary] each."""
+    ruled_out = plain == -torch.inf
+    if bool(plain.isnan().any()) or bool((plain == torch.inf).any()):
+        raise _refusal(model, f"its logits are NaN or infinite in {dtype}; try another dtype")
+    if torch.equal(ruled_out, paged == -torch.inf):
+        plain, paged = plain.masked_fill(ruled_out, 0), paged.masked_fill(ruled_out, 0)
     difference = torch.linalg.vector_norm(paged.float() - plain.float())
     norm = torch.linalg.vector_norm(plain.float() - plain.float().mean(dim=-1, keepdim=True))
     if not difference <= _TOLERANCE[dtype] * norm + 1e-6:

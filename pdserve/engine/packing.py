@@ -12,6 +12,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
+from pdserve.domain.invariants import check_invariant
 from pdserve.engine.contract import StepBatch
 
 Ints = npt.NDArray[np.int64]
@@ -43,8 +44,9 @@ def pack(batch: StepBatch, block_size: int) -> PackedBatch:
     lengths = np.array([len(each.token_ids) for each in sequences], dtype=np.int64)
     starts = np.array([each.start for each in sequences], dtype=np.int64)
     table_sizes = np.array([len(each.block_table) for each in sequences], dtype=np.int64)
-    assert (lengths > 0).all(), "a sequence of no tokens"
-    assert (table_sizes * block_size >= starts + lengths).all(), "a block table is too short"
+    check_invariant(bool((lengths > 0).all()), "a sequence has tokens", lengths)
+    are_covered = bool((table_sizes * block_size >= starts + lengths).all())
+    check_invariant(are_covered, "a block table covers its sequence", table_sizes, starts, lengths)
     firsts, table_firsts = np.cumsum(lengths) - lengths, np.cumsum(table_sizes) - table_sizes
     tables = _flat([each.block_table for each in sequences], int(table_sizes.sum()))
     num_rows = int(lengths.sum())

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pdserve.domain.invariants import check_invariant
 from pdserve.engine.attention import AttentionCall, attend_dense, first_visible
 from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.numba_attention import CompiledAttention
@@ -27,7 +28,8 @@ class PagedCache:
     def __init__(self, kv: KvMemory, compiled: CompiledAttention | None = None) -> None:
         """`compiled` attends short chunks and decode rows (float32 only); without it torch does."""
         layout = kv.layout
-        assert compiled is None or layout.dtype == "float32"
+        is_fit = compiled is None or layout.dtype == "float32"
+        check_invariant(is_fit, "compiled attention is for float32", layout.dtype)
         self.block_size = layout.block_size
         self.compiled = compiled
         self.block_values = layout.block_bytes // layout.item_bytes
@@ -82,6 +84,9 @@ class PagedStep:
         for first, length, start, table_first in self._spans:
             result = self._attend_one(call, first, length, start, table_first)
             out[first : first + length] = result.transpose(0, 1)
+        if self._spans and not torch.isfinite(call.query.sum(dtype=torch.float32)):
+            # torch answers a query that is not finite with zeros, which would pass for numbers.
+            out[~torch.isfinite(call.query).all(dim=2).all(dim=0)] = torch.nan
         return out
 
     def _store(self, call: AttentionCall) -> None:

@@ -6,97 +6,97 @@ token comes from a counter, (seed, token index, token id), so nothing has to be 
 steps, and the rounding of logits, which varies with the batch, decides only between two scores that
 are equal to seven digits. Inverting the cumulative distribution instead would meet such a tie at
 each of its many steps.
+
+A row that no token can be drawn from fails alone: its place in the result says why.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
+import structlog
 
-from pdserve.domain.sampling import SamplingParams
-from pdserve.domain.tokens import SampledToken
-from pdserve.engine.contract import SampleStep
-from pdserve.engine.mixing import GOLDEN, mix, mix_ints
+from pdserve.domain.errors import Reason
+from pdserve.domain.tokens import Failed, SampledToken
+from pdserve.engine.contract import Drawn, SampleStep
+from pdserve.engine.gumbel import MAX_NOISE_GAP, noisiest
+from pdserve.engine.ranking import Floats, Logits, Places, largest, nucleus, ranked
 
-Floats = npt.NDArray[np.float64]
+log = structlog.get_logger(__name__)
 
 
 def draw_tokens(
-    logits: npt.NDArray[np.float32], steps: Sequence[SampleStep], eos_token_ids: Sequence[int]
-) -> list[SampledToken]:
-    """Draw one token for each row. `logits`: [rows, vocabulary], of the untempered model."""
-    if all(_is_plain(step) for step in steps):
-        return [SampledToken(token_id) for token_id in logits.argmax(axis=1).tolist()]
-    return [_draw(row, step, eos_token_ids) for row, step in zip(logits, steps, strict=True)]
+    logits: Logits, steps: Sequence[SampleStep], eos_token_ids: Sequence[int]
+) -> list[Drawn]:
+    """Draw one token for each row. `logits`: [rows, vocabulary], of the untempered model.
+
+    A `Failed` stands for a row without a usable logit (reason UNUSABLE_LOGITS: one is NaN or
+    +infinity, or all are ruled out) and for one whose drawing raised (INTERNAL).
+    """
+    best = logits.argmax(axis=1)  # of a row with NaN a place of NaN, so that one look finds any
+    return [
+        _draw_guarded(row, int(top), step, eos_token_ids)
+        for row, top, step in zip(logits, best, steps, strict=True)
+    ]
 
 
-def _is_plain(step: SampleStep) -> bool:
-    params = step.params
-    is_greedy = params.temperature == 0 and params.logprobs is None
-    return is_greedy and step.token_index >= params.min_tokens
+def _draw_guarded(row: Logits, best: int, step: SampleStep, eos_token_ids: Sequence[int]) -> Drawn:
+    if not np.isfinite(row[best]):
+        return _unusable(
+            f"the model's logits for output token {step.token_index} are NaN or infinite"
+        )
+    try:
+        return _draw(row, best, step, eos_token_ids)
+    except Exception as error:
+        log.error("row.failed", token_index=step.token_index, exc_info=error)
+        return Failed(reason=Reason.INTERNAL, message="the engine failed to draw a token")
 
 
-def _draw(
-    row: npt.NDArray[np.float32], step: SampleStep, eos_token_ids: Sequence[int]
-) -> SampledToken:
-    params = step.params
-    allowed = row.astype(np.float64)
+def _unusable(message: str) -> Failed:
+    return Failed(reason=Reason.UNUSABLE_LOGITS, message=message)
+
+
+def _draw(row: Logits, best: int, step: SampleStep, eos_token_ids: Sequence[int]) -> Drawn:
+    params, token_id, allowed = step.params, best, row
     if step.token_index < params.min_tokens:
+        allowed = row.copy()
         allowed[[*eos_token_ids, *params.stop_token_ids]] = -np.inf
-    if params.temperature == 0:
         token_id = int(allowed.argmax())
-    else:
-        token_id = _sample(allowed, params, step.token_index)
+        if allowed[token_id] == -np.inf:
+            return _unusable("min_tokens rules out every token that the model allows")
+    if not params.is_greedy:
+        token_id = _sample(allowed, float(allowed[token_id]), step)
     if params.logprobs is None:
         return SampledToken(token_id)
-    logprobs = _log_softmax(row.astype(np.float64))
-    best = _largest(logprobs, params.logprobs)
-    top = tuple((int(other), float(logprobs[other])) for other in best)
-    return SampledToken(token_id, float(logprobs[token_id]), top)
+    return _with_logprobs(row, float(row[best]), token_id, params.logprobs)
 
 
-def _sample(logits: Floats, params: SamplingParams, token_index: int) -> int:
-    candidates = np.flatnonzero(logits > -np.inf)
-    if 0 < params.top_k < len(candidates):
-        candidates = _largest(logits, params.top_k)
-    scores = logits[candidates] / params.temperature
+def _sample(logits: Logits, top: float, step: SampleStep) -> int:
+    """Scores are relative to the largest logit, `top`, so that no temperature overflows them."""
+    params = step.params
+    places = largest(logits, params.top_k) if 0 < params.top_k < len(logits) else None
+    scores: Floats = (logits if places is None else logits[places]).astype(np.float64)
+    scores -= top
+    scores /= params.temperature
+    # Whatever is so far below the likeliest token can neither win nor be in a nucleus.
+    if scores.min() < -MAX_NOISE_GAP:
+        near = np.flatnonzero(scores >= -MAX_NOISE_GAP)
+        places, scores = _among(places, near), scores[near]
     if params.top_p < 1:
-        kept = _nucleus(scores, params.top_p)
-        candidates, scores = candidates[kept], scores[kept]
-    noise = gumbel_noise(params.seed, token_index, candidates)
-    return int(candidates[(scores + noise).argmax()])
+        kept = nucleus(scores, params.top_p)
+        places, scores = _among(places, kept), scores[kept]
+    if places is None:
+        places = np.arange(len(logits))
+    return int(places[noisiest(scores, params.seed, step.token_index, places)])
 
 
-def _nucleus(scores: Floats, top_p: float) -> npt.NDArray[np.intp]:
-    """The fewest likeliest tokens whose probabilities reach `top_p` (Holtzman et al., 2020)."""
-    order = np.argsort(-scores, kind="stable")
-    probabilities = np.exp(_log_softmax(scores[order]))
-    before = np.cumsum(probabilities) - probabilities
-    return order[before < top_p]
+def _among(places: Places | None, kept: Places) -> Places:
+    """The kept ones of `places`; None stands for all."""
+    return kept if places is None else places[kept]
 
 
-def _largest(values: Floats, count: int) -> npt.NDArray[np.intp]:
-    """Places of the `count` largest, largest first; of equals the lowest place first."""
-    if count == 0:
-        return np.zeros(0, dtype=np.intp)
-    if count >= len(values):
-        return np.argsort(-values, kind="stable")
-    threshold = np.partition(values, -count)[-count]
-    places = np.flatnonzero(values >= threshold)
-    return places[np.argsort(-values[places], kind="stable")][:count]
-
-
-def _log_softmax(values: Floats) -> Floats:
-    shifted = values - values.max()
-    result: Floats = shifted - np.log(np.exp(shifted).sum())
-    return result
-
-
-def gumbel_noise(seed: int, token_index: int, token_ids: npt.NDArray[np.intp]) -> Floats:
-    """Standard Gumbel noise for each token id: the SplitMix64 stream of (seed, index), at id."""
-    state = np.uint64(mix_ints(seed, token_index))
-    with np.errstate(over="ignore"):
-        bits = mix(state + (token_ids.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN))
-    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    noise: Floats = -np.log(-np.log(uniform))
-    return noise
+def _with_logprobs(row: Logits, top: float, token_id: int, num_others: int) -> SampledToken:
+    """Tokens that the model rules out (-infinity) are not among the others."""
+    total = top + np.log(np.exp(row.astype(np.float64) - top).sum())
+    others = ((int(place), float(row[place]) - total) for place in ranked(row, num_others))
+    listed = tuple((place, logprob) for place, logprob in others if logprob > -np.inf)
+    return SampledToken(token_id, float(row[token_id]) - total, listed)

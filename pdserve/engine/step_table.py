@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from pdserve.domain.ids import BlockId
+from pdserve.domain.invariants import check_invariant
 from pdserve.engine.block_pool import BlockTable
 
 
@@ -32,7 +33,8 @@ class StepTable:
 
     def hold(self, first: int, count: int) -> None:
         """As `BlockTable.hold`; blocks are held from the first one on."""
-        assert first == self._num_held, (first, self._num_held)
+        is_next = first == self._num_held
+        check_invariant(is_next, "blocks are held from the first on", first, self._num_held)
         self._table.hold(first, count)
         self._num_held += count
 
@@ -50,7 +52,7 @@ class StepTable:
         self._table.publish(names)
 
     def enter_step(self) -> None:
-        assert not self._is_released, "a step on blocks that are given back"
+        check_invariant(not self._is_released, "no step uses blocks that are given back")
         self._is_in_step = True
 
     def leave_step(self) -> None:

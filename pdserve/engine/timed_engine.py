@@ -20,12 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pdserve.domain.engine_spec import EngineSpec
-from pdserve.domain.errors import LocalFault
+from pdserve.domain.errors import LocalFault, Reason
+from pdserve.domain.invariants import check_invariant
 from pdserve.domain.latency import StepLatency
 from pdserve.domain.layout import KvLayout
 from pdserve.domain.sampling import SamplingParams
-from pdserve.domain.tokens import SampledToken
-from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch, StepResult
+from pdserve.domain.tokens import Failed, SampledToken
+from pdserve.engine.contract import Drawn, SampleStep, SequenceStep, StepBatch, StepResult
 from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.mixing import GOLDEN, Words, mix, mix_ints
 from pdserve.engine.model_files import ModelFiles
@@ -50,7 +51,7 @@ class TimedEngine:
         layout: KvLayout | None = None,
     ) -> None:
         layout = layout or kv_layout(files.config, block_size=block_size, dtype=dtype)
-        assert layout.block_size == block_size
+        check_invariant(layout.block_size == block_size, "one block size", block_size, layout)
         self.spec = EngineSpec(
             kind="timed",
             model_name=files.name,
@@ -62,7 +63,7 @@ class TimedEngine:
             layout=layout,
         )
         self.coefficients = coefficients
-        self.kv = KvMemory(layout, num_blocks)
+        self.kv = KvMemory(layout, num_blocks, holds_numbers=False)
         self._tags = _TagMemory(self.kv)
         self._seed = _seed(self.spec)
         self._free_at_s = 0.0  # on the event loop's clock
@@ -82,7 +83,7 @@ class TimedEngine:
         self._tags.close()
         self.kv.close()
 
-    def _run(self, sequence: SequenceStep) -> SampledToken | None:
+    def _run(self, sequence: SequenceStep) -> Drawn | None:
         start, end = sequence.start, sequence.start + len(sequence.token_ids)
         table = np.asarray(sequence.block_table, dtype=np.int64)
         before = self._tags.read_state(table, start - 1) if start else self._seed
@@ -102,9 +103,10 @@ def timed_tokens(
     num_tags = 2 * len(spec.layout.layers)
     for index in range(num):
         tags = _tags(_advance(_seed(spec), token_ids), num_tags)
-        token_ids.append(
-            _draw(spec, _fold(tags), SampleStep(params=params, token_index=index)).token_id
-        )
+        drawn = _draw(spec, _fold(tags), SampleStep(params=params, token_index=index))
+        if isinstance(drawn, Failed):
+            raise ValueError(drawn.message)
+        token_ids.append(drawn.token_id)
     return tuple(token_ids[len(prompt) :])
 
 
@@ -189,16 +191,20 @@ def _fold(tags: Words) -> int:
     return int(np.sum(tags * weights, dtype=np.uint64))
 
 
-def _draw(spec: EngineSpec, content: int, sample: SampleStep) -> SampledToken:
+def _draw(spec: EngineSpec, content: int, sample: SampleStep) -> Drawn:
     """End tokens are never drawn: an answer's length is what the request asked for."""
     params, index = sample.params, sample.token_index
     banned = set(spec.eos_token_ids)
     if index < params.min_tokens:
         banned |= set(params.stop_token_ids)
-    seed = params.seed if params.temperature > 0 else 0
+    num_allowed = spec.vocab_size - len(banned)
+    if num_allowed < 1:
+        message = "end tokens and stop tokens leave no token to draw"
+        return Failed(reason=Reason.UNUSABLE_LOGITS, message=message)
+    seed = 0 if params.is_greedy else params.seed
     drawn: list[int] = []
     attempt = 0
-    while len(drawn) < 1 + (params.logprobs or 0):
+    while len(drawn) < min(1 + (params.logprobs or 0), num_allowed):
         token_id = mix_ints(content, index, seed, attempt) % spec.vocab_size
         attempt += 1
         if token_id not in banned:

@@ -11,8 +11,7 @@ import torch
 
 from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.errors import LocalFault
-from pdserve.domain.tokens import SampledToken
-from pdserve.engine.contract import StepBatch, StepResult
+from pdserve.engine.contract import Drawn, StepBatch, StepResult
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_shape import item_bytes
 from pdserve.engine.paged_model import PagedModel, load_model
@@ -51,7 +50,7 @@ class TorchEngine:
             raise LocalFault(f"device must be cpu; got {device}")
         item_bytes(dtype)
         _use_one_thread()
-        _keep_freed_memory()
+        keep_freed_memory()
         if isinstance(files, Path):
             files = ModelFiles.open(files)
         model = PagedModel(
@@ -81,7 +80,7 @@ class TorchEngine:
         logits = self._model.forward(batch)
         steps = [each.sample for each in batch.sequences if each.sample is not None]
         drawn = iter(draw_tokens(logits.float().numpy(), steps, self.spec.eos_token_ids))
-        sampled: list[SampledToken | None] = [
+        sampled: list[Drawn | None] = [
             None if each.sample is None else next(drawn) for each in batch.sequences
         ]
         return StepResult(tuple(sampled), time.perf_counter() - began_s)
@@ -106,7 +105,7 @@ def _use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc reuse large blocks instead of giving them back to the system.
 
     Otherwise each large intermediate result is mapped and cleared anew: SiLU of 512 x 1408 values

@@ -239,7 +239,14 @@ BATCH = _histogram(
 STEP_FAILURES = _counter(
     "pdserve_engine_step_failures_total",
     WORKERS,
-    "Engine steps that failed, with all their requests",
+    "Engine steps that raised; their sequences are run again one by one",
+)
+ROW_FAILURES = _counter(
+    "pdserve_engine_row_failures_total",
+    WORKERS,
+    "Requests that the engine failed on, each alone, by reason: UNUSABLE_LOGITS (NaN, infinite, or "
+    "all ruled out), INTERNAL (an error)",
+    "reason",
 )
 ENGINE_PROMPT_TOKENS = _counter(
     "pdserve_engine_prompt_tokens_total", WORKERS, "Prompt tokens computed here"
@@ -346,7 +353,7 @@ OWN_METRICS = (
     *(REQUESTS, REFUSALS, FAILED_ATTEMPTS, IN_FLIGHT, WAITING),
     *(PROMPT_TOKENS, CACHED_TOKENS, OUTPUT_TOKENS),
     *(WORKERS_BY_HEALTH, BUILD, DRAINING, LOOP_LAG),
-    *(STEP, BATCH, STEP_FAILURES),
+    *(STEP, BATCH, STEP_FAILURES, ROW_FAILURES),
     *(ENGINE_PROMPT_TOKENS, ENGINE_CACHED_TOKENS, ENGINE_OUTPUT_TOKENS),
     *(RUNNING, QUEUED, QUEUED_TOKENS, CONTEXT_TOKENS),
     *(KV_BLOCKS, KV_CACHED, KV_CAPACITY, KV_BLOCK_BYTES),

@@ -192,6 +192,9 @@ class WorkerMetrics(ProcessMetrics, WorkerWatch):
         self._step = self._histogram(m.STEP)
         self._batch = self._histogram(m.BATCH)
         self._step_failures = self._counter(m.STEP_FAILURES)
+        self._row_failures = self._counter(m.ROW_FAILURES)
+        for reason in (Reason.UNUSABLE_LOGITS, Reason.INTERNAL):
+            self._row_failures.labels(reason)
         self._prompt_tokens = self._counter(m.ENGINE_PROMPT_TOKENS)
         self._cached_tokens = self._counter(m.ENGINE_CACHED_TOKENS)
         self._output_tokens = self._counter(m.ENGINE_OUTPUT_TOKENS)
@@ -219,6 +222,9 @@ class WorkerMetrics(ProcessMetrics, WorkerWatch):
 
     def step_failed(self) -> None:
         self._step_failures.inc()
+
+    def row_failed(self, reason: str) -> None:
+        self._row_failures.labels(reason).inc()
 
     def prefix_found(self, num_tokens: int) -> None:
         self._cached_tokens.inc(num_tokens)

@@ -45,7 +45,10 @@ class WorkerWatch:
         """One engine step: what it computed and sampled."""
 
     def step_failed(self) -> None:
-        """One engine step raised."""
+        """One engine step raised; its sequences are run again one by one."""
+
+    def row_failed(self, reason: str) -> None:
+        """One row of a step gave no token, or its sequence raised: its request ends."""
 
     def prefix_found(self, num_tokens: int) -> None:
         """So many tokens of a prompt are in this worker's prefix cache."""

@@ -15,6 +15,7 @@ FINISH_TO_PROTO = {
     FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
 }
+REASONS = frozenset(Reason)
 FINISH_FROM_PROTO = {number: reason for reason, number in FINISH_TO_PROTO.items()}
 
 
@@ -92,7 +93,8 @@ def failure_to_proto(failure: Failed) -> types_pb2.Failure:
 
 def failure_from_proto(message: types_pb2.Failure) -> Failed:
     return Failed(
-        reason=Reason(message.reason),
+        # A peer of another version may know more reasons; its request ends all the same.
+        reason=Reason(message.reason) if message.reason in REASONS else Reason.INTERNAL,
         message=message.message,
         retry_after_s=message.retry_after_s,
     )

@@ -346,7 +346,8 @@ class ScriptedPrefill:
             sample=SampleStep(params=start.sampling, token_index=0),
         )
         result = await self.engine.step(StepBatch((step,)))
-        assert result.sampled[0] is not None
+        [token] = result.sampled
+        assert isinstance(token, SampledToken)
         offered = range(start.first_block, num_blocks)
         offer = BlocksOffered(
             handoff=start.handoff,
@@ -359,7 +360,7 @@ class ScriptedPrefill:
         )
         done = PrefillDone(
             handoff=start.handoff,
-            first_token=result.sampled[0],
+            first_token=token,
             queue_s=0.0,
             prefill_s=result.elapsed_s,
             cached_tokens=0,
@@ -518,7 +519,8 @@ class WorkerPair:
         await self.router.send(
             PeerHello(peer_id="router", epoch=Epoch(1), protocol_version=PROTOCOL_VERSION)
         )
-        assert isinstance(await self.router.receive(), PeerHello)
+        reply = await self.router.receive()
+        assert isinstance(reply, PeerHello)
         self._collecting = asyncio.create_task(self._collect(self.router))
 
     def submit(
@@ -544,7 +546,8 @@ class WorkerPair:
         )
         call = Call(submit)
         self.calls[submit.request_id, attempt] = call
-        assert self.router.try_send(submit)
+        is_sent = self.router.try_send(submit)
+        assert is_sent
         return call
 
     def cancel(self, call: Call) -> None:

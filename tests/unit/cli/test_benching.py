@@ -11,6 +11,7 @@ from pdserve.cli.benching import (
     run_bench,
     with_arrivals,
 )
+from pdserve.cli.plain_json import json_text
 from pdserve.client.statistics import RequestRecord, Slo, summarise
 from pdserve.client.values import Model
 from pdserve.client.workload import TraceRequest, read_trace
@@ -60,7 +61,7 @@ def test_report_of_a_failed_run_is_plain_json() -> None:
     record = RequestRecord(index=0, arrival_s=0.0, prompt_tokens=3, failure="UNREACHABLE")
     report = summarise([record], Slo(ttft_s=1.0), 2.0)
     model = Model(name="demo", max_context_tokens=100, vocab_size=10)
-    text = json.dumps(report_as_json(report, Plan(), model), allow_nan=False)
+    text = json_text(report_as_json(report, Plan(), model))
     content = json.loads(text)
     assert content["ttft_s"]["50"] is None
     assert content["failures"] == {"UNREACHABLE": 1}

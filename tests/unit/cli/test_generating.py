@@ -1,16 +1,18 @@
 import io
+import json
 import sys
 
 import pytest
 
 from pdserve.cli.generating import (
     Question,
+    answer_as_json,
     printable,
     read_prompt,
     render_logprobs,
     render_timeline,
 )
-from pdserve.client.values import Finished, Sampling, Usage
+from pdserve.client.values import Chunk, Finished, Sampling, Usage
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.tokens import FinishReason, PhaseTimeline, SampledToken
 
@@ -49,6 +51,25 @@ def test_token_ids_may_be_separated_by_spaces_or_commas() -> None:
 def finished(timeline: PhaseTimeline, cached: int = 0) -> Finished:
     usage = Usage(prompt_tokens=10, completion_tokens=4, cached_prompt_tokens=cached, seed=7)
     return Finished(reason=FinishReason.LENGTH, usage=usage, timeline=timeline)
+
+
+def test_json_of_an_answer_has_no_number_that_json_lacks() -> None:
+    """Routers of other versions may send what ours never do."""
+    nan, inf = float("nan"), float("inf")
+    end = finished(PhaseTimeline(total_s=nan, ttft_s=inf))
+    tokens = (SampledToken(3, -0.5, ((3, -0.5), (4, -inf))), SampledToken(5, nan))
+    chunk = Chunk(request_id="r", first_index=0, tokens=tokens, text="a", finished=end)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    content = json.loads(answer_as_json([chunk], end), parse_constant=refuse)
+    assert content["tokens"] == [
+        {"id": 3, "logprob": -0.5, "top": [[3, -0.5], [4, None]]},
+        {"id": 5, "logprob": None, "top": []},
+    ]
+    assert (content["timeline"]["total_s"], content["timeline"]["ttft_s"]) == (None, None)
+    assert content["finish_reason"] == "length"
 
 
 def test_timeline_places_each_phase_where_it_happened() -> None:

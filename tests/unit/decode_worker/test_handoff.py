@@ -134,6 +134,19 @@ async def test_blocks_of_a_failed_handoff_are_not_read() -> None:
 
 
 @virtual
+async def test_unusable_logits_of_a_prompt_are_not_tried_elsewhere() -> None:
+    async with WorkerPair() as pair:
+        peer = await pair.script_prefill()
+        targets = (peer.target, pair.prefill[0].target)
+        call = pair.submit(PROMPT, max_tokens=6, targets=targets)
+        start = await peer.hear(StartHandoff)
+        failure = Failed(reason=Reason.UNUSABLE_LOGITS, message="NaN")
+        peer.stream.try_send(HandoffFailed(handoff=start.handoff, failure=failure))
+        assert await call.failed() == failure
+        assert pair.prefill[0].loop.load(0, is_draining=False).num_steps == 0
+
+
+@virtual
 async def test_corrupt_block_is_read_again_and_counted() -> None:
     async with WorkerPair() as pair:
         damage = iter([False, True])
@@ -214,6 +227,12 @@ async def test_worker_of_another_life_is_not_used() -> None:
 LIES = {
     "a token beyond the vocabulary": lambda offer, done: [
         dataclasses.replace(done, first_token=SampledToken(2**31))
+    ],
+    "a logprob that is no number": lambda offer, done: [
+        dataclasses.replace(done, first_token=SampledToken(1, float("nan")))
+    ],
+    "an infinite alternative": lambda offer, done: [
+        dataclasses.replace(done, first_token=SampledToken(1, -1.0, ((2, -float("inf")),)))
     ],
     "a block beyond the region": lambda offer, done: [
         done,

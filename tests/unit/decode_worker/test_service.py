@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import structlog
 from pdserve.domain.errors import PeerFault, Reason, WorkerLost
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch
 from pdserve.domain.messages import Cancel, PeerHello
-from pdserve.domain.tokens import Completed, FinishReason
+from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.tokens import Completed, Failed, FinishReason, SampledToken
 from pdserve.engine.contract import StepBatch, StepResult
 from pdserve.rpc.streams import memory_stream_pair
 from tests.support.virtual_time import VirtualTimeLoop, virtual
@@ -221,6 +223,69 @@ async def test_failed_step_ends_its_requests_and_the_worker_goes_on() -> None:
         again = pair.submit(PROMPT, max_tokens=6)
         await again.completed()
         assert is_right(again)
+
+
+class GuiltyEngine:
+    """An engine that draws nothing for the sequence that feeds `poison` to a decode step.
+
+    It raises, which takes the whole step with it, or says which row has failed.
+    """
+
+    def __init__(self, inner: Any, poison: int, failure: Failed | None) -> None:
+        self.inner, self.poison, self.failure = inner, poison, failure
+
+    async def step(self, batch: StepBatch) -> StepResult:
+        is_guilty = [each.token_ids == (self.poison,) for each in batch.sequences]
+        if self.failure is None and any(is_guilty):
+            raise RuntimeError("a prompt that must not leak")
+        result: StepResult = await self.inner.step(batch)
+        rows = zip(is_guilty, result.sampled, strict=True)
+        return replace(result, sampled=tuple(self.failure if bad else drawn for bad, drawn in rows))
+
+
+@pytest.mark.parametrize(
+    "failure", [None, Failed(reason=Reason.UNUSABLE_LOGITS, message="NaN at token 3")]
+)
+@virtual
+async def test_failed_row_ends_its_request_and_no_other_one(failure: Failed | None) -> None:
+    poison = oracle((*PROMPT, 1), SamplingParams(max_tokens=4))[2]
+    async with WorkerPair(Sizes(num_prefill=0)) as pair:
+        engine = GuiltyEngine(pair.engine, poison, failure)
+        pair.decode_loop._engine = engine  # type: ignore[assignment]
+        calls = [pair.submit((*PROMPT, i), max_tokens=9) for i in range(4)]
+        with structlog.testing.capture_logs():
+            for index in (0, 2, 3):
+                await calls[index].completed()
+                assert is_right(calls[index])
+            failed = await calls[1].failed()
+        assert len(calls[1].tokens) == 3, "what came before stands"
+        assert failed.reason is (Reason.INTERNAL if failure is None else Reason.UNUSABLE_LOGITS)
+        assert "prompt" not in failed.message
+
+
+class WrongEngine(GuiltyEngine):
+    """Draws a token id that no tokenizer knows instead of failing."""
+
+    async def step(self, batch: StepBatch) -> StepResult:
+        result: StepResult = await self.inner.step(batch)
+        sampled = tuple(
+            SampledToken(-1) if each.token_ids == (self.poison,) else drawn
+            for each, drawn in zip(batch.sequences, result.sampled, strict=True)
+        )
+        return replace(result, sampled=sampled)
+
+
+@virtual
+async def test_token_that_has_no_text_ends_its_request_and_no_other_one() -> None:
+    poison = oracle((*PROMPT, 1), SamplingParams(max_tokens=4))[2]
+    async with WorkerPair(Sizes(num_prefill=0)) as pair:
+        pair.decode_loop._engine = WrongEngine(pair.engine, poison, None)  # type: ignore[assignment]
+        calls = [pair.submit((*PROMPT, i), max_tokens=9) for i in range(4)]
+        with structlog.testing.capture_logs():
+            for index in (0, 2, 3):
+                await calls[index].completed()
+                assert is_right(calls[index])
+            assert (await calls[1].failed()).reason is Reason.INTERNAL
 
 
 @virtual

@@ -1,5 +1,6 @@
 """Each field of the sampling parameters has a limit, and the message names it."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,6 +36,25 @@ def test_value_beyond_its_limit_is_refused_by_name(changes: dict[str, Any], fiel
     with pytest.raises(BadRequest, match=rf"sampling\.{field}: .*; got ") as caught:
         check_sampling(SamplingParams(**changes), vocab_size=100)
     assert [violation.field for violation in caught.value.violations] == [f"sampling.{field}"]
+
+
+@pytest.mark.parametrize("stop_token_ids", [(0, 1, 2, 3), (2, 3)])
+def test_min_tokens_that_would_rule_out_every_token_are_refused(
+    stop_token_ids: tuple[int, ...],
+) -> None:
+    params = SamplingParams(min_tokens=1, stop_token_ids=stop_token_ids)
+    with pytest.raises(BadRequest, match=r"sampling\.min_tokens: .*vocabulary \(4\); got 1"):
+        check_sampling(params, vocab_size=4, eos_token_ids=(0, 1))
+    check_sampling(params, vocab_size=5, eos_token_ids=(0, 1))
+    check_sampling(replace(params, min_tokens=0), vocab_size=4, eos_token_ids=(0, 1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.0, 5e-324, 1e-310, 9.99e-6])
+def test_temperatures_too_small_to_matter_are_greedy(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature)
+    check_sampling(params, vocab_size=4)
+    assert params.is_greedy
+    assert not SamplingParams(temperature=1e-5).is_greedy
 
 
 def test_stop_strings_are_not_repeated_in_the_message() -> None:

@@ -142,7 +142,7 @@ def test_packing_lays_sequences_end_to_end() -> None:
 
 def test_block_table_that_is_too_short_is_a_bug() -> None:
     step = SequenceStep(token_ids=(1, 2), start=3, block_table=(BlockId(0),))
-    with pytest.raises(AssertionError, match="too short"):
+    with pytest.raises(AssertionError, match="covers its sequence"):
         pack(StepBatch((step,)), 4)
 
 
@@ -162,3 +162,32 @@ def test_memory_of_other_layers_and_blocks_is_left_alone() -> None:
     k_slot = range(base + 36, base + 72)
     v_slot = range(base + BLOCK_SIZE * 36 + 15, base + BLOCK_SIZE * 36 + 30)
     assert written.tolist() == [*k_slot, *v_slot]
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_not_lost(part: str, bad: float, is_compiled: bool) -> None:
+    """torch gives zeros for a query of NaN; such a row must not pass for a good one."""
+    layout = KvLayout(layers=LAYERS[:1], block_size=BLOCK_SIZE, dtype="float32", item_bytes=4)
+    kv = KvMemory(layout, 3)
+    cache = PagedCache(kv, compile_attention() if is_compiled else None)
+    generator = torch.Generator().manual_seed(1)
+    shape = LAYERS[0]
+    sizes = {
+        "query": (HEADS, shape.k_head_dim),
+        "key": (shape.num_kv_heads, shape.k_head_dim),
+        "value": (shape.num_kv_heads, shape.v_head_dim),
+    }
+    parts = {
+        name: torch.randn(heads, 6, dim, generator=generator)
+        for name, (heads, dim) in sizes.items()
+    }
+    parts[part][:, 3, 0] = bad
+    step = SequenceStep(token_ids=(1,) * 6, start=0, block_table=(BlockId(2), BlockId(0)))
+    query, key, value = (parts[name] for name in sizes)
+    call = AttentionCall(layer=0, scaling=0.4, query=query, key=key, value=value)
+    out = PagedStep(cache, pack(StepBatch((step,)), BLOCK_SIZE)).attend(call)
+    assert not torch.isfinite(out[3]).all()
+    if part != "value":
+        assert torch.isfinite(out[:3]).all()

@@ -60,3 +60,11 @@ def test_every_state_but_free_can_be_released() -> None:
     for state in BlockState:
         can_release = (state, BlockEvent.RELEASE) in NEXT
         assert can_release == (state is not BlockState.FREE)
+
+
+def test_block_that_is_not_sound_gets_no_name_nor_do_those_after_it() -> None:
+    pool = BlockPool(8, is_sound=lambda block: block != 2)
+    publish(pool, 5)
+    assert pool.count_cached(NAMES) == 2
+    assert pool.usage().cached == 2
+    assert pool.usage().is_idle

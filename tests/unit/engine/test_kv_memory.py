@@ -1,12 +1,15 @@
 """KV memory: blocks where they should be, readable by others, gone when closed."""
 
 import os
+from dataclasses import replace
 
 import pytest
+import torch
 
 from pdserve.domain.ids import BlockId
 from pdserve.domain.layout import KvLayout, LayerKv
 from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.paged_cache import DTYPES
 
 LAYOUT = KvLayout(layers=(LayerKv(1, 8, 8),), block_size=4, dtype="float32", item_bytes=4)
 
@@ -39,3 +42,24 @@ def test_close_gives_the_descriptor_back_and_can_be_repeated() -> None:
     memory.close()
     memory.close()
     assert set(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+def test_block_with_a_number_that_is_not_finite_is_not_sound(dtype: str, bad: str) -> None:
+    layout = replace(LAYOUT, dtype=dtype, item_bytes=DTYPES[dtype].itemsize)
+    memory = KvMemory(layout, 3)
+    numbers = torch.frombuffer(memory.bytes, dtype=DTYPES[dtype]).view(3, -1)
+    numbers[:] = torch.finfo(DTYPES[dtype]).max
+    numbers[0, ::2] = torch.finfo(DTYPES[dtype]).smallest_normal
+    numbers[1, -1] = float(bad)
+    assert [memory.is_sound(BlockId(block)) for block in range(3)] == [True, False, True]
+    del numbers
+    memory.close()
+
+
+def test_what_is_no_number_is_sound() -> None:
+    memory = KvMemory(LAYOUT, 1, holds_numbers=False)
+    memory.block(BlockId(0))[:] = b"\xff" * LAYOUT.block_bytes
+    assert memory.is_sound(BlockId(0))
+    memory.close()

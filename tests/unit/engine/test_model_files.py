@@ -23,6 +23,11 @@ def edit_config(model_dir: Path, **changes: Any) -> None:
     (model_dir / "config.json").write_text(json.dumps(config))
 
 
+def end_by_config(model_dir: Path, token_id: int) -> None:
+    (model_dir / "generation_config.json").write_text("{}")
+    edit_config(model_dir, eos_token_id=token_id)
+
+
 def cut_weights(model_dir: Path) -> None:
     content = (model_dir / "model.safetensors").read_bytes()
     (model_dir / "model.safetensors").write_bytes(content[:-1])
@@ -101,6 +106,54 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "own attention": (lambda d: edit_config(d, model_type="bloom"), "bloom is not supported: "),
     "own state": (lambda d: edit_config(d, model_type="mamba"), "state outside the KV cache"),
     "no context": (lambda d: edit_config(d, max_position_embeddings=None), "no context limit"),
+    "no vocabulary": (
+        lambda d: edit_config(d, vocab_size=0),
+        r"config\.json: vocab_size must be a whole number above 0; got 0",
+    ),
+    "context as text": (
+        lambda d: edit_config(d, max_position_embeddings="512"),
+        "max_position_embeddings must be a whole number above 0; got '512'",
+    ),
+    "negative heads": (
+        lambda d: edit_config(d, num_attention_heads=-8),
+        "num_attention_heads must be a whole number above 0; got -8",
+    ),
+    "NaN for eps": (
+        lambda d: edit_config(d, rms_norm_eps=float("nan")),
+        "rms_norm_eps must be a finite number above 0; got nan",
+    ),
+    "infinite rope": (
+        lambda d: edit_config(d, rope_theta=float("inf")),
+        "rope_theta must be a finite number above 0; got inf",
+    ),
+    "rope factor": (
+        lambda d: edit_config(d, rope_scaling={"rope_type": "linear", "factor": 0}),
+        r"rope_scaling\.factor must be a finite number above 0; got 0",
+    ),
+    "one of many rope factors": (
+        lambda d: edit_config(d, rope_parameters={"full": {"long_factor": [1.0, -2.0]}}),
+        r"rope_parameters\.full\.long_factor must be a finite number above 0; got -2\.0",
+    ),
+    "soft cap": (
+        lambda d: edit_config(d, final_logit_softcapping="30"),
+        "final_logit_softcapping must be a finite number; got '30'",
+    ),
+    "end token beyond": (
+        lambda d: (d / "generation_config.json").write_text('{"eos_token_id": [1, 5000000]}'),
+        r"generation_config\.json: eos_token_id must be a token id from 0 to \d+; got 5000000",
+    ),
+    "end token below": (
+        lambda d: end_by_config(d, -1),
+        r"/config\.json: eos_token_id must be a token id from 0 to \d+; got -1",
+    ),
+    "end token of no kind": (
+        lambda d: (d / "generation_config.json").write_text('{"eos_token_id": "2"}'),
+        "eos_token_id must be a token id from 0 to .* got '2'",
+    ),
+    "end token true": (
+        lambda d: (d / "generation_config.json").write_text('{"eos_token_id": true}'),
+        "eos_token_id must be a token id .* got True",
+    ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), r"has no model\.safetensors$"),
     "pickle": (replace_by_pickle, "pickled weights only, and those can run code"),
     "cut weights": (cut_weights, "cut short"),

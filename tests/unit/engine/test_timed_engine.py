@@ -1,6 +1,7 @@
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -9,6 +10,7 @@ from pdserve.domain.ids import BlockId
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.layout import KvLayout, LayerKv
 from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.tokens import SampledToken
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.timed_engine import TimedEngine, timed_tokens
@@ -62,7 +64,7 @@ async def prefill(engine: TimedEngine, chunk: int, table: tuple[BlockId, ...] = 
         index = 0 if start + chunk >= len(PROMPT) else None
         result = await engine.step(StepBatch((share(part, start, index, table=table),)))
     [token] = result.sampled
-    assert token is not None
+    assert isinstance(token, SampledToken)
     return token.token_id
 
 
@@ -73,7 +75,7 @@ async def decode(
     for index in range(1, num):
         step = share((output[-1],), len(PROMPT) + index - 1, index, params)
         [token] = (await engine.step(StepBatch((step,)))).sampled
-        assert token is not None
+        assert isinstance(token, SampledToken)
         output.append(token.token_id)
     return tuple(output)
 
@@ -88,8 +90,8 @@ async def test_prompts_in_one_batch_do_not_mix(engine: TimedEngine) -> None:
     other = tuple(BlockId(block) for block in (1, 2, 4, 6, 8))
     batch = StepBatch((share(PROMPT, 0, 0), share(PROMPT[::-1], 0, 0, table=other)))
     first, second = (await engine.step(batch)).sampled
-    assert first is not None
-    assert second is not None
+    assert isinstance(first, SampledToken)
+    assert isinstance(second, SampledToken)
     assert (first.token_id,) == timed_tokens(PROMPT, 1, spec=engine.spec)
     assert (second.token_id,) == timed_tokens(PROMPT[::-1], 1, spec=engine.spec)
 
@@ -144,7 +146,7 @@ async def test_end_tokens_are_never_drawn_and_stop_tokens_not_before_min_tokens(
 async def test_logprobs_come_with_alternatives(engine: TimedEngine) -> None:
     step = share(PROMPT, 0, 0, SamplingParams(logprobs=3))
     [token] = (await engine.step(StepBatch((step,)))).sampled
-    assert token is not None
+    assert isinstance(token, SampledToken)
     assert token.logprob is not None
     assert len(token.top_logprobs) == 3
 
@@ -196,3 +198,13 @@ async def test_small_layout_can_stand_in_for_the_models_own() -> None:
     )
     assert engine.kv.num_bytes == 16 * 2 * BLOCK_SIZE * 6 * 4
     engine.close()
+
+
+def test_small_vocabulary_gives_as_many_alternatives_as_it_has(engine: TimedEngine) -> None:
+    """The timed engine looks for tokens until it has enough; it must not look for ever."""
+    spec = replace(engine.spec, vocab_size=4, eos_token_ids=(0,))
+    drawn = timed_tokens(PROMPT, 9, spec=spec, params=SamplingParams(logprobs=20))
+    assert set(drawn) <= {1, 2, 3}
+    nothing = replace(spec, eos_token_ids=(0, 1, 2, 3))
+    with pytest.raises(ValueError, match="leave no token"):
+        timed_tokens(PROMPT, 1, spec=nothing)

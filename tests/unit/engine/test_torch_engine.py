@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from pdserve.domain.errors import LocalFault
+from pdserve.domain.errors import LocalFault, Reason
 from pdserve.domain.ids import BlockId
 from pdserve.domain.prefix import hash_full_blocks
 from pdserve.domain.sampling import SamplingParams
-from pdserve.domain.tokens import SampledToken
+from pdserve.domain.tokens import Failed, SampledToken
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
 from pdserve.engine.model_files import ModelFiles
@@ -101,7 +101,7 @@ def generate(
         )
         token = engine.compute(StepBatch((*company, step))).sampled[-1]
         computed = end
-        if token is not None:
+        if isinstance(token, SampledToken):
             tokens.append(token)
             known.append(token.token_id)
     table.publish(names)
@@ -273,3 +273,50 @@ def test_unknown_model_type_is_refused(tmp_path: Path) -> None:
 def test_setting_that_cannot_be_met_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(LocalFault, match=message):
         open_demo(**options)
+
+
+@pytest.mark.parametrize("attention", ["numba", "torch"])
+def test_prompt_of_bad_numbers_harms_neither_neighbours_nor_the_prefix_cache(
+    expected: list[list[int]], attention: str
+) -> None:
+    """A prompt whose embedding is NaN shares a step, and its first block, with a good one.
+
+    Free blocks are full of NaN. Attention of torch carries NaN back to the positions before it in
+    the same chunk, so that even the KV of the shared beginning is spoiled.
+    """
+    engine = open_demo(attention=attention)
+    pool = BlockPool(96, is_sound=engine.kv.is_sound)
+    engine.kv.bytes[:] = b"\xff" * engine.kv.num_bytes
+    bad_id = 7
+    assert bad_id not in PROMPTS[0]
+    with torch.no_grad():
+        engine._model._model.get_input_embeddings().weight[bad_id] = torch.nan
+    bad = (*PROMPTS[0][:16], bad_id, *PROMPTS[0][17:20])
+    sample = SampleStep(params=GREEDY, token_index=0)
+    for company in ((), generate_step(PROMPTS[0])):
+        table = pool.reserve(2, hash_full_blocks(bad, 16))
+        assert table is not None
+        first = table.num_cached_blocks
+        table.hold(first, 2 - first)
+        step = SequenceStep(
+            token_ids=bad[16 * first :],
+            start=16 * first,
+            block_table=table.block_ids,
+            sample=sample,
+        )
+        drawn = engine.compute(StepBatch((step, *company))).sampled
+        assert isinstance(drawn[0], Failed)
+        assert drawn[0].reason is Reason.UNUSABLE_LOGITS
+        assert [isinstance(token, SampledToken) for token in drawn[1:]] == [True] * len(company)
+        table.publish(hash_full_blocks(bad, 16))
+        table.release()
+    tokens, _ = generate(engine, pool, PROMPTS[0])
+    engine.close()
+    assert ids(tokens) == expected[0]
+
+
+def generate_step(prompt: tuple[int, ...]) -> tuple[SequenceStep, ...]:
+    """The whole prompt in one step, in blocks past those that a small pool hands out first."""
+    table = tuple(BlockId(64 + place) for place in range(-(-len(prompt) // 16)))
+    sample = SampleStep(params=GREEDY, token_index=0)
+    return (SequenceStep(token_ids=prompt, start=0, block_table=table, sample=sample),)

@@ -5,6 +5,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from pdserve.domain.messages import (
     StartHandoff,
 )
 from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.tokens import Failed
 from pdserve.engine.contract import StepBatch, StepResult
 from pdserve.observe.watch import PrefillWatch
 from pdserve.rpc.streams import MAX_NUM_BUFFERED_MESSAGES, MemoryStream, memory_stream_pair
@@ -66,7 +68,7 @@ class Decode:
         handoff: HandoffId = fields["handoff"]
         return handoff
 
-    async def hear(self, kind: type[Any]) -> Any:
+    async def hear(self, kind: type[Any] | tuple[type[Any], ...]) -> Any:
         while True:
             message = await self.stream.receive()
             if isinstance(message, kind):
@@ -327,6 +329,44 @@ async def test_failed_step_is_told_and_the_worker_goes_on() -> None:
         node.loop._engine = engine
         decode.start("1")
         await decode.hear(PrefillDone)
+
+
+class GuiltyEngine:
+    """An engine that fails on the sequences that contain `poison`: see the decode worker's test."""
+
+    def __init__(self, inner: Any, poison: int, failure: Failed | None) -> None:
+        self.spec, self.kv = inner.spec, inner.kv
+        self.inner, self.poison, self.failure = inner, poison, failure
+
+    async def step(self, batch: StepBatch) -> StepResult:
+        is_guilty = [self.poison in each.token_ids for each in batch.sequences]
+        if self.failure is None and any(is_guilty):
+            raise RuntimeError("a prompt that must not leak")
+        result: StepResult = await self.inner.step(batch)
+        rows = zip(is_guilty, result.sampled, strict=True)
+        return replace(result, sampled=tuple(self.failure if bad else drawn for bad, drawn in rows))
+
+
+@pytest.mark.parametrize("failure", [None, Failed(reason=Reason.UNUSABLE_LOGITS, message="NaN")])
+@virtual
+async def test_failed_row_ends_its_handoff_and_no_other_one(failure: Failed | None) -> None:
+    async with prefill(max_step_tokens=99) as (_, node, decode):
+        node.loop._engine = GuiltyEngine(node.loop._engine, 7, failure)  # type: ignore[assignment]
+        with structlog.testing.capture_logs():
+            good, bad, fine = (
+                decode.start(name, prompt_token_ids=(*PROMPT[:20], token))
+                for name, token in (("0", 8), ("1", 7), ("2", 9))
+            )
+            heard: dict[HandoffId, PrefillDone | HandoffFailed] = {}
+            while len(heard) < 3:
+                message = await decode.hear((PrefillDone, HandoffFailed))
+                heard[message.handoff] = message
+        failed = heard[bad]
+        assert isinstance(failed, HandoffFailed)
+        assert failed.failure.reason is (failure.reason if failure else Reason.INTERNAL)
+        assert "prompt" not in failed.failure.message
+        assert isinstance(heard[good], PrefillDone)
+        assert isinstance(heard[fine], PrefillDone)
 
 
 @virtual

@@ -153,6 +153,7 @@ async def test_failures_of_workers_are_tried_elsewhere_then_shown(
         Reason.DEADLINE,
         Reason.SLOW_CONSUMER,
         Reason.KV_INTEGRITY,
+        Reason.UNUSABLE_LOGITS,
         Reason.INVALID_FIELD,
         Reason.CONTEXT_TOO_LONG,
         Reason.INTERNAL,

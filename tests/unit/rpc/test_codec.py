@@ -223,6 +223,11 @@ def test_cluster_state_survives_the_wire(
     assert membership_codec.cluster_from_proto(sent) == state
 
 
+def test_reason_that_only_a_newer_peer_knows_still_ends_its_request() -> None:
+    failure = codec.failure_from_proto(types_pb2.Failure(reason="NO_SUCH_REASON", message="m"))
+    assert failure == Failed(reason=Reason.INTERNAL, message="m")
+
+
 def test_unset_sampling_fields_take_the_documented_defaults() -> None:
     params = codec.sampling_from_proto(types_pb2.SamplingParams(), default_seed=9)
     assert params == SamplingParams(seed=9)
@@ -235,7 +240,6 @@ def test_unset_sampling_fields_take_the_documented_defaults() -> None:
         lambda: codec.decode_message_from_proto(decode_pb2.DecodeMessage()),
         lambda: codec.from_decode_proto(prefill_pb2.DecodeToPrefill()),
         lambda: codec.from_prefill_proto(prefill_pb2.PrefillToDecode()),
-        lambda: codec.failure_from_proto(types_pb2.Failure(reason="NO_SUCH_REASON")),
         lambda: membership_codec.report_from_proto(membership_pb2.WorkerReport()),
         lambda: membership_codec.load_from_proto(
             membership_pb2.WorkerLoad(kv=membership_pb2.KvUsage(free=1, total=2))
