@@ -10,11 +10,15 @@ from pydantic import BaseModel, Field, model_validator
 from pdserve.config.base import Settings, lay_over, parse_settings
 from pdserve.config.binding import check_binding, is_loopback
 from pdserve.config.processes import (
+    DEFAULT_MAX_LOG_BYTES,
+    DEFAULT_NUM_LOG_FILES,
     CoefficientSettings,
     EngineSettings,
     LogLevel,
+    MaxLogBytes,
     MaxNumWaiting,
     MaxWaitS,
+    NumLogFiles,
     RouterSettings,
     SloClasses,
     TransportName,
@@ -117,6 +121,8 @@ class ClusterSettings(Settings):
     log_dir: str = Field(
         "", description="one log file a process; empty: a temporary folder, removed on a clean exit"
     )
+    max_log_bytes: MaxLogBytes = DEFAULT_MAX_LOG_BYTES
+    num_log_files: NumLogFiles = DEFAULT_NUM_LOG_FILES
     router: RouterPool = Field(RouterPool(), description="where clients and workers connect")
     prefill: PrefillPool = Field(PrefillPool(), description="0 replicas: colocated serving")
     decode: DecodePool = Field(DecodePool(), description="at least 1 replica")
@@ -160,6 +166,8 @@ class ClusterSettings(Settings):
             max_num_attempts=self.router.max_num_attempts,
             timers=self.timers,
             log_level=self.log_level,
+            max_log_bytes=self.max_log_bytes,
+            num_log_files=self.num_log_files,
         )
 
     def worker_settings(self, router: str) -> tuple[WorkerSettings, ...]:
@@ -197,6 +205,8 @@ class ClusterSettings(Settings):
             **pool.model_dump(exclude={"replicas", "num_blocks", "metrics_port"}),
             timers=self.timers,
             log_level=self.log_level,
+            max_log_bytes=self.max_log_bytes,
+            num_log_files=self.num_log_files,
         )
 
 

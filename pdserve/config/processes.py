@@ -10,6 +10,20 @@ from pdserve.config.timers import Timers
 from pdserve.domain.latency import StepCoefficients
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+MaxLogBytes = Annotated[
+    int,
+    Field(
+        ge=64 << 10,
+        le=1 << 40,
+        description="a log file this large is renamed to NAME.log.1, that one to NAME.log.2, ...",
+    ),
+]
+NumLogFiles = Annotated[
+    int, Field(ge=1, le=100, description="log files of a process, the one in use among them")
+]
+DEFAULT_MAX_LOG_BYTES = 16 << 20
+DEFAULT_NUM_LOG_FILES = 4
+LOG_FILE = "where the process keeps its log, within the two limits below; empty: standard error"
 TransportName = Literal["shm", "tcp"]
 
 
@@ -114,6 +128,9 @@ class RouterSettings(Settings):
     max_num_attempts: int = Field(3, ge=1, le=10)
     timers: Timers = Timers()
     log_level: LogLevel = "info"
+    log_file: str = Field("", description=LOG_FILE)
+    max_log_bytes: MaxLogBytes = DEFAULT_MAX_LOG_BYTES
+    num_log_files: NumLogFiles = DEFAULT_NUM_LOG_FILES
 
     @model_validator(mode="after")
     def _check_binding(self) -> Self:
@@ -151,6 +168,9 @@ class WorkerSettings(Settings):
     cpus: tuple[int, ...] = Field((), description="CPU affinity; empty: all")
     timers: Timers = Timers()
     log_level: LogLevel = "info"
+    log_file: str = Field("", description=LOG_FILE)
+    max_log_bytes: MaxLogBytes = DEFAULT_MAX_LOG_BYTES
+    num_log_files: NumLogFiles = DEFAULT_NUM_LOG_FILES
 
     @model_validator(mode="after")
     def _check_binding(self) -> Self:
