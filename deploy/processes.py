@@ -209,7 +209,7 @@ def _last_lines(path: Path) -> list[str]:
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_LOG_TAIL_BYTES))
-            return file.read().decode(errors="replace").splitlines()
+            return file.read(MAX_LOG_TAIL_BYTES).decode(errors="replace").splitlines()
     except OSError:
         return []
 
