@@ -23,7 +23,7 @@ from deploy.ray.supervision import Supervisor
 from pdserve.cli.problems import ClusterFailed
 from pdserve.client.admin import AdminClient
 from pdserve.client.faults import ClusterUnreachable
-from pdserve.config.binding import is_loopback
+from pdserve.domain.addresses import is_loopback, is_wildcard, join_address, split_address
 from pdserve.domain.errors import LocalFault, PdserveError
 from pdserve.engine.model_files import ModelFiles
 
@@ -35,7 +35,6 @@ SETTLE_S = 2.0
 """Resources of a cluster that has just ended show up as free this much later, at most."""
 LOG_S = 2.0
 """The last lines of a process that has ended arrive within this time."""
-WILDCARDS = ("0.0.0.0", "::", "[::]")
 SHOWN_LEVELS = ("error", "critical")
 
 
@@ -388,12 +387,14 @@ def _hosted(slot: Slot) -> HostedProcess:
 
 def _dialled(address: str, host: str) -> str:
     """A listening address as others reach it."""
-    listening, _, port = address.rpartition(":")
-    return f"{host}:{port}" if listening in WILDCARDS else address
+    if not address:
+        return ""
+    listening, port = split_address(address)
+    return join_address(host, port) if is_wildcard(listening) else address
 
 
 def _port(address: str) -> int:
-    return int(address.rpartition(":")[2])
+    return split_address(address)[1]
 
 
 def _is_serious(line: bytes) -> bool:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from pdserve.config.base import Settings
-from pdserve.config.binding import check_advertised, check_binding
+from pdserve.config.binding import Address, Host, check_advertised, check_binding
 from pdserve.config.timers import Timers
 from pdserve.domain.latency import StepCoefficients
 
@@ -108,7 +108,7 @@ class RouterSettings(Settings):
     """One router."""
 
     router_id: str = "router-0"
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     insecure: bool = Field(False, description=INSECURE)
     port: int = Field(7450, ge=0, le=65535, description="public service; 0 picks a free one")
     internal_port: int = Field(7451, ge=0, le=65535, description="workers and operators")
@@ -143,14 +143,14 @@ class WorkerSettings(Settings):
 
     role: Literal["prefill", "decode"]
     worker_id: str = Field(min_length=1, max_length=64)
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     insecure: bool = Field(False, description=INSECURE)
     port: int = Field(0, ge=0, le=65535)
     metrics_port: int | None = Field(
         0, ge=0, le=65535, description="Prometheus; 0 picks a free one; null: none"
     )
     kv_port: int = Field(0, ge=0, le=65535, description="tcp transport; 0 picks a free one")
-    routers: tuple[str, ...] = Field(
+    routers: tuple[Address, ...] = Field(
         (),
         description="host:port of routers' internal services; all addresses of a name are taken",
     )

@@ -213,4 +213,3 @@ class LogStream(io.TextIOBase):
 
     def _put(self, text: str) -> None:
         self._writer.put(text.encode(self._encoding, "backslashreplace"))
-

@@ -27,6 +27,7 @@ PRIVATE_FIELDS = frozenset(
 )
 """Fields that could repeat what a client sent or received: their values never reach a log."""
 
+
 class Stream(Protocol):
     """What log lines are written to."""
 

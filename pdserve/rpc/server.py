@@ -13,8 +13,9 @@ import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from pdserve.config.binding import is_loopback
+from pdserve.config.binding import explain_listening, listen
 from pdserve.config.timers import Timers
+from pdserve.domain.addresses import is_loopback, join_address
 from pdserve.domain.errors import BadRequest, LocalFault, PdserveError
 from pdserve.rpc.channels import server_options
 from pdserve.rpc.errors import abort
@@ -58,22 +59,20 @@ class RpcServer:
             [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
         )
         try:
-            bound = server.add_insecure_port(f"{host}:{port}")
+            bound = server.add_insecure_port(join_address(host, port))
         except RuntimeError:
             bound = 0
         if bound == 0:
-            raise LocalFault(
-                f"cannot listen on {host}:{port}: the port is in use, or the host is not this "
-                "machine's; choose another port"
-            )
+            raise LocalFault(f"cannot listen on {_why_not(host, port)}; choose another")
+        address = join_address(host, bound)
         if not is_loopback(host):
             log.warning(
                 "binding.insecure",
-                address=f"{host}:{bound}",
+                address=address,
                 advice="no TLS, no login: only trusted machines may reach this port",
             )
         await server.start()
-        started = cls(server, health_servicer, f"{host}:{bound}")
+        started = cls(server, health_servicer, address)
         await started.set_ready(is_ready)
         return started
 
@@ -93,6 +92,15 @@ class RpcServer:
         trace: TracebackType | None,
     ) -> None:
         await self.close()
+
+
+def _why_not(host: str, port: int) -> str:
+    """gRPC does not say why it could not listen; the system does."""
+    try:
+        listen(host, port).close()
+    except OSError as error:
+        return explain_listening(host, port, error)
+    return f"{join_address(host, port)}: gRPC could not take the port"
 
 
 class OpaqueErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]

@@ -69,7 +69,7 @@ async def all_dropped(addresses: Sequence[str]) -> None:
         return await asyncio.to_thread(num_dropped, address)
 
     async with asyncio.timeout(10):
-        while not all([await count(address) for address in addresses]):
+        while not all([await count(address) for address in addresses]):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
 
 
@@ -140,11 +140,19 @@ async def test_log_says_how_many_lines_are_missing_once_the_disk_has_room(tmp_pa
 
 async def test_log_files_rotate_within_their_limits(tmp_path: Path) -> None:
     chosen = settings(tmp_path).model_copy(update={"max_log_bytes": 1 << 16, "num_log_files": 2})
-    async with LocalCluster.start(chosen) as cluster:
-        async with InferenceClient(cluster.public_address) as client:
-            while not (tmp_path / "router.log.1").exists():
-                await client.complete((21, 22, 23), SAMPLING, timeout_s=20)
-    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    rotated = tmp_path / "router.log.1"
+    async with (
+        LocalCluster.start(chosen) as cluster,
+        InferenceClient(cluster.public_address) as client,
+        asyncio.timeout(60),
+    ):
+        while not rotated.exists():
+            await client.complete((21, 22, 23), SAMPLING, timeout_s=20)
+    check_sizes(tmp_path)
+
+
+def check_sizes(folder: Path) -> None:
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert max(sizes.values()) <= 1 << 16
     assert len([name for name in sizes if name.startswith("router")]) == 2
 
@@ -199,7 +207,7 @@ async def containers(stderr: int) -> AsyncIterator[list[dict[str, Any]]]:
         await start("prefill_worker", prefill.model_dump_json())
         await start("decode_worker", decode.model_dump_json())
         async with AdminClient(internal) as admin, asyncio.timeout(30):
-            while [w.health for w in (await admin.cluster_state()).workers] != ["alive"] * 2:
+            while [w.health for w in (await admin.cluster_state()).workers] != ["alive"] * 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         yield ready
         for process in running:

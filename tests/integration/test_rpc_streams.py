@@ -130,7 +130,8 @@ async def test_request_that_cannot_be_parsed_is_refused_without_the_parsers_word
     echo: tuple[EchoDecode, RpcServer],
 ) -> None:
     async with grpc.aio.insecure_channel(echo[1].address) as channel:
-        call = channel.unary_unary("/grpc.health.v1.Health/Check")(b"\xff\xff\xff")
+        check = channel.unary_unary("/grpc.health.v1.Health/Check", bytes, bytes)
+        call = check(b"\xff\xff\xff")
         assert await call.code() == grpc.StatusCode.INVALID_ARGUMENT
         assert await call.details() == "the request is not a message of this method"
 
