@@ -175,11 +175,18 @@ class LogStream(io.TextIOBase):
     """
 
     def __init__(
-        self, writer: LogWriter, descriptor: int, *, encoding: str = "utf-8", is_tty: bool = False
+        self,
+        writer: LogWriter,
+        descriptor: int,
+        *,
+        encoding: str = "utf-8",
+        errors: str = "backslashreplace",
+        is_tty: bool = False,
     ) -> None:
         self._writer = writer
         self._descriptor = descriptor
         self._encoding = encoding
+        self._errors = errors
         self._is_tty = is_tty
         self._begun = ""
         self._lock = threading.RLock()
@@ -212,4 +219,4 @@ class LogStream(io.TextIOBase):
                 self._put(text)
 
     def _put(self, text: str) -> None:
-        self._writer.put(text.encode(self._encoding, "backslashreplace"))
+        self._writer.put(text.encode(self._encoding, self._errors))
