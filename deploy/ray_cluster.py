@@ -26,6 +26,9 @@ from pdserve.client.faults import ClusterUnreachable
 from pdserve.domain.addresses import is_loopback, is_wildcard, join_address, split_address
 from pdserve.domain.errors import LocalFault, PdserveError
 from pdserve.engine.model_files import ModelFiles
+from pdserve.observe.log_sinks import RotatingFile
+from pdserve.observe.log_writer import LogWriter
+from pdserve.observe.logging import say_dropped
 
 KILL_GRACE_S = 5.0
 """A process that takes this much longer to drain than its own limit is killed."""
@@ -318,14 +321,24 @@ class RayCluster:
 
     async def _copy_log(self, name: str, life: HostedProcess) -> None:
         """Append the log of one life to the file of its name; tell what a person must know."""
-        rest = b""
-        with (self.log_dir / f"{name}.log").open("ab", buffering=0) as file:
+        rest, settings = b"", self.deployment.router
+        path = self.log_dir / f"{name}.log"
+        file = RotatingFile(
+            path, max_bytes=settings.max_log_bytes, num_files=settings.num_log_files
+        )
+        copy = LogWriter(file, say_dropped)
+        try:
             async for chunk in life.log():
-                file.write(chunk)
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:
+                    copy.put(line + b"\n")
                     if self.options.shows_logs or _is_serious(line):
                         self._tell(f"{name} | {line.decode(errors='replace')}")
+        finally:
+            if rest:
+                copy.put(rest + b"\n")
+            await asyncio.shield(asyncio.to_thread(copy.close, LOG_S))
+            file.close()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

@@ -183,7 +183,7 @@ class _Up:
             )
         public, internal = cluster.public_address, cluster.internal_address
         is_default = (public, internal) == DEFAULT_ADDRESSES
-        flags = ["", ""] if is_default else [f" -a {public}", f" -a {internal}"]
+        flags = ["", ""] if is_default else [f" -a {public}", f" -i {internal}"]
         prompt = shlex.quote("def read_lines(path):")
         return Group(
             table,

@@ -90,8 +90,8 @@ def _local_gcs() -> str:
     if len(found) != 1:
         what = f"several Ray clusters run here: {', '.join(found)}" if found else "none runs here"
         raise LocalFault(
-            f"no Ray cluster was named and {what}; name one with --address HOST:PORT, or start one "
-            "with `ray start --head`"
+            f"no Ray cluster was named and {what}; name one with --ray-address HOST:PORT, or start "
+            "one with `ray start --head`"
         )
     gcs: str = found[0]
     return gcs
@@ -112,7 +112,7 @@ async def _check_gcs(gcs: str) -> None:
                 raise ClusterFailed(f"what listens at {gcs} is no Ray head") from None
             raise ClusterFailed(
                 f"no Ray cluster answers at {gcs}; start one with `ray start --head`, or name "
-                "another with --address"
+                "another with --ray-address"
             ) from None
     if reply.ray_version != ray.__version__:
         raise ClusterFailed(

@@ -61,7 +61,7 @@ def process_log(*, level: str, file: RotatingFile | None) -> Iterator[None]:
         reopen_without_blocking(STDERR)
     is_tty = file is None and os.isatty(STDERR)
     sink = file if file is not None else DescriptorSink(STDERR)
-    writer = LogWriter(sink, _say_dropped_as_text if is_tty else _say_dropped)
+    writer = LogWriter(sink, _say_dropped_as_text if is_tty else say_dropped)
     _writers.append(writer)
     sys.stderr = stream = LogStream(writer, STDERR, is_tty=is_tty)
     with contextlib.suppress(OSError):  # no standard error at all
@@ -153,7 +153,8 @@ def _hide_private_fields(
     return event
 
 
-def _say_dropped(count: int, why: str) -> bytes:
+def say_dropped(count: int, why: str) -> bytes:
+    """The line that tells of lines that are missing."""
     line = {"event": "log.dropped", "level": "warning", "num_lines": count, "why": why}
     return json.dumps(line | {"timestamp": _now()}).encode() + b"\n"
 
