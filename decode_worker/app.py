@@ -24,7 +24,6 @@ from pdserve.engine.opening import open_engine
 from pdserve.engine.tokenizer import Tokenizer
 from pdserve.engine.watched import WatchedEngine
 from pdserve.observe.exposition import serve_metrics
-from pdserve.observe.logging import configure_logging
 from pdserve.observe.prometheus import DecodeMetrics
 from pdserve.rpc.channels import MAX_INTERNAL_MESSAGE_BYTES
 from pdserve.rpc.links import connect_prefill, decode_service
@@ -44,7 +43,6 @@ log = structlog.get_logger(__name__)
 
 async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event) -> None:
     """Serve until `stop`, then finish what was taken on, for `drain_s` at most."""
-    configure_logging(level=settings.log_level)
     structlog.contextvars.bind_contextvars(worker_id=settings.worker_id)
     pin_to_cpus(settings.cpus)
     clock = time.monotonic  # the event loop's own counts whole milliseconds

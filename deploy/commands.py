@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from pdserve.cli.options import AsJson, GpusFile, OptionalPublicAddress, RayAddress
+
 
 class Backend(StrEnum):
     """Where `pdserve up` starts a cluster."""
@@ -25,12 +27,7 @@ def up(
     backend: Annotated[
         Backend, typer.Option(help="This machine, or a Ray cluster.")
     ] = Backend.LOCAL,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            "--address", help="Ray head, host:port; left out: RAY_ADDRESS, or the one here."
-        ),
-    ] = None,
+    ray_address: RayAddress = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="demo, demo-draft or a model directory.")
     ] = None,
@@ -70,9 +67,7 @@ def up(
             "--pin/--no-pin", help="Prefill and decode on cores of their own [plans: --pin]."
         ),
     ] = None,
-    gpus_file: Annotated[
-        Path | None, typer.Option(help="Your own GPU types, as the plan was made with.")
-    ] = None,
+    gpus_file: GpusFile = None,
     ray_resource: Annotated[
         list[str] | None,
         typer.Option(
@@ -99,9 +94,7 @@ def up(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any field; may be repeated."),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Say that it is ready in one line of JSON.")
-    ] = False,
+    as_json: AsJson = False,
     example: Annotated[
         bool, typer.Option("--example", help="Print a cluster file that explains every field.")
     ] = False,
@@ -117,7 +110,7 @@ def up(
       pdserve up --model ./my-model --prefill 2 --decode 2
       pdserve up plan.yaml
       pdserve up plan.yaml --engine timed --model demo --scale 0.1
-      pdserve up plan.yaml --backend ray --address 10.0.0.1:6379
+      pdserve up plan.yaml --backend ray --ray-address 10.0.0.1:6379
       pdserve up --example > cluster.yaml && pdserve up cluster.yaml
       pdserve up --set router.max_num_requests=8 --set timers.drain_s=5
     """
@@ -153,7 +146,7 @@ def up(
         from deploy.ray.resources import RayOptions, parse_gpu_resources
 
         options = RayOptions(
-            address=address,
+            address=ray_address,
             cpus_per_rank=ray_cpus,
             gpu_resources=parse_gpu_resources(ray_resource or []),
             shows_logs=show_logs,
@@ -165,8 +158,8 @@ def up(
             as_json=as_json,
         )
         return
-    if address is not None or ray_resource or show_logs:
-        raise _misplaced("--address, --ray-resource and --show-logs are for --backend ray")
+    if ray_address is not None or ray_resource or show_logs:
+        raise _misplaced("--ray-address, --ray-resource and --show-logs are for --backend ray")
     from deploy.local import LocalCluster
 
     run_up(
@@ -178,22 +171,14 @@ def up(
 
 
 def down(
-    address: Annotated[
-        str | None,
-        typer.Option("--address", "-a", help="The cluster's router; left out: the only one up."),
-    ] = None,
+    address: OptionalPublicAddress = None,
     backend: Annotated[
         Backend,
         typer.Option(help="Where it runs. ray: wherever its `pdserve up` is, --ray-address tells."),
     ] = Backend.LOCAL,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="Ray head, host:port; left out: RAY_ADDRESS, or the one here."),
-    ] = None,
+    ray_address: RayAddress = None,
     every: Annotated[bool, typer.Option("--all", help="All clusters of this user.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print what was stopped as JSON.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Stop a cluster that `pdserve up` started, after its requests have finished.
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from pdserve.cli.options import AsJson, GpusFile
+
 app = typer.Typer(
     help="Write a plan as files for another place: Kubernetes, Docker Compose.",
     no_args_is_help=True,
@@ -36,12 +38,10 @@ Engine = Annotated[
 Scale = Annotated[
     float | None, typer.Option(help="This share of every pool's workers, at least one each [1].")
 ]
-GpusFile = Annotated[Path | None, typer.Option(help="Your own GPU types, as `pdserve gpus` takes.")]
 Setting = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any field of a cluster file; repeatable."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Say what was written in one line of JSON.")]
 
 
 @app.command()

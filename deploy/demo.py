@@ -11,6 +11,7 @@ import time
 from deploy.local import LocalCluster
 from pdserve.cli.benching import Plan, measure, render_report
 from pdserve.cli.generating import Question, answer
+from pdserve.cli.output import command_output
 from pdserve.cli.problems import ClusterFailed, exit_code, explain
 from pdserve.cli.status_view import WIDE_COLUMNS, plain_console, render_state
 from pdserve.client.admin import AdminClient
@@ -37,14 +38,15 @@ PLAN = Plan(
 def main() -> None:
     """Run the demo and exit."""
     started = time.monotonic()
-    try:
-        asyncio.run(run_demo())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except PdserveError as error:
-        print(f"demo failed: {explain(error)}", file=sys.stderr)
-        sys.exit(exit_code(error))
-    _say(f"all went well, in {time.monotonic() - started:.0f} s")
+    with command_output():
+        try:
+            asyncio.run(run_demo())
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except PdserveError as error:
+            print(f"demo failed: {explain(error)}", file=sys.stderr)
+            sys.exit(exit_code(error))
+        _say(f"all went well, in {time.monotonic() - started:.0f} s")
 
 
 async def run_demo() -> None:

@@ -13,11 +13,12 @@ from deploy.deployment import Deployment, deployment_of_cluster
 from deploy.forked import ForkedProcess, ForkServer
 from deploy.log_dir import LogDir
 from deploy.preflight import check_deployment
-from deploy.processes import LocalProcess, Ready, describe_exit, opened_log, port_of
+from deploy.processes import LocalProcess, Ready, describe_exit, opened_log
 from deploy.registration import all_alive
 from pdserve.cli.problems import ClusterFailed
 from pdserve.config.cluster import ClusterSettings
 from pdserve.config.processes import WorkerSettings
+from pdserve.domain.addresses import split_address
 from pdserve.domain.errors import LocalFault, PdserveError
 
 KILL_GRACE_S = 5.0
@@ -256,8 +257,8 @@ class LocalCluster:
             self.processes[place] = self._worker(lost.settings)
         else:
             ports = {
-                "port": port_of(self.public_address),
-                "internal_port": port_of(self.internal_address),
+                "port": split_address(self.public_address)[1],
+                "internal_port": split_address(self.internal_address)[1],
             }
             settings = lost.settings.model_copy(update=ports)
             self.processes[place] = LocalProcess("router", "router", settings, lost.log_path)

@@ -17,12 +17,21 @@ class LogDir:
 
     @classmethod
     def open(cls, given: str) -> Self:
-        """Make the folder `given`, or one of its own if empty; raises `LocalFault`."""
+        """Make the folder `given`, or one of its own if empty; raises `LocalFault`.
+
+        The folder must take a file at the start. A disk that fills later costs log lines only.
+        """
         if not given:
-            return cls(Path(tempfile.mkdtemp(prefix="pdserve-")), is_temporary=True)
+            try:
+                return cls(Path(tempfile.mkdtemp(prefix="pdserve-")), is_temporary=True)
+            except OSError as error:
+                raise LocalFault(
+                    f"no temporary folder for log files: {error.strerror}; name one with --log-dir"
+                ) from None
         path = Path(given).expanduser().resolve()
         try:
             path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
         except OSError as error:
             raise LocalFault(f"log_dir {path}: {error.strerror}") from None
         return cls(path, is_temporary=False)

@@ -1,11 +1,11 @@
 """What can be known to go wrong before any process starts."""
 
 import errno
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.deployment import Deployment
+from pdserve.config.binding import explain_listening, listen
 from pdserve.domain.errors import LocalFault
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_shape import kv_layout
@@ -74,14 +74,10 @@ def num_gpus() -> int:
 
 
 def _check_port(host: str, port: int, flag: str) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As servers do: a port whose old connections are winding down is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise LocalFault(_port_problem(host, port, flag, error)) from None
+    try:
+        listen(host, port).close()
+    except OSError as error:
+        raise LocalFault(_port_problem(host, port, flag, error)) from None
 
 
 def _port_problem(host: str, port: int, flag: str, error: OSError) -> str:
@@ -92,7 +88,7 @@ def _port_problem(host: str, port: int, flag: str, error: OSError) -> str:
         )
     if error.errno == errno.EACCES:
         return f"port {port} needs more rights than this user has: choose one above 1023 ({flag})"
-    return f"cannot listen on {host}:{port}: {error.strerror}"
+    return f"cannot listen on {explain_listening(host, port, error)}"
 
 
 def _check_memory(footprint: Footprint) -> None:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 from pdserve.cli.problems import ClusterFailed
 from pdserve.config.base import Settings
 from pdserve.config.processes import WorkerSettings
-from pdserve.domain.errors import LocalFault
+from pdserve.observe.log_sinks import rotated_paths
 
 ProcessRole = Literal["router", "prefill", "decode"]
 MODULES: dict[ProcessRole, str] = {
@@ -55,6 +55,7 @@ class Child(Protocol):
 class LocalProcess:
     """Owns one child process. Its stderr is the log file; its stdout says when it is ready.
 
+    The child itself keeps the log file within its limits, and opens it again after a rotation.
     When its parent dies, however it dies, the child drains, or ends at once if it `dies_at_once`.
     """
 
@@ -69,7 +70,7 @@ class LocalProcess:
     ) -> None:
         self.name = name
         self.role = role
-        self.settings = settings
+        self.settings = settings.model_copy(update={"log_file": str(log_path.absolute())})
         self.log_path = log_path
         self.ready: Ready | None = None
         self.dies_at_once = dies_at_once
@@ -172,10 +173,6 @@ class LocalProcess:
         )
 
 
-def port_of(address: str) -> int:
-    return int(address.rpartition(":")[2])
-
-
 def describe_exit(code: int) -> str:
     """In words; negative codes are signals."""
     if code >= 0:
@@ -193,18 +190,27 @@ def environment() -> Mapping[str, str]:
 
 
 def opened_log(path: Path) -> BinaryIO:
-    """The log file to append to; raises `LocalFault`."""
+    """The log file to append to; if the disk takes none, a worker that restarts serves without."""
     try:
         return path.open("ab")
-    except OSError as error:
-        raise LocalFault(f"log file {path}: {error.strerror}") from None
+    except OSError:
+        return open(os.devnull, "ab")
 
 
 def _tail(path: Path) -> list[str]:
+    """The last lines; those before the latest rotation where the file has only a few yet."""
+    newest, previous = rotated_paths(path, 2)
+    lines = _last_lines(newest)
+    if len(lines) < NUM_LOG_LINES:
+        lines = [*_last_lines(previous), *lines]
+    return lines[-NUM_LOG_LINES:]
+
+
+def _last_lines(path: Path) -> list[str]:
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_LOG_TAIL_BYTES))
-            return file.read().decode(errors="replace").splitlines()[-NUM_LOG_LINES:]
+            return file.read(MAX_LOG_TAIL_BYTES).decode(errors="replace").splitlines()
     except OSError:
         return []
 

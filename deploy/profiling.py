@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pdserve.cli.options import INTERNAL_ADDRESS_NAMES, AsJson, address_given
+
 if TYPE_CHECKING:
     from deploy.deployment import Deployment
     from pdserve.config.cluster import ClusterSettings
@@ -17,9 +19,13 @@ if TYPE_CHECKING:
 
 
 def profile(
-    address: Annotated[
+    internal_address: Annotated[
         str | None,
-        typer.Option("--address", "-a", help="Internal address of a router that serves no one."),
+        typer.Option(
+            *INTERNAL_ADDRESS_NAMES,
+            callback=address_given,
+            help="The router's internal host:port; it must serve no one.",
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -40,38 +46,39 @@ def profile(
     gpu: Annotated[
         str, typer.Option(help="GPU type of the workers, as in `pdserve gpus`; plans name it.")
     ] = "profiled",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fit the latency model to a running cluster, by requests; show how well it fits.
 
-    Give --address for a cluster that runs (and serves nobody else), or --model.
+    Give --internal-address for a cluster that runs (and serves nobody else), or --model.
 
     \b
     Examples:
       pdserve profile --model demo
-      pdserve profile --address 127.0.0.1:7451 --output a100.json --sim sim.yaml
+      pdserve profile --internal-address 127.0.0.1:7451 --output a100.json --sim sim.yaml
       pdserve simulate --config sim.yaml --workload w.csv
-      pdserve profile --address 10.0.0.5:7451 --gpu h100_sxm --output h100.json
+      pdserve profile --internal-address 10.0.0.5:7451 --gpu h100_sxm --output h100.json
     """
     from dataclasses import replace
 
     from pdserve.cli.running import run
+    from pdserve.config.files import write_file
     from pdserve.domain.errors import LocalFault
     from placement.fitted_profile import simulation_yaml, to_json, write_profile
     from placement.probing import ProbePlan
 
-    if (address is None) == (model is None):
+    if (internal_address is None) == (model is None):
         given = "both" if model else "neither"
-        raise LocalFault(f"give --address or --model, one of them; got {given}")
+        raise LocalFault(f"give --internal-address or --model, one of them; got {given}")
     for path in (output, sim):
         _check_writable(path)
     plan = ProbePlan(num_rounds=rounds, max_batch=max_batch)
 
     async def start() -> None:
-        found = replace(await _measure(address, model, plan), gpu=gpu)
+        found = replace(await _measure(internal_address, model, plan), gpu=gpu)
         write_profile(found, output)
         if sim is not None:
-            sim.write_text(simulation_yaml(found, str(output.resolve())), encoding="utf-8")
+            write_file(sim, simulation_yaml(found, str(output.resolve())))
         if as_json:
             import json
 

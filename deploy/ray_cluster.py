@@ -11,7 +11,6 @@ from typing import Self
 from deploy.backend import ClusterEvent, ProcessRow, Report
 from deploy.deployment import Deployment
 from deploy.log_dir import LogDir
-from deploy.processes import port_of
 from deploy.ray.connecting import connect, disconnect, living_nodes, this_node
 from deploy.ray.fork_servers import ForkServers
 from deploy.ray.hosted import HostedProcess
@@ -22,9 +21,12 @@ from deploy.ray.stopping import StopRequest
 from deploy.ray.supervision import Supervisor
 from deploy.registration import all_alive
 from pdserve.cli.problems import ClusterFailed
-from pdserve.config.binding import is_loopback
+from pdserve.domain.addresses import is_loopback, is_wildcard, join_address, split_address
 from pdserve.domain.errors import LocalFault, PdserveError
 from pdserve.engine.model_files import ModelFiles
+from pdserve.observe.log_sinks import RotatingFile
+from pdserve.observe.log_writer import LogWriter
+from pdserve.observe.logging import say_dropped
 
 KILL_GRACE_S = 5.0
 """A process that takes this much longer to drain than its own limit is killed."""
@@ -34,7 +36,6 @@ SETTLE_S = 2.0
 """Resources of a cluster that has just ended show up as free this much later, at most."""
 LOG_S = 2.0
 """The last lines of a process that has ended arrive within this time."""
-WILDCARDS = ("0.0.0.0", "::", "[::]")
 SHOWN_LEVELS = ("error", "critical")
 
 
@@ -238,7 +239,7 @@ class RayCluster:
         public, internal = hosted.started.ready.address, hosted.started.ready.internal_address
         self._public_address = _dialled(public, hosted.host)
         self._internal_address = _dialled(internal, hosted.host)
-        ports = {"port": port_of(public), "internal_port": port_of(internal)}
+        ports = {"port": split_address(public)[1], "internal_port": split_address(internal)[1]}
         router.settings = router.settings.model_copy(update=ports)
 
     async def _wait_for_registration(self) -> None:
@@ -308,14 +309,24 @@ class RayCluster:
 
     async def _copy_log(self, name: str, life: HostedProcess) -> None:
         """Append the log of one life to the file of its name; tell what a person must know."""
-        rest = b""
-        with (self.log_dir / f"{name}.log").open("ab", buffering=0) as file:
+        rest, settings = b"", self.deployment.router
+        path = self.log_dir / f"{name}.log"
+        file = RotatingFile(
+            path, max_bytes=settings.max_log_bytes, num_files=settings.num_log_files
+        )
+        copy = LogWriter(file, say_dropped)
+        try:
             async for chunk in life.log():
-                file.write(chunk)
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:
+                    copy.put(line + b"\n")
                     if self.options.shows_logs or _is_serious(line):
                         self._tell(f"{name} | {line.decode(errors='replace')}")
+        finally:
+            if rest:
+                copy.put(rest + b"\n")
+            await asyncio.shield(asyncio.to_thread(copy.close, LOG_S))
+            file.close()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -377,8 +388,10 @@ def _hosted(slot: Slot) -> HostedProcess:
 
 def _dialled(address: str, host: str) -> str:
     """A listening address as others reach it."""
-    listening, _, port = address.rpartition(":")
-    return f"{host}:{port}" if listening in WILDCARDS else address
+    if not address:
+        return ""
+    listening, port = split_address(address)
+    return join_address(host, port) if is_wildcard(listening) else address
 
 
 def _is_serious(line: bytes) -> bool:

@@ -6,7 +6,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,14 +32,23 @@ class Run:
 
 
 @contextlib.contextmanager
-def noted_run(run: Run) -> Iterator[None]:
-    """Let `pdserve down` find the run for as long as the block lasts."""
-    path = runs_dir() / f"{run.pid}.json"
-    path.write_text(json.dumps(asdict(run) | {"born": _born(run.pid)}), encoding="utf-8")
+def noted_run(run: Run, tell: Callable[[str], None]) -> Iterator[None]:
+    """Let `pdserve down` find the run for as long as the block lasts.
+
+    A cluster serves without: if the file cannot be written, that is told.
+    """
+    path: Path | None = None
+    try:
+        path = runs_dir() / f"{run.pid}.json"
+        path.write_text(json.dumps(asdict(run) | {"born": _born(run.pid)}), encoding="utf-8")
+    except (OSError, LocalFault) as error:
+        why = error.message if isinstance(error, LocalFault) else f"{path}: {error.strerror}"
+        tell(f"warning: `pdserve down` will not find this cluster (pid {run.pid}): {why}")
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        if path is not None:
+            _forget(path)
 
 
 def running() -> list[Run]:
@@ -50,7 +59,7 @@ def running() -> list[Run]:
         if run is not None and _is_alive(run):
             found.append(run)
         else:
-            path.unlink(missing_ok=True)
+            _forget(path)
     return sorted(found, key=lambda run: run.address)
 
 
@@ -102,6 +111,12 @@ def runs_dir() -> Path:
             f"{folder} belongs to another user; set XDG_RUNTIME_DIR to a folder of yours"
         )
     return folder
+
+
+def _forget(path: Path) -> None:
+    """A file that a read-only disk keeps is known later by the process, which is gone."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Run | None:

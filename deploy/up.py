@@ -17,11 +17,11 @@ from rich.table import Table
 from deploy.backend import Cluster, Report
 from deploy.deployment import Deployment
 from deploy.runs import Run, noted_run
+from pdserve.cli.output import lasting_output
 from pdserve.cli.running import EXIT_INTERRUPTED
 from pdserve.cli.status_view import plain_console
 from pdserve.domain.errors import PdserveError
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DEFAULT_ADDRESSES = ("127.0.0.1:7450", "127.0.0.1:7451")
 
 
@@ -33,15 +33,23 @@ def run_up(
     open_cluster: OpenCluster, deployment: Deployment, *, backend: str, as_json: bool
 ) -> None:
     """Serve until a signal or the end of the cluster; raises `PdserveError` for a failure."""
-    up = _Up(open_cluster, deployment, backend=backend, as_json=as_json)
-    try:
-        asyncio.run(up.run())
-    except asyncio.CancelledError:
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    except PdserveError as error:
-        if as_json:
-            print(json.dumps({"ready": False, "error": error.message}), flush=True)
-        raise
+    # Serving goes on when the terminal is gone, or when nobody reads the pipe.
+    with lasting_output():
+        up = _Up(open_cluster, deployment, backend=backend, as_json=as_json)
+        try:
+            asyncio.run(up.run())
+        except asyncio.CancelledError:
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except PdserveError as error:
+            if as_json:
+                print(json.dumps({"ready": False, "error": error.message}), flush=True)
+            raise
+
+
+def _stop_signals() -> tuple[signal.Signals, ...]:
+    """A terminal that closes stops the cluster, unless `nohup` has asked that it should not."""
+    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    return (signal.SIGINT, signal.SIGTERM, *hangup)
 
 
 class _Up:
@@ -62,7 +70,7 @@ class _Up:
     async def run(self) -> None:
         loop, main = asyncio.get_running_loop(), asyncio.current_task()
         assert main is not None
-        for number in STOP_SIGNALS:
+        for number in _stop_signals():
             loop.add_signal_handler(number, main.cancel)  # while starting: take all down
         for note in self._deployment.notes:
             self._print(f"note: {note}")
@@ -70,9 +78,9 @@ class _Up:
         with self._status:
             await self._cluster.__aenter__()
         elapsed_s = loop.time() - started
-        for number in STOP_SIGNALS:
+        for number in _stop_signals():
             loop.add_signal_handler(number, self._on_signal)
-        with noted_run(self._as_run()):
+        with noted_run(self._as_run(), self._print):
             self._say_ready(elapsed_s)
             await self._serve()
 
@@ -172,7 +180,7 @@ class _Up:
             )
         public, internal = cluster.public_address, cluster.internal_address
         is_default = (public, internal) == DEFAULT_ADDRESSES
-        flags = ["", ""] if is_default else [f" -a {public}", f" -a {internal}"]
+        flags = ["", ""] if is_default else [f" -a {public}", f" -i {internal}"]
         prompt = shlex.quote("def read_lines(path):")
         return Group(
             table,

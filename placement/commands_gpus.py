@@ -1,10 +1,11 @@
 """`pdserve gpus`: the GPU types that plans can use, and what one model needs on each."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from pdserve.cli.options import AsJson, GpusFile
 
 if TYPE_CHECKING:
     from placement.hardware import Gpu
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 EXAMPLE = """\
-# GPU types of your own: pdserve gpus --file gpus.yaml; in inputs of a plan cluster.gpus_file
+# GPU types of your own: pdserve gpus --gpus-file gpus.yaml; in inputs of a plan cluster.gpus_file
 gpus:
   - name: acme_x1              # a name of the catalogue replaces that type
     memory_gib: 96
@@ -33,14 +34,12 @@ def gpus(
     name: Annotated[
         str | None, typer.Argument(help="One GPU type, in full; left out: all, as a table.")
     ] = None,
-    file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="YAML file with GPU types of your own.")
-    ] = None,
+    gpus_file: GpusFile = None,
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", help="Model name or config.json: adds what fits, how fast."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: AsJson = False,
     example: Annotated[
         bool, typer.Option("--example", help="Print a file of own GPU types, explained.")
     ] = False,
@@ -52,7 +51,7 @@ def gpus(
     from placement.hardware import find_gpu, load_gpus
     from placement.model_config import load_model
 
-    known = load_gpus(file)
+    known = load_gpus(gpus_file)
     chosen = [find_gpu(name, known)] if name else list(known.values())
     spec = load_model(model) if model else None
     if as_json:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from pdserve.cli.options import AsJson, JsonFile
+
 
 def plan(
     inputs_file: Annotated[
@@ -13,9 +15,8 @@ def plan(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the plan to this YAML.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write everything as JSON; - is the terminal.")
-    ] = None,
+    json_file: JsonFile = None,
+    as_json: AsJson = False,
     report: Annotated[
         Path | None, typer.Option("--report", help="Write a page of tables and curves (HTML).")
     ] = None,
@@ -34,7 +35,7 @@ def plan(
     Examples:
       pdserve plan --example > inputs.yaml
       pdserve plan inputs.yaml --output plan.yaml --report report.html
-      pdserve plan inputs.yaml --json - --no-what-ifs
+      pdserve plan inputs.yaml --json --no-what-ifs
     """
     from placement.plan_inputs import EXAMPLE
 
@@ -48,7 +49,12 @@ def plan(
     from placement.plan_view import run_plan
 
     code = run_plan(
-        inputs_file, output=output, json_file=json_file, report=report, what_ifs=what_ifs
+        inputs_file,
+        output=output,
+        json_file=json_file,
+        as_json=as_json,
+        report=report,
+        what_ifs=what_ifs,
     )
     if code:
         raise typer.Exit(code)
@@ -57,7 +63,7 @@ def plan(
 def compare(
     first: Annotated[Path, typer.Argument(help="A plan, or inputs of one.", metavar="A.YAML")],
     second: Annotated[Path, typer.Argument(help="The other.", metavar="B.YAML")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Two plans side by side: pools, limits, predictions, costs.
 

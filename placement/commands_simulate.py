@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from pdserve.cli.options import AsJson, JsonFile
+
 workload = typer.Typer(
     help="Look at request traces, fit distributions to them, draw new ones.",
     no_args_is_help=True,
@@ -17,14 +19,13 @@ def simulate(
         Path | None, typer.Option("--config", "-c", help="Cluster and rules; see --example.")
     ] = None,
     workload_file: Annotated[
-        Path | None, typer.Option("--workload", "-w", help="Requests: CSV or JSONL.")
+        Path | None, typer.Option("--workload", help="Requests: CSV or JSONL.")
     ] = None,
-    requests: Annotated[
-        Path | None, typer.Option("--requests", help="Write each request's times to this CSV.")
+    requests_csv: Annotated[
+        Path | None, typer.Option("--requests-csv", help="Write each request's times to this CSV.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the summary as JSON; - is the terminal.")
-    ] = None,
+    json_file: JsonFile = None,
+    as_json: AsJson = False,
     example: Annotated[
         bool, typer.Option("--example", help="Print a configuration that explains its fields.")
     ] = False,
@@ -35,7 +36,7 @@ def simulate(
     Examples:
       pdserve simulate --example > sim.yaml
       pdserve simulate --config sim.yaml --workload w.csv
-      pdserve simulate --config sim.yaml --workload w.csv --requests out.csv --json result.json
+      pdserve simulate --config sim.yaml --workload w.csv --requests-csv out.csv --json
     """
     from placement.simulation.settings import EXAMPLE
 
@@ -49,13 +50,15 @@ def simulate(
         raise LocalFault(f"{missing} is missing; `pdserve simulate --example` prints a config")
     from placement.simulation.running import run_simulation
 
-    run_simulation(config, workload_file, requests_file=requests, json_file=json_file)
+    run_simulation(
+        config, workload_file, requests_file=requests_csv, json_file=json_file, as_json=as_json
+    )
 
 
 @workload.command("describe")
 def describe_workload(
     file: Annotated[Path, typer.Argument(help="A trace: our, Azure's or Mooncake's form.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     report: Annotated[
         Path | None, typer.Option("--report", help="Write a page of charts (HTML).")
     ] = None,
@@ -72,19 +75,21 @@ def fit_workload(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write YAML here [the terminal].")
     ] = None,
-    num_requests: Annotated[
-        int | None, typer.Option("--num-requests", "-n", min=1, help="Requests to generate.")
+    requests: Annotated[
+        int | None, typer.Option("--requests", min=1, help="How many requests to generate.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of what is generated.")] = 0,
 ) -> None:
     """Fit distributions to a trace, as YAML that `pdserve workload generate` reads."""
     from placement.simulation.workload_view import fit_to_yaml
 
-    text = fit_to_yaml(file, num_requests=num_requests, seed=seed)
+    text = fit_to_yaml(file, num_requests=requests, seed=seed)
     if output is None:
         typer.echo(text, nl=False)
     else:
-        output.write_text(text, encoding="utf-8")
+        from pdserve.config.files import write_file
+
+        write_file(output, text)
 
 
 @workload.command("generate")
@@ -114,4 +119,6 @@ def generate_workload(
     if output is None:
         typer.echo(text, nl=False)
     else:
-        output.write_text(text, encoding="utf-8")
+        from pdserve.config.files import write_file
+
+        write_file(output, text)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pdserve.config.files import write_file
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.latency import StepCoefficients
 from placement.fitting import TERMS, Phase, Residual
@@ -175,10 +176,7 @@ def to_json(profile: FittedProfile) -> dict[str, Any]:
 
 def write_profile(profile: FittedProfile, path: Path) -> None:
     """Raises `LocalFault` where that cannot be."""
-    try:
-        path.write_text(json.dumps(to_json(profile), indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise LocalFault(f"{path}: {error.strerror}") from None
+    write_file(path, json.dumps(to_json(profile), indent=1) + "\n")
 
 
 def read_profile(path: Path) -> FittedProfile:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from pdserve.config.base import Settings, parse_settings, read_yaml
+from pdserve.config.files import write_file
 from pdserve.config.processes import CoefficientSettings
 from pdserve.domain.errors import LocalFault
 from placement.linear_steps import linear_steps
@@ -210,10 +211,7 @@ def _rounded(value: float) -> float:
 
 def write_plan(plan: Plan, path: Path) -> None:
     """Write the YAML; raises `LocalFault` where the path cannot be written."""
-    try:
-        path.write_text(format_plan(plan), encoding="utf-8")
-    except OSError as error:
-        raise LocalFault(f"{path}: {error.strerror}") from None
+    write_file(path, format_plan(plan))
 
 
 def format_plan(plan: Plan) -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from pdserve.client.workload import PACKAGED_TRACES
 from pdserve.config.base import read_yaml
+from pdserve.config.files import write_file
 from pdserve.domain.errors import LocalFault
 from placement.plan import Plan, format_plan, parse_plan, plan_of
 from placement.plan_inputs import PlanInputs, parse_inputs
@@ -34,6 +35,7 @@ def run_plan(
     *,
     output: Path | None,
     json_file: Path | None,
+    as_json: bool = False,
     report: Path | None = None,
     what_ifs: bool,
 ) -> int:
@@ -51,9 +53,9 @@ def run_plan(
             content = add_curves(inputs, result, content, progress)
             write_plan_report(report, content)
     text = json.dumps(content, indent=1)
-    if json_file is not None and str(json_file) != "-":
-        _write(json_file, text + "\n")
-    if json_file is not None and str(json_file) == "-":
+    if json_file is not None:
+        write_file(json_file, text + "\n")
+    if as_json:
         print(text)
     elif isinstance(result, NoPlan):
         _show_no_plan(result)
@@ -62,7 +64,7 @@ def run_plan(
     if isinstance(result, NoPlan):
         return EXIT_NO_PLAN
     if output is not None:
-        _write(output, format_plan(plan_of(result)))
+        write_file(output, format_plan(plan_of(result)))
     return 0
 
 
@@ -167,19 +169,12 @@ def _located(inputs: PlanInputs, path: Path) -> PlanInputs:
 
 
 def _check_writable(path: Path | None) -> None:
-    if path is None or str(path) == "-":
+    if path is None:
         return
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise LocalFault(f"{path}: not a file that can be written")
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise LocalFault(f"{path}: not writable")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise LocalFault(f"{path}: {error.strerror}") from None
 
 
 @contextmanager

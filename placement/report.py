@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pdserve.config.files import write_file
 from pdserve.domain.errors import LocalFault
 from placement.report_parts.curves import (
     AttainmentCurve,
@@ -83,10 +84,7 @@ def render_report(
 
 def write_report(path: Path, page: str) -> None:
     """Raises `LocalFault` where the file cannot be written."""
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise LocalFault(f"{path}: {error.strerror}") from None
+    write_file(path, page)
 
 
 def read_report(page: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from pdserve.client.workload import PACKAGED_TRACES, packaged_trace
+from pdserve.config.files import write_file
 from pdserve.domain.errors import LocalFault
 from placement.demand import DEFAULT_PREFIX_BLOCK, Floats, Ints, Workload
 
@@ -74,7 +75,7 @@ def read_workload(path: Path) -> Workload:
 
 def write_workload(workload: Workload, path: Path) -> None:
     """Write our CSV; numbers are written so that reading gives the same ones back."""
-    path.write_text(format_workload(workload), encoding="utf-8")
+    write_file(path, format_workload(workload))
 
 
 def format_workload(workload: Workload) -> str:

@@ -16,7 +16,6 @@ from pdserve.engine.calibration import measure_coefficients
 from pdserve.engine.opening import open_engine
 from pdserve.engine.watched import WatchedEngine
 from pdserve.observe.exposition import serve_metrics
-from pdserve.observe.logging import configure_logging
 from pdserve.observe.prometheus import PrefillMetrics
 from pdserve.rpc.channels import MAX_INTERNAL_MESSAGE_BYTES
 from pdserve.rpc.links import prefill_service
@@ -40,7 +39,6 @@ _ENDS = TERMINAL - {Phase.REFUSED}  # what is refused was never a handoff here
 
 async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event) -> None:
     """Serve until `stop`, then finish what was taken on, for `drain_s` at most."""
-    configure_logging(level=settings.log_level)
     structlog.contextvars.bind_contextvars(worker_id=settings.worker_id)
     pin_to_cpus(settings.cpus)
     clock = time.monotonic  # the event loop's own counts whole milliseconds

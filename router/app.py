@@ -20,7 +20,6 @@ from pdserve.domain.messages import ClusterState, PeerHello, Role
 from pdserve.engine.model_files import resolve_model_dir
 from pdserve.engine.tokenizer import Tokenizer
 from pdserve.observe.exposition import serve_metrics
-from pdserve.observe.logging import configure_logging
 from pdserve.observe.prometheus import ClassPromise, RouterMetrics, RouterNow
 from pdserve.rpc.channels import MAX_INTERNAL_MESSAGE_BYTES, MAX_PUBLIC_MESSAGE_BYTES
 from pdserve.rpc.links import connect_decode, membership_service
@@ -57,7 +56,6 @@ class Router:
 
 async def serve(settings: RouterSettings, on_ready: OnReady, stop: asyncio.Event) -> None:
     """Run a router until `stop`, then drain it."""
-    configure_logging(level=settings.log_level)
     structlog.contextvars.bind_contextvars(router_id=settings.router_id)
     async with open_router(settings) as router:
         on_ready(

@@ -23,7 +23,15 @@ def ask(path: Path) -> dict[str, Any]:
     """Plan one question with the command itself."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "plan.json"
-        command = [sys.executable, "-m", "pdserve.cli", "plan", str(path), "--json", str(answer)]
+        command = [
+            sys.executable,
+            "-m",
+            "pdserve.cli",
+            "plan",
+            str(path),
+            "--json-file",
+            str(answer),
+        ]
         start_s = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)

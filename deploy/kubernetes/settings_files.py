@@ -23,6 +23,9 @@ POD_SETS_WORKER = ("worker_id=$(POD_NAME)", "host=$(POD_IP)")
 """Peers dial a worker where it listens, so that must be its own address."""
 POD_SETS_ROUTER = ("router_id=$(POD_NAME)",)
 
+LOG_FILE_FIELDS = ("log_file", "max_log_bytes", "num_log_files")
+"""A container logs to its standard error, which its runtime keeps."""
+
 
 def router_settings(deployment: Deployment, *, num_routers: int) -> RouterSettings:
     """Of each router. Clients spread over all, so each enforces its share of the limits."""
@@ -63,7 +66,7 @@ def settings_file(
     about: Sequence[str],
 ) -> str:
     """The YAML of every field, defaults too: another version's defaults change nothing."""
-    data = settings.model_dump(mode="json", exclude=set(left_out))
+    data = settings.model_dump(mode="json", exclude={*left_out, *LOG_FILE_FIELDS})
     return _commented([*about, *INSECURE_WARNING], data)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.forked import ForkedProcess, ForkServer
+from deploy.log_follower import LogFollower
 from deploy.processes import LocalProcess, ProcessRole, Ready, describe_exit
 from pdserve.config.base import Settings
 from pdserve.config.processes import RouterSettings, WorkerSettings
@@ -58,6 +59,7 @@ class RankActor:
         self._process: LocalProcess | None = None
         self._end: asyncio.Task[int] | None = None
         self._log_dir: Path | None = None
+        self._log: LogFollower | None = None
 
     async def site(self) -> Site:
         import ray
@@ -75,7 +77,10 @@ class RankActor:
         """Run the serving process; `settings` is JSON, an empty `fork_server` is none."""
         kind: type[Settings] = RouterSettings if role == "router" else WorkerSettings
         told = kind.model_validate_json(settings)
-        self._log_dir = Path(tempfile.mkdtemp(prefix=f"pdserve-{name}-"))
+        try:
+            self._log_dir = Path(tempfile.mkdtemp(prefix=f"pdserve-{name}-"))
+        except OSError as error:
+            return NotStarted(f"{name}: no folder for its log file: {error.strerror}")
         log_path = self._log_dir / f"{name}.log"
         process = (
             ForkedProcess(fork_server, name, role, told, log_path, dies_at_once=True)
@@ -97,14 +102,14 @@ class RankActor:
         code = await asyncio.shield(self._end)
         return f"{describe_exit(code)}; the end of its log:\n{self._process.last_words()}"
 
-    async def next_log(self, offset: int) -> bytes:
-        """The log from `offset` on, once there is some; empty when it is over."""
+    async def next_log(self) -> bytes:
+        """What was logged since the last call, once there is some; empty when it is over."""
         while self._process is not None:
             is_over = not self._process.is_running
-            with self._process.log_path.open("rb") as file:
-                file.seek(offset)
-                if chunk := file.read(MAX_LOG_BYTES):
-                    return chunk
+            if self._log is None:
+                self._log = LogFollower(self._process.log_path)
+            if chunk := self._log.read(MAX_LOG_BYTES):
+                return chunk
             if is_over:
                 break
             await asyncio.sleep(LOG_POLL_S)
@@ -122,6 +127,8 @@ class RankActor:
         if self._process is not None:
             self._process.signal(signal.SIGKILL)
             await self._process.wait()
+        if self._log is not None:
+            self._log.close()
         if self._log_dir is not None and not keeps_log:
             shutil.rmtree(self._log_dir, ignore_errors=True)
 

@@ -18,7 +18,9 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from deploy.ray.placing import RayNode
 from pdserve.cli.problems import ClusterFailed
+from pdserve.domain.addresses import is_loopback, join_address, split_address
 from pdserve.domain.errors import LocalFault
+from pdserve.rpc.channels import DIRECT
 
 NAMESPACE = "pdserve"
 GCS_ANSWERS_S = 5.0
@@ -70,12 +72,15 @@ def find_gcs(address: str | None) -> str:
         )
     if given in ("auto", "local"):
         return _local_gcs()
-    host, colon, port = given.rpartition(":")
-    if not colon or not host or not port.isdigit():
-        raise LocalFault(f"{given}: expected host:port of the Ray head, such as 10.0.0.1:6379")
+    try:
+        host, port = split_address(given)
+    except ValueError as error:
+        raise LocalFault(
+            f"{error}; expected host:port of the Ray head, such as 10.0.0.1:6379"
+        ) from None
     # Ray takes loopback for the address that its nodes know this machine by.
-    is_local = host in ("localhost", "127.0.0.1", "::1")
-    return f"{ray.util.get_node_ip_address()}:{port}" if is_local else given
+    known = ray.util.get_node_ip_address() if is_loopback(host) else host
+    return join_address(known, port)
 
 
 def _local_gcs() -> str:
@@ -85,8 +90,8 @@ def _local_gcs() -> str:
     if len(found) != 1:
         what = f"several Ray clusters run here: {', '.join(found)}" if found else "none runs here"
         raise LocalFault(
-            f"no Ray cluster was named and {what}; name one with --address HOST:PORT, or start one "
-            "with `ray start --head`"
+            f"no Ray cluster was named and {what}; name one with --ray-address HOST:PORT, or start "
+            "one with `ray start --head`"
         )
     gcs: str = found[0]
     return gcs
@@ -94,7 +99,7 @@ def _local_gcs() -> str:
 
 async def _check_gcs(gcs: str) -> None:
     """Raise `ClusterFailed` unless a Ray of our version answers there."""
-    async with grpc.aio.insecure_channel(gcs) as channel:
+    async with grpc.aio.insecure_channel(gcs, options=DIRECT) as channel:
         stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
         try:
             reply = await stub.CheckAlive(
@@ -107,7 +112,7 @@ async def _check_gcs(gcs: str) -> None:
                 raise ClusterFailed(f"what listens at {gcs} is no Ray head") from None
             raise ClusterFailed(
                 f"no Ray cluster answers at {gcs}; start one with `ray start --head`, or name "
-                "another with --address"
+                "another with --ray-address"
             ) from None
     if reply.ray_version != ray.__version__:
         raise ClusterFailed(

@@ -143,10 +143,8 @@ class HostedProcess:
 
     async def log(self) -> AsyncIterator[bytes]:
         """Its log as it is written, in pieces, until it or its actor ends."""
-        offset = 0
         with contextlib.suppress(RayError):
-            while chunk := await _result(self._leader.next_log.remote(offset)):
-                offset += len(chunk)
+            while chunk := await _result(self._leader.next_log.remote()):
                 yield chunk
 
     async def answers(self, within_s: float) -> bool:

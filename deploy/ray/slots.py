@@ -7,8 +7,8 @@ from deploy.processes import ProcessRole
 from deploy.ray.fork_servers import ForkServers
 from deploy.ray.hosted import HostedProcess, Reservation
 from deploy.ray.placing import Need, RayNode
-from pdserve.config.binding import is_loopback
 from pdserve.config.processes import RouterSettings, WorkerSettings
+from pdserve.domain.addresses import is_loopback
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

@@ -5,6 +5,7 @@ import contextlib
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -72,17 +73,24 @@ class _Connections:
                 self._busy.add(sock)
                 return sock
             sock.close()
-        family = socket.AF_INET6 if ":" in self.address.host else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock, target = await self._socket()
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await loop.sock_connect(sock, (self.address.host, self.address.port))
+            await loop.sock_connect(sock, target)
         except BaseException:
             sock.close()
             raise
         self._busy.add(sock)
         return sock
+
+    async def _socket(self) -> tuple[socket.socket, Any]:
+        """A socket of the family that the peer's host has, and what to connect it to."""
+        host, port = self.address.host, self.address.port
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # As `pdserve.config.binding.listen` prefers: a name may have both families.
+        family, _, _, _, target = min(found, key=lambda each: each[0] != socket.AF_INET)
+        return socket.socket(family, socket.SOCK_STREAM), target
 
     def put(self, sock: socket.socket) -> None:
         """Its reply was read to the end, so the next one can use it."""

@@ -20,6 +20,7 @@ from kvtransfer.transports.tcp_frames import (
     decode_request_header,
     encode_reply,
 )
+from pdserve.config.binding import explain_listening, listen
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
@@ -30,12 +31,12 @@ log = structlog.get_logger()
 _ACCEPT_PAUSE_S = 0.1
 
 
-def _listen(host: str, port: int, family: int) -> socket.socket:
+def _listen(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), family=family, backlog=128)
+        return listen(host, port)
     except OSError as error:
         raise LocalFault(
-            f"cannot serve KV on {host}:{port}: {error.strerror}; choose another kv_port"
+            f"cannot serve KV on {explain_listening(host, port, error)}; choose another kv_port"
         ) from None
 
 
@@ -73,8 +74,7 @@ class TcpRegionServer:
         self._token = secrets.token_bytes(TOKEN_BYTES)
         self._num_connections = 0
         self._new: dict[asyncio.Task[None], None] = {}
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = _listen(host, port, family)
+        self._listener = _listen(host, port)
         self._listener.setblocking(False)
         self.region = RemoteRegion(
             transport="tcp",

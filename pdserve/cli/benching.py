@@ -27,7 +27,7 @@ from pdserve.client.workload import (
     scale_time,
     with_poisson_arrivals,
 )
-from pdserve.domain.errors import LocalFault
+from pdserve.config.files import write_file
 
 DEFAULT_RATE = 2.0
 SHARE_CHARS = 30
@@ -50,16 +50,22 @@ class Plan:
     seed: int = 0
 
 
-async def run_bench(address: str, plan: Plan, json_file: Path | None) -> int:
+async def run_bench(
+    address: str, plan: Plan, json_file: Path | None, *, as_json: bool = False
+) -> int:
     """Run, print the report and write `json_file`; 1 where no request was answered."""
     if json_file is not None:
         _write_json(json_file, {})  # a path that cannot be written is told before the run
     report, model = await measure(address, plan)
-    console = plain_console()
-    for table in render_report(report):
-        console.print(table)
+    content = report_as_json(report, plan, model)
     if json_file is not None:
-        _write_json(json_file, report_as_json(report, plan, model))
+        _write_json(json_file, content)
+    if as_json:
+        print(json.dumps(content))
+    else:
+        console = plain_console()
+        for table in render_report(report):
+            console.print(table)
     return 0 if report.num_ok else EXIT_FAILED
 
 
@@ -110,10 +116,7 @@ def report_as_json(report: LoadReport, plan: Plan, model: Model) -> dict[str, ob
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    try:
-        path.write_text(json_text(content, indent=1) + "\n")
-    except OSError as error:
-        raise LocalFault(f"{path}: {error.strerror}") from None
+    write_file(path, json_text(content, indent=1) + "\n")
 
 
 def lengths(plan: Plan) -> tuple[TraceRequest, ...]:

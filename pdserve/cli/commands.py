@@ -1,41 +1,29 @@
 """The commands of clients: their options and help. What they do is in the modules they import."""
 
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from pdserve.cli.options import (
+    INTERNAL_ADDRESS_NAMES,
+    AsJson,
+    InternalAddress,
+    JsonFile,
+    ModelName,
+    PublicAddress,
+    SloClassName,
+    address_given,
+    text_given,
+)
+
 DEFAULT_ADDRESS = "127.0.0.1:7450"
 DEFAULT_INTERNAL_ADDRESS = "127.0.0.1:7451"
-
-Address = Annotated[
-    str,
-    typer.Option(
-        "--address", "-a", envvar="PDSERVE_ADDRESS", help="The router's public host:port."
-    ),
-]
-InternalAddress = Annotated[
-    str,
-    typer.Option(
-        "--address",
-        "-a",
-        envvar="PDSERVE_INTERNAL_ADDRESS",
-        help="The router's internal host:port.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-ModelName = Annotated[
-    str, typer.Option("--model", "-m", help="Name of the model; left out: the only one served.")
-]
-SloClassName = Annotated[
-    str, typer.Option(help="One of the router's SLO classes; left out: its first.")
-]
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
-    address: Address = DEFAULT_ADDRESS,
+    address: PublicAddress = DEFAULT_ADDRESS,
     model: ModelName = "",
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", "-n", min=1, help="Output tokens at most [16].")
@@ -57,7 +45,9 @@ def generate(
     ] = None,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="End before this text, or special token; may be repeated."),
+        typer.Option(
+            callback=text_given, help="End before this text, or special token; may be repeated."
+        ),
     ] = None,
     stop_token_id: Annotated[
         list[int] | None, typer.Option(min=0, help="End at this token; may be repeated.")
@@ -127,7 +117,11 @@ def generate(
 
 
 def status(
-    address: InternalAddress = DEFAULT_INTERNAL_ADDRESS,
+    internal_address: InternalAddress = DEFAULT_INTERNAL_ADDRESS,
+    # As it was called once, by scripts; it means the same.
+    address: Annotated[
+        str | None, typer.Option("--address", "-a", hidden=True, callback=address_given)
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every second.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -141,10 +135,10 @@ def status(
     """
     from pdserve.cli.status_view import show_status
 
-    _run(lambda: show_status(address, watch=watch, as_json=as_json))
+    _run(lambda: show_status(address or internal_address, watch=watch, as_json=as_json))
 
 
-def models(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+def models(address: PublicAddress = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """List the models served and their limits.
 
     \b
@@ -157,7 +151,7 @@ def models(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
 
 
 def bench(
-    address: Address = DEFAULT_ADDRESS,
+    address: PublicAddress = DEFAULT_ADDRESS,
     model: ModelName = "",
     rate: Annotated[
         float | None,
@@ -172,7 +166,7 @@ def bench(
     time_scale: Annotated[
         float, typer.Option(min=0.0, help="Multiply the trace's times: 0.5 is twice as fast.")
     ] = 1.0,
-    requests: Annotated[int, typer.Option("--requests", "-n", min=1, help="How many.")] = 60,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="How many requests.")] = 60,
     prompt_tokens: Annotated[
         int, typer.Option(min=1, help="Prompt length, without --trace.")
     ] = 128,
@@ -188,9 +182,8 @@ def bench(
         float, typer.Option(min=0.001, help="A request fails after this many seconds.")
     ] = 120.0,
     seed: Annotated[int, typer.Option(min=0, help="Of arrivals and prompts.")] = 0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write numbers and every request to this file.")
-    ] = None,
+    json_file: JsonFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure latency and goodput under load.
 
@@ -201,7 +194,7 @@ def bench(
     Examples:
       pdserve bench --rate 4 --requests 100 --slo-ttft 0.5 --slo-tpot 0.05
       pdserve bench --trace azure-code --time-scale 0.2
-      pdserve bench --trace mine.csv --json result.json
+      pdserve bench --trace mine.csv --json-file result.json
     """
     from pdserve.cli.benching import Plan, run_bench
     from pdserve.client.statistics import Slo
@@ -219,17 +212,17 @@ def bench(
         timeout_s=timeout,
         seed=seed,
     )
-    _run(lambda: run_bench(address, plan, json_file))
+    _run(lambda: run_bench(address, plan, json_file, as_json=as_json))
 
 
 def smoke(
-    address: Address = DEFAULT_ADDRESS,
+    address: PublicAddress = DEFAULT_ADDRESS,
     internal_address: Annotated[
         str | None,
         typer.Option(
-            "--internal-address",
-            "-i",
+            *INTERNAL_ADDRESS_NAMES,
             envvar="PDSERVE_INTERNAL_ADDRESS",
+            callback=address_given,
             help="The router's internal host:port; given, the workers' KV books are checked too.",
         ),
     ] = None,

@@ -78,9 +78,11 @@ def read_prompt(question: Question) -> Prompt:
     """The prompt as text or as token ids; raises `LocalFault` for bytes that are not UTF-8."""
     text = question.prompt
     if text == "-":
+        if sys.stdin is None:
+            raise LocalFault("standard input is closed: there is no prompt to read")
         text = _decode(sys.stdin.buffer.read(), "standard input")
     else:
-        text = _decode(text.encode("utf-8", "surrogateescape"), "the prompt")
+        text = _decode(_as_bytes(text), "the prompt")
     if not question.is_token_ids:
         return text
     try:
@@ -140,6 +142,13 @@ def printable(text: str) -> str:
         char if char in "\n\t" or unicodedata.category(char) != "Cc" else f"\\x{ord(char):02x}"
         for char in text
     )
+
+
+def _as_bytes(argument: str) -> bytes:
+    try:
+        return argument.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise LocalFault(f"the prompt is not Unicode text (character {error.start})") from None
 
 
 def _decode(data: bytes, source: str) -> str:

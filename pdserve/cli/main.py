@@ -13,6 +13,7 @@ import typer
 
 from pdserve import __version__
 from pdserve.cli import commands
+from pdserve.cli.output import command_output
 from pdserve.domain.errors import PdserveError
 
 ENTRY_POINT_GROUP = "pdserve.commands"
@@ -36,14 +37,15 @@ Exit codes: 0 all went well; 1 the request or the cluster failed; 2 a setting or
 
 def main() -> None:
     """Run the command that the arguments name and exit."""
-    try:
-        build_app()(prog_name="pdserve")
-    except PdserveError as error:
-        from pdserve.cli.problems import exit_code, explain
+    with command_output():
+        try:
+            build_app()(prog_name="pdserve")
+        except PdserveError as error:
+            from pdserve.cli.problems import exit_code, explain
 
-        sys.stdout.flush()
-        print(f"pdserve: {explain(error)}", file=sys.stderr)
-        sys.exit(exit_code(error))
+            sys.stdout.flush()
+            print(f"pdserve: {explain(error)}", file=sys.stderr)
+            sys.exit(exit_code(error))
 
 
 def build_app() -> typer.Typer:

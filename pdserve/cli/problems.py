@@ -38,7 +38,10 @@ def exit_code(error: PdserveError) -> int:
 
 def _advice(error: PdserveError) -> str:
     if isinstance(error, ClusterUnreachable):
-        return "is the cluster up? `pdserve up` starts one; --address names another"
+        return (
+            "is the cluster up? `pdserve up` starts one; --address or --internal-address names "
+            "another"
+        )
     if isinstance(error, LocalFault | ClusterFailed):
         return ""
     advice = ADVICE.get(error.reason, "")

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import grpc
 
+from pdserve.rpc.channels import DIRECT
+
 KEEPALIVE_MS = 1000
 KEEPALIVE_TIMEOUT_MS = 1900
 """Long enough for a router that a busy machine keeps waiting."""
@@ -18,9 +20,9 @@ OPTIONS: Sequence[tuple[str, int | str]] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.enable_retries", 0),  # retries belong to the router, and to callers who ask for them
-    ("grpc.enable_http_proxy", 0),
     # Channels of one process share no connection, and no back-off after a failed one.
     ("grpc.use_local_subchannel_pool", 1),
+    *DIRECT,
 )
 
 

@@ -8,13 +8,17 @@ import yaml
 from pydantic import BaseModel, Field, model_validator
 
 from pdserve.config.base import Settings, lay_over, parse_settings
-from pdserve.config.binding import check_binding, is_loopback
+from pdserve.config.binding import Host, check_binding
 from pdserve.config.processes import (
+    DEFAULT_MAX_LOG_BYTES,
+    DEFAULT_NUM_LOG_FILES,
     CoefficientSettings,
     EngineSettings,
     LogLevel,
+    MaxLogBytes,
     MaxNumWaiting,
     MaxWaitS,
+    NumLogFiles,
     RouterSettings,
     SloClasses,
     TransportName,
@@ -22,15 +26,15 @@ from pdserve.config.processes import (
     router_metrics_port,
 )
 from pdserve.config.timers import Timers
+from pdserve.domain.addresses import MAX_PORT, is_loopback
 
 Role = Literal["prefill", "decode"]
-MAX_PORT = 65535
 
 
 class RouterPool(Settings):
     """The router."""
 
-    host: str = Field("127.0.0.1", description="loopback, or any address with insecure")
+    host: Host = Field("127.0.0.1", description="loopback, or any address with insecure")
     insecure: bool = Field(False, description="let other machines in, without TLS and login")
     port: int = Field(7450, ge=0, le=65535, description="clients; 0 picks a free port")
     internal_port: int = Field(
@@ -117,6 +121,8 @@ class ClusterSettings(Settings):
     log_dir: str = Field(
         "", description="one log file a process; empty: a temporary folder, removed on a clean exit"
     )
+    max_log_bytes: MaxLogBytes = DEFAULT_MAX_LOG_BYTES
+    num_log_files: NumLogFiles = DEFAULT_NUM_LOG_FILES
     router: RouterPool = Field(RouterPool(), description="where clients and workers connect")
     prefill: PrefillPool = Field(PrefillPool(), description="0 replicas: colocated serving")
     decode: DecodePool = Field(DecodePool(), description="at least 1 replica")
@@ -160,10 +166,12 @@ class ClusterSettings(Settings):
             max_num_attempts=self.router.max_num_attempts,
             timers=self.timers,
             log_level=self.log_level,
+            max_log_bytes=self.max_log_bytes,
+            num_log_files=self.num_log_files,
         )
 
     def worker_settings(self, router: str) -> tuple[WorkerSettings, ...]:
-        """Settings of every worker; `router` is host:port of the router's internal service."""
+        """Settings of every worker; `router` is the router's internal host:port, or ""."""
         roles: tuple[Role, ...] = ("prefill", "decode")
         return tuple(
             self._worker_settings(role, index, router)
@@ -181,7 +189,7 @@ class ClusterSettings(Settings):
             worker_id=f"{role}-{index}",
             # Only the router may be open to others: its workers are on this machine.
             host=self.router.host if is_loopback(self.router.host) else "127.0.0.1",
-            routers=(router,),
+            routers=(router,) if router else (),
             engine=EngineSettings(
                 model=self.model,
                 engine=self.engine,
@@ -197,6 +205,8 @@ class ClusterSettings(Settings):
             **pool.model_dump(exclude={"replicas", "num_blocks", "metrics_port"}),
             timers=self.timers,
             log_level=self.log_level,
+            max_log_bytes=self.max_log_bytes,
+            num_log_files=self.num_log_files,
         )
 
 

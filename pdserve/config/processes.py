@@ -5,11 +5,25 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from pdserve.config.base import Settings
-from pdserve.config.binding import check_advertised, check_binding
+from pdserve.config.binding import Address, Host, check_advertised, check_binding
 from pdserve.config.timers import Timers
 from pdserve.domain.latency import StepCoefficients
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+MaxLogBytes = Annotated[
+    int,
+    Field(
+        ge=64 << 10,
+        le=1 << 40,
+        description="a log file this large is renamed to NAME.log.1, that one to NAME.log.2, ...",
+    ),
+]
+NumLogFiles = Annotated[
+    int, Field(ge=1, le=100, description="log files of a process, the one in use among them")
+]
+DEFAULT_MAX_LOG_BYTES = 16 << 20
+DEFAULT_NUM_LOG_FILES = 4
+LOG_FILE = "where the process keeps its log, within the two limits below; empty: standard error"
 TransportName = Literal["shm", "tcp"]
 
 
@@ -94,7 +108,7 @@ class RouterSettings(Settings):
     """One router."""
 
     router_id: str = "router-0"
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     insecure: bool = Field(False, description=INSECURE)
     port: int = Field(7450, ge=0, le=65535, description="public service; 0 picks a free one")
     internal_port: int = Field(7451, ge=0, le=65535, description="workers and operators")
@@ -114,6 +128,9 @@ class RouterSettings(Settings):
     max_num_attempts: int = Field(3, ge=1, le=10)
     timers: Timers = Timers()
     log_level: LogLevel = "info"
+    log_file: str = Field("", description=LOG_FILE)
+    max_log_bytes: MaxLogBytes = DEFAULT_MAX_LOG_BYTES
+    num_log_files: NumLogFiles = DEFAULT_NUM_LOG_FILES
 
     @model_validator(mode="after")
     def _check_binding(self) -> Self:
@@ -126,14 +143,14 @@ class WorkerSettings(Settings):
 
     role: Literal["prefill", "decode"]
     worker_id: str = Field(min_length=1, max_length=64)
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     insecure: bool = Field(False, description=INSECURE)
     port: int = Field(0, ge=0, le=65535)
     metrics_port: int | None = Field(
         0, ge=0, le=65535, description="Prometheus; 0 picks a free one; null: none"
     )
     kv_port: int = Field(0, ge=0, le=65535, description="tcp transport; 0 picks a free one")
-    routers: tuple[str, ...] = Field(
+    routers: tuple[Address, ...] = Field(
         (),
         description="host:port of routers' internal services; all addresses of a name are taken",
     )
@@ -151,6 +168,9 @@ class WorkerSettings(Settings):
     cpus: tuple[int, ...] = Field((), description="CPU affinity; empty: all")
     timers: Timers = Timers()
     log_level: LogLevel = "info"
+    log_file: str = Field("", description=LOG_FILE)
+    max_log_bytes: MaxLogBytes = DEFAULT_MAX_LOG_BYTES
+    num_log_files: NumLogFiles = DEFAULT_NUM_LOG_FILES
 
     @model_validator(mode="after")
     def _check_binding(self) -> Self:

@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -20,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.extending import intrinsic
+
+from pdserve.engine.kernel_cache import stamp_of, use_cache
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -386,11 +389,13 @@ def compile_attention() -> CompiledAttention:
 
 
 def compile_function(function: Callable[..., None]) -> Callable[..., None]:
-    """Compiled code is kept in `__pycache__`, else in the user's cache, else nowhere."""
+    """Compiled code is kept on disk where that is possible: see `pdserve.engine.kernel_cache`."""
     options: dict[str, Any] = {"fastmath": _FAST, "error_model": "numpy", "nogil": True}
-    try:
-        compiled = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # "cannot cache function: no locator available"
-        compiled = numba.njit(**options)(function)
-    result: Callable[..., None] = compiled
-    return result
+    compiled: Callable[..., None] = use_cache(numba.njit(**options)(function), _stamp())
+    return compiled
+
+
+@functools.cache
+def _stamp() -> str:
+    """A compiled function has those that it calls inside it, from any of these files."""
+    return stamp_of(Path(__file__).parent.glob("numba_*.py"))

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import structlog
 
+from pdserve.config.binding import explain_listening, listen
+from pdserve.domain.addresses import join_address
 from pdserve.domain.errors import LocalFault
 
 log = structlog.get_logger(__name__)
@@ -41,17 +43,17 @@ async def serve_metrics(metrics: Exposed, host: str, port: int | None) -> AsyncI
         return
     server = _MetricsServer(metrics)
     try:
-        listening = await asyncio.start_server(
-            server.answer, host, port, limit=MAX_REQUEST_BYTES, reuse_address=True
-        )
-    except (OSError, OverflowError):
+        socket = listen(host, port)
+    except OSError as error:
         raise LocalFault(
-            f"metrics: cannot listen on {host}:{port}: the port is in use, or the host is not this "
-            "machine's; choose another metrics_port, or null for none"
+            f"metrics: cannot listen on {explain_listening(host, port, error)}; choose another "
+            "metrics_port, or null for none"
         ) from None
+    address = join_address(host, socket.getsockname()[1])
+    listening = await asyncio.start_server(server.answer, sock=socket, limit=MAX_REQUEST_BYTES)
     lag = asyncio.create_task(_measure_lag(metrics.loop_was_late))
     try:
-        yield _address(host, listening.sockets[0].getsockname()[1])
+        yield address
     finally:
         lag.cancel()
         listening.close()
@@ -129,10 +131,6 @@ def _response(
         f"{more}Connection: close\r\n\r\n"
     )
     return head.encode() + (b"" if is_head else body)
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 async def _measure_lag(was_late: Callable[[float], None]) -> None:

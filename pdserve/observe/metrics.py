@@ -221,6 +221,11 @@ LOOP_LAG = _histogram(
     "How late the event loop woke up, asked four times a second: high while one callback blocks it",
     buckets=LAG_BUCKETS,
 )
+DROPPED_LOG_LINES = _counter(
+    "pdserve_log_lines_dropped_total",
+    ALL,
+    "Log lines that could not be written: the disk is full, or nobody reads the pipe",
+)
 
 # Engines ------------------------------------------------------------------------------------------
 
@@ -352,7 +357,7 @@ OWN_METRICS = (
     *(TTFT, TPOT, REQUEST, PHASE, SLO_REQUESTS, SLO_LIMIT, SLO_TARGET),
     *(REQUESTS, REFUSALS, FAILED_ATTEMPTS, IN_FLIGHT, WAITING),
     *(PROMPT_TOKENS, CACHED_TOKENS, OUTPUT_TOKENS),
-    *(WORKERS_BY_HEALTH, BUILD, DRAINING, LOOP_LAG),
+    *(WORKERS_BY_HEALTH, BUILD, DRAINING, LOOP_LAG, DROPPED_LOG_LINES),
     *(STEP, BATCH, STEP_FAILURES, ROW_FAILURES),
     *(ENGINE_PROMPT_TOKENS, ENGINE_CACHED_TOKENS, ENGINE_OUTPUT_TOKENS),
     *(RUNNING, QUEUED, QUEUED_TOKENS, CONTEXT_TOKENS),

@@ -26,6 +26,7 @@ from pdserve.domain.ids import PROTOCOL_VERSION
 from pdserve.domain.messages import WorkerLoad
 from pdserve.domain.tokens import FinishReason, PhaseTimeline
 from pdserve.observe import metrics as m
+from pdserve.observe.logging import num_dropped_lines
 from pdserve.observe.metrics import MetricSpec, Process
 from pdserve.observe.watch import DecodeWatch, PrefillWatch, RequestEnd, RouterWatch, WorkerWatch
 
@@ -55,6 +56,8 @@ class ProcessMetrics:
         self._is_draining = self._gauge(m.DRAINING)
         self._loop_lag = self._histogram(m.LOOP_LAG)
         self._phase = self._histogram(m.PHASE)
+        self._dropped_log_lines = self._counter(m.DROPPED_LOG_LINES)
+        self._num_dropped_log_lines = 0
         self._refusals = self._counter(m.REFUSALS)
         for reason in REFUSAL_REASONS:
             self._refusals.labels(reason)
@@ -64,6 +67,9 @@ class ProcessMetrics:
 
     def refresh(self) -> None:
         """Read what is true now; call on the event loop, which owns what is read."""
+        num_dropped = num_dropped_lines()
+        self._dropped_log_lines.inc(num_dropped - self._num_dropped_log_lines)
+        self._num_dropped_log_lines = num_dropped
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """All metrics as text, and its content type, in the best format that `accept` names.
@@ -163,6 +169,7 @@ class RouterMetrics(ProcessMetrics, RouterWatch):
         self._failed_attempts.labels(reason).inc()
 
     def refresh(self) -> None:
+        super().refresh()
         if self.now is None:
             return
         now = self.now()
@@ -236,6 +243,7 @@ class WorkerMetrics(ProcessMetrics, WorkerWatch):
         self._dropped[why].inc()
 
     def refresh(self) -> None:
+        super().refresh()
         if self.now is None:
             return
         load = self.now()

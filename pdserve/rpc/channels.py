@@ -8,6 +8,9 @@ MAX_PUBLIC_MESSAGE_BYTES = 4 << 20
 MAX_INTERNAL_MESSAGE_BYTES = 64 << 20  # a prompt of millions of tokens, or a large cluster's state
 MAX_METADATA_BYTES = 16 << 10
 
+DIRECT = (("grpc.enable_http_proxy", 0),)
+"""Ours is the address itself: a proxy that `http_proxy` and the like name is for the web."""
+
 
 def channel_options(timers: Timers) -> list[tuple[str, int]]:
     """Pings that find a dead, partitioned or stopped peer within interval plus timeout.
@@ -27,6 +30,7 @@ def channel_options(timers: Timers) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", MAX_INTERNAL_MESSAGE_BYTES),
         ("grpc.enable_retries", 0),
         ("grpc.use_local_subchannel_pool", 1),
+        *DIRECT,
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from pdserve.rpc.channels import DIRECT
 from pdserve.rpc.health import READINESS
 
 
@@ -25,7 +26,7 @@ def main() -> None:
 
 def probe(address: str, service: str, timeout_s: float) -> int:
     """0 where the process says SERVING; 1 for anything else, with a line on stderr."""
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=DIRECT) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=service)
         try:

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import json
 import os
@@ -14,11 +15,17 @@ from typing import Any, TypeVar
 import uvloop
 import yaml
 
-from pdserve.config.base import Settings, lay_over, parse_assignment, parse_settings, read_yaml
+from pdserve.config.base import lay_over, parse_assignment, parse_settings, read_yaml
+from pdserve.config.processes import RouterSettings, WorkerSettings
 from pdserve.domain.errors import LocalFault, PdserveError
+from pdserve.observe.log_sinks import STDERR, RotatingFile, reopen_without_blocking
+from pdserve.observe.logging import flush_logs, process_log
 
-S = TypeVar("S", bound=Settings)
+S = TypeVar("S", RouterSettings, WorkerSettings)
+EXIT_FAILED = 1
 EXIT_BAD_START = 2
+STDIN = 0
+STDOUT = 1
 PR_SET_PDEATHSIG = 1
 
 OnReady = Callable[..., None]
@@ -53,6 +60,7 @@ def run_process(kind: type[S], serve: ServeProcess[S], doc: str) -> None:
         _on_parent_death(signal.SIGTERM)
     if arguments.die_with_parent:
         _on_parent_death(signal.SIGKILL)
+    _open_standard_files()
     is_ready = False
 
     def on_ready(**addresses: str) -> None:
@@ -63,17 +71,48 @@ def run_process(kind: type[S], serve: ServeProcess[S], doc: str) -> None:
     try:
         given = lay_over(_read(arguments.settings), map(parse_assignment, arguments.assignments))
         settings = parse_settings(kind, given, source="settings")
-        uvloop.run(_serve_until_signal(serve, settings, on_ready))
+        with process_log(level=settings.log_level, file=_log_file(settings)):
+            try:
+                uvloop.run(_serve_until_signal(serve, settings, on_ready))
+            except (PdserveError, ExceptionGroup) as group:
+                error = _first_known(group)
+                if is_ready and error is not None:
+                    print(error.message, file=sys.stderr)
+                raise
     except (PdserveError, ExceptionGroup) as group:
         error = _first_known(group)
         if error is None:
             raise
-        if not is_ready:
-            _print_line(ready=False, error=error.message)
-        sys.exit(f"{error.message}" if is_ready else EXIT_BAD_START)
+        if is_ready:
+            sys.exit(EXIT_FAILED)
+        _print_line(ready=False, error=error.message)
+        sys.exit(EXIT_BAD_START)
     # All is closed; taking the interpreter apart (torch, grpc) would only take seconds.
-    sys.stderr.flush()
     os._exit(0)
+
+
+def _open_standard_files() -> None:
+    """Have all three, so that no other file gets their numbers; waiting for none that is read."""
+    for number in (STDIN, STDOUT, STDERR):
+        try:
+            os.fstat(number)
+        except OSError:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != number:
+                os.dup2(nothing, number)
+                os.close(nothing)
+    reopen_without_blocking(STDOUT)
+
+
+def _log_file(settings: RouterSettings | WorkerSettings) -> RotatingFile | None:
+    if not settings.log_file:
+        return None
+    return RotatingFile(
+        Path(settings.log_file),
+        max_bytes=settings.max_log_bytes,
+        num_files=settings.num_log_files,
+        is_stderr=True,
+    )
 
 
 def _read(source: str) -> object:
@@ -95,6 +134,7 @@ async def _serve_until_signal(serve: ServeProcess[S], settings: S, on_ready: OnR
 
 def _stop_or_quit(stop: asyncio.Event) -> None:
     if stop.is_set():  # asked twice: the person does not want to wait
+        flush_logs()
         os._exit(130)
     stop.set()
 
@@ -110,8 +150,9 @@ def _first_known(error: BaseException) -> PdserveError | None:
 
 
 def _print_line(**fields: Any) -> None:
-    sys.stdout.write(json.dumps(fields) + "\n")
-    sys.stdout.flush()
+    """One line on stdout, for whoever started this process; serving does not depend on a reader."""
+    with contextlib.suppress(OSError):
+        os.write(STDOUT, json.dumps(fields).encode() + b"\n")
 
 
 def _on_parent_death(number: signal.Signals) -> None:

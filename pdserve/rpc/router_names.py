@@ -2,8 +2,6 @@
 routers come and go."""
 
 import asyncio
-import contextlib
-import ipaddress
 import random
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import structlog
 
 from pdserve.config.timers import Timers
+from pdserve.domain.addresses import is_ip, join_address, split_address
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.messages import WorkerHello, WorkerLoad
 from pdserve.rpc.registration import Registration
@@ -69,7 +68,7 @@ class RouterRegistrations:
         await _cancel([task for _, task in self._running.values()])
 
     async def _watch(self, router: str) -> None:
-        if _is_literal(router):
+        if is_ip(split_address(router)[0]):
             self._start(router)
             return
         known: frozenset[str] = frozenset()
@@ -117,21 +116,11 @@ class RouterRegistrations:
 
 async def resolve_address(router: str) -> frozenset[str]:
     """All addresses of host:port, by the system's resolver."""
-    host, _, port = router.rpartition(":")
+    host, port = split_address(router)
     found = await asyncio.get_running_loop().getaddrinfo(
-        host, int(port), type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+        host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
     )
-    hosts = {str(address[0]) for *_, address in found}
-    return frozenset(f"[{each}]:{port}" if ":" in each else f"{each}:{port}" for each in hosts)
-
-
-def _is_literal(router: str) -> bool:
-    """Whether host:port needs no name server."""
-    host = router.rpartition(":")[0].strip("[]")
-    with contextlib.suppress(ValueError):
-        ipaddress.ip_address(host)
-        return True
-    return False
+    return frozenset(join_address(str(address[0]), port) for *_, address in found)
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:

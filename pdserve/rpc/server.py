@@ -1,5 +1,6 @@
 """A gRPC server with health, reflection and one rule for unexpected exceptions."""
 
+import contextlib
 import inspect
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
@@ -12,15 +13,19 @@ import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from pdserve.config.binding import is_loopback
+from pdserve.config.binding import explain_listening, listen
 from pdserve.config.timers import Timers
-from pdserve.domain.errors import LocalFault, PdserveError
+from pdserve.domain.addresses import is_loopback, join_address
+from pdserve.domain.errors import BadRequest, LocalFault, PdserveError
 from pdserve.rpc.channels import server_options
 from pdserve.rpc.errors import abort
 from pdserve.rpc.health import ProcessHealth
 from pdserve.rpc.links import AddService
 
 log = structlog.get_logger(__name__)
+
+UNREADABLE = object()
+"""In place of a request that could not be parsed."""
 
 
 class RpcServer:
@@ -54,22 +59,20 @@ class RpcServer:
             [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
         )
         try:
-            bound = server.add_insecure_port(f"{host}:{port}")
+            bound = server.add_insecure_port(join_address(host, port))
         except RuntimeError:
             bound = 0
         if bound == 0:
-            raise LocalFault(
-                f"cannot listen on {host}:{port}: the port is in use, or the host is not this "
-                "machine's; choose another port"
-            )
+            raise LocalFault(f"cannot listen on {_why_not(host, port)}; choose another")
+        address = join_address(host, bound)
         if not is_loopback(host):
             log.warning(
                 "binding.insecure",
-                address=f"{host}:{bound}",
+                address=address,
                 advice="no TLS, no login: only trusted machines may reach this port",
             )
         await server.start()
-        started = cls(server, health_servicer, f"{host}:{bound}")
+        started = cls(server, health_servicer, address)
         await started.set_ready(is_ready)
         return started
 
@@ -91,6 +94,15 @@ class RpcServer:
         await self.close()
 
 
+def _why_not(host: str, port: int) -> str:
+    """gRPC does not say why it could not listen; the system does."""
+    try:
+        listen(host, port).close()
+    except OSError as error:
+        return explain_listening(host, port, error)
+    return f"{join_address(host, port)}: gRPC could not take the port"
+
+
 class OpaqueErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Known errors become their status; anything else becomes INTERNAL with an id, logged here.
 
@@ -106,6 +118,7 @@ class OpaqueErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler is None:
             return None
         method = handler_call_details.method
+        parse = _lenient(handler.request_deserializer)
         if handler.unary_unary:
             wrapped = _guard_call(handler.unary_unary, method)
             make = grpc.unary_unary_rpc_method_handler
@@ -115,14 +128,33 @@ class OpaqueErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         elif handler.stream_stream:
             wrapped = _guard_stream(handler.stream_stream, method)
             make = grpc.stream_stream_rpc_method_handler
+            parse = handler.request_deserializer  # read, and so parsed, by the handler itself
         else:
             return handler
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        return make(wrapped, parse, handler.response_serializer)
+
+
+def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Messages are parsed before our handlers run: there, too, an exception's text would leak."""
+
+    def parse(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except Exception:  # noqa: BLE001  what a parser raises is its own affair
+            return UNREADABLE
+
+    return parse
+
+
+def _check_readable(request: Any) -> None:
+    if request is UNREADABLE:
+        raise BadRequest("the request is not a message of this method")
 
 
 def _guard_call(inner: Any, method: str) -> Any:
     async def guarded(request: Any, context: Any) -> Any:
         try:
+            _check_readable(request)
             return await inner(request, context)
         except Exception as error:  # noqa: BLE001
             await _reply_with(context, error, method)
@@ -135,12 +167,14 @@ def _guard_stream(inner: Any, method: str) -> Any:
 
     async def guarded_coroutine(request: Any, context: Any) -> None:
         try:
+            _check_readable(request)
             await inner(request, context)
         except Exception as error:  # noqa: BLE001
             await _reply_with(context, error, method)
 
     async def guarded_generator(request: Any, context: Any) -> Any:
         try:
+            _check_readable(request)
             async for reply in inner(request, context):
                 yield reply
         except Exception as error:  # noqa: BLE001
@@ -154,6 +188,7 @@ async def _reply_with(context: Any, error: Exception, method: str) -> None:
         raise error
     if not isinstance(error, PdserveError):
         error_id = uuid.uuid4().hex[:12]
-        log.error("call.crashed", method=method, error_id=error_id, exc_info=error)
+        with contextlib.suppress(Exception):  # its text, too, would go to the client
+            log.error("call.crashed", method=method, error_id=error_id, exc_info=error)
         error = LocalFault(f"internal error, id={error_id}")
     await abort(context, error)

@@ -1,18 +1,16 @@
 """Compiling a kernel with numba: cached on disk where that is possible, clear where it is not.
 
 Kernels are plain functions over arrays. They are compiled at their first call; the result is kept
-beside the source file, or in numba's own cache folder, or, on a read-only disk, not at all. numba
-alone would keep a stale result when a function in another file changes, so the cache is keyed by
-the content of all kernels.
+by `pdserve.engine.kernel_cache`, or, on a read-only disk, not at all.
 """
 
-import hashlib
 import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from pdserve.domain.errors import LocalFault
+from pdserve.engine.kernel_cache import stamp_of, use_cache
 
 numba: Any
 try:
@@ -25,16 +23,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 MISSING = "the planner needs numba, which is not installed: pip install 'pdserve[planner]'"
 
 
-def content_of_kernels() -> str:
-    """A digest of every source file of this package."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-STAMP = content_of_kernels() if numba is not None else ""
-
+STAMP = stamp_of(Path(__file__).parent.glob("*.py")) if numba is not None else ""
+"""Of every source file of this package: a kernel has those that it calls inside it."""
 
 OPTIONS = {"error_model": "numpy"}
 UNCOUNTED = {**OPTIONS, "_nrt": False}
@@ -58,15 +48,7 @@ def compiled_allocating(function: F) -> F:
 def _compile(function: F, options: dict[str, Any]) -> F:
     if numba is None:
         return cast(F, _refuse)
-    dispatcher = numba.njit(**options)(function)
-    try:
-        dispatcher.enable_caching()
-        dispatcher._cache._cache_file._source_stamp = STAMP
-    except (RuntimeError, AttributeError):
-        # No folder that numba may write to, or a numba whose cache has other insides: the function
-        # is compiled in every process.
-        dispatcher = numba.njit(**options)(function)
-    return cast(F, dispatcher)
+    return cast(F, use_cache(numba.njit(**options)(function), STAMP))
 
 
 def inlined(function: F) -> F:

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pdserve.config.files import write_file
 from pdserve.domain.errors import LocalFault
 from placement.demand import Workload
 from placement.simulate import simulate
@@ -23,7 +24,12 @@ SHORT_S = 1.0
 
 
 def run_simulation(
-    config_file: Path, workload_file: Path, *, requests_file: Path | None, json_file: Path | None
+    config_file: Path,
+    workload_file: Path,
+    *,
+    requests_file: Path | None,
+    json_file: Path | None,
+    as_json: bool = False,
 ) -> None:
     """Simulate and report; raises `LocalFault` for whatever is wrong with the input."""
     config, workload = read_config(config_file), read_workload(workload_file)
@@ -35,13 +41,13 @@ def run_simulation(
     took_s = time.monotonic() - started_s
     summary = summarise(config, result, workload.output_tokens)
     if requests_file is not None:
-        _write(requests_file, format_requests(result))
+        write_file(requests_file, format_requests(result))
+    text = json.dumps(to_json(config, summary), indent=2, allow_nan=False)
     if json_file is not None:
-        text = json.dumps(to_json(config, summary), indent=2, allow_nan=False) + "\n"
-        if str(json_file) == "-":
-            print(text, end="")
-            return
-        _write(json_file, text)
+        write_file(json_file, text + "\n")
+    if as_json:
+        print(text)
+        return
     show(config, summary, Console())
     if took_s > SHORT_S:
         console.print(f"simulated {len(workload):,} requests in {took_s:.1f} s")
@@ -141,10 +147,3 @@ def _check_classes(config: SimulationConfig, workload: Workload) -> None:
             f"{workload.source}: request {row}: slo_class {int(classes.max())}, but the "
             f"configuration has {len(config.slo)} classes, numbered from 0"
         )
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise LocalFault(f"{path}: {error.strerror}") from None

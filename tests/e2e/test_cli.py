@@ -117,7 +117,7 @@ def test_status_and_models_as_tables(cluster: Up) -> None:
 def test_bench_reports_and_writes_every_request(cluster: Up, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     options = ("--rate", "30", "--requests", "12", "--slo-ttft", "5", "--slo-tpot", "5")
-    done = pdserve("bench", *options, "--json", str(path), cluster=cluster)
+    done = pdserve("bench", *options, "--json-file", str(path), cluster=cluster)
     assert done.returncode == 0, done.stderr
     assert "100.0%" in done.stdout.decode()
     result = json.loads(path.read_text())
@@ -132,7 +132,7 @@ def test_bench_reports_and_writes_every_request(cluster: Up, tmp_path: Path) -> 
 def test_bench_replays_the_packaged_trace_fitted_to_the_model(cluster: Up, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     options = ("--trace", "azure-code", "--time-scale", "0.02", "--requests", "20")
-    done = pdserve("bench", *options, "--json", str(path), cluster=cluster)
+    done = pdserve("bench", *options, "--json-file", str(path), cluster=cluster)
     assert done.returncode == 0, done.stderr
     result = json.loads(path.read_text())
     assert result["num_ok"] == 20

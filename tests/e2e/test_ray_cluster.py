@@ -522,7 +522,14 @@ async def test_a_worker_of_several_ranks_gets_all_on_one_node_and_torch_says_it_
 
 def test_up_and_down_on_ray_as_a_person_runs_them(nodes: RayNodes, tmp_path: Path) -> None:
     """`down` finds the cluster through Ray: there is no run file that it could read."""
-    on_ray = ("--backend", "ray", "--address", nodes.address, "--ray-resource", f"h100_sxm={GPU}")
+    on_ray = (
+        "--backend",
+        "ray",
+        "--ray-address",
+        nodes.address,
+        "--ray-resource",
+        f"h100_sxm={GPU}",
+    )
     ports = ("--port", "0", "--internal-port", "0")
     options = ("--engine", "timed", "--device", "cpu", "--log-dir", str(tmp_path / "logs"))
     own = {"XDG_RUNTIME_DIR": str(tmp_path)}
@@ -552,7 +559,14 @@ def test_up_and_down_on_ray_as_a_person_runs_them(nodes: RayNodes, tmp_path: Pat
 
 
 async def test_an_up_that_is_killed_leaves_nothing_on_ray(nodes: RayNodes, tmp_path: Path) -> None:
-    on_ray = ("--backend", "ray", "--address", nodes.address, "--ray-resource", f"h100_sxm={GPU}")
+    on_ray = (
+        "--backend",
+        "ray",
+        "--ray-address",
+        nodes.address,
+        "--ray-resource",
+        f"h100_sxm={GPU}",
+    )
     options = ("--engine", "timed", "--device", "cpu", "--port", "0", "--internal-port", "0")
     own = {"XDG_RUNTIME_DIR": str(tmp_path)}
     run = Up(str(plan_file(tmp_path)), *on_ray, *options, env=own)
@@ -578,6 +592,6 @@ async def test_an_up_that_is_killed_leaves_nothing_on_ray(nodes: RayNodes, tmp_p
     ],
 )
 def test_no_ray_cluster_at_the_address(address: str, code: int, said: str) -> None:
-    done = pdserve("up", "--backend", "ray", "--address", address)
+    done = pdserve("up", "--backend", "ray", "--ray-address", address)
     assert done.returncode == code
     assert said in error_line(done)

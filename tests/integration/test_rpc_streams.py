@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from typing import NoReturn
 
 import grpc.aio
 import pytest
+import structlog
 
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import LocalFault, Refused, WorkerLost
@@ -155,6 +157,34 @@ async def test_stream_whose_far_end_does_not_read_ends_there_too_when_a_message_
         await link.close()
         async with asyncio.timeout(2):
             await ended.wait()
+
+
+async def test_request_that_cannot_be_parsed_is_refused_without_the_parsers_words(
+    echo: tuple[EchoDecode, RpcServer],
+) -> None:
+    async with grpc.aio.insecure_channel(echo[1].address) as channel:
+        check = channel.unary_unary("/grpc.health.v1.Health/Check", bytes, bytes)
+        call = check(b"\xff\xff\xff")
+        assert await call.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert await call.details() == "the request is not a message of this method"
+
+
+async def test_failing_log_does_not_put_its_own_text_into_the_reply(
+    echo: tuple[EchoDecode, RpcServer],
+) -> None:
+    def no_space(*_: object) -> NoReturn:
+        raise OSError("No space left for a prompt")
+
+    structlog.configure(processors=[no_space])
+    try:
+        async with grpc.aio.insecure_channel(echo[1].address) as channel:
+            call = decode_pb2_grpc.DecodeStub(channel).Serve()  # type: ignore[no-untyped-call]
+            cancel = decode_pb2.Cancel(request_id="crash")
+            await call.write(decode_pb2.RouterMessage(cancel=cancel))
+            assert await call.code() == grpc.StatusCode.INTERNAL
+            assert (await call.details()).startswith("internal error, id=")
+    finally:
+        structlog.reset_defaults()
 
 
 async def test_nobody_listening_is_worker_lost() -> None:

@@ -12,6 +12,7 @@ from pdserve.config.processes import EngineSettings, LogLevel, RouterSettings, W
 from pdserve.config.timers import Timers
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import ClusterState, WorkerState
+from pdserve.observe.logging import configure_logging
 
 START_S = 60.0
 QUICK_TIMERS = Timers(
@@ -81,6 +82,7 @@ async def task_cluster(
     from router.app import serve as serve_router
 
     engine = engine or demo_engine()
+    configure_logging(level=log_level)
     async with contextlib.AsyncExitStack() as stack:
         router = RouterSettings(
             port=0,

@@ -48,7 +48,7 @@ def run_of(pid: int, address: str = "127.0.0.1:7450") -> Run:
 
 def test_a_run_is_listed_while_its_block_lasts(program: subprocess.Popen[bytes]) -> None:
     assert running() == []
-    with noted_run(run_of(program.pid)):
+    with noted_run(run_of(program.pid), pytest.fail):
         (found,) = running()
         assert (found.pid, found.address) == (program.pid, "127.0.0.1:7450")
     assert running() == []
@@ -67,7 +67,7 @@ def test_a_killed_run_is_forgotten_and_its_number_is_nobody_elses(
 
 
 def test_stopping_ends_the_process(program: subprocess.Popen[bytes]) -> None:
-    with noted_run(run_of(program.pid)):
+    with noted_run(run_of(program.pid), pytest.fail):
         (found,) = running()
         # Only a parent can tell a zombie from a process; here the parent is this test.
         assert stop(found) < 5.0
@@ -77,11 +77,26 @@ def test_stopping_ends_the_process(program: subprocess.Popen[bytes]) -> None:
 
 def test_one_that_does_not_stop_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "GRACE_S", 0.1)
-    with start(STAYS) as process, noted_run(replace(run_of(process.pid), drain_s=0.1)):
+    with (
+        start(STAYS) as process,
+        noted_run(replace(run_of(process.pid), drain_s=0.1), pytest.fail),
+    ):
         (found,) = running()
         with pytest.raises(ClusterFailed, match=f"did not stop; its process is {process.pid}"):
             stop(found)
         process.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("folder", ["/dev/null", "/proc"])
+def test_a_disk_that_takes_no_file_is_told_and_the_cluster_serves(
+    monkeypatch: pytest.MonkeyPatch, program: subprocess.Popen[bytes], folder: str
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+    told: list[str] = []
+    with noted_run(run_of(program.pid), told.append):
+        (line,) = told
+        assert f"will not find this cluster (pid {program.pid})" in line
+        assert folder in line
 
 
 def test_choosing() -> None:

@@ -1,12 +1,16 @@
+import errno
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
 
-from pdserve.observe.logging import PRIVATE_FIELDS, configure_logging
+from pdserve.observe.logging import PRIVATE_FIELDS, configure_logging, num_dropped_lines
 
 CANARY = "canary-prompt"
 
@@ -71,3 +75,55 @@ def test_no_terminal_means_json() -> None:
     configure_logging(stream=stream)
     structlog.get_logger().info("x.happened")
     assert logged(stream)[0]["event"] == "x.happened"
+
+
+class Unprintable:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_event_that_cannot_be_rendered_is_counted_and_harms_nobody() -> None:
+    stream = io.StringIO()
+    configure_logging(stream=stream)
+    log, before = structlog.get_logger(), num_dropped_lines()
+    log.info("x.happened", value=Unprintable())
+    log.bind(value=Unprintable()).error("x.failed")
+    log.info("x.happened", value="caf\u00e9 \ud800")
+    assert num_dropped_lines() == before + 2
+    assert logged(stream)[0]["value"] == "caf\u00e9 \ud800"
+
+
+class Full(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, text)
+
+
+def test_stream_that_takes_no_more_harms_nobody() -> None:
+    configure_logging(stream=Full(), as_json=True)
+    before = num_dropped_lines()
+    structlog.get_logger().warning("x.happened")
+    assert num_dropped_lines() == before + 1
+
+
+PROCESS = """
+import sys, structlog
+from pathlib import Path
+from pdserve.observe.log_sinks import RotatingFile
+from pdserve.observe.logging import num_dropped_lines, process_log
+file = RotatingFile(Path(sys.argv[1]), max_bytes=1 << 16, num_files=2, is_stderr=True)
+with process_log(level="info", file=file):
+    structlog.get_logger().info("x.happened", number=1)
+    print("printed", file=sys.stderr)
+    raise SystemExit(num_dropped_lines())
+"""
+
+
+def test_events_and_what_is_printed_share_the_file_and_are_written_before_the_end(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "x.log"
+    done = subprocess.run([sys.executable, "-c", PROCESS, str(path)], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    event, printed = path.read_text().splitlines()
+    assert json.loads(event)["number"] == 1
+    assert printed == "printed"
