@@ -100,7 +100,6 @@ async def open_router(settings: RouterSettings) -> AsyncIterator[Router]:
             model_name=model_name,
             membership=membership,
             ledger=ledger,
-            links=registrations.links,
             in_flight=in_flight,
             slo=slo,
             watch=metrics,

@@ -6,7 +6,7 @@ enter ─▶ tokenise ─▶ check ─▶ choose + reserve + submit ─▶ relay
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from random import Random
@@ -21,13 +21,13 @@ from pdserve.domain.errors import (
     Reason,
     Refused,
 )
-from pdserve.domain.ids import AttemptId, RequestId, WorkerId
+from pdserve.domain.ids import AttemptId, RequestId
 from pdserve.domain.messages import PrefillTarget, RequestOutput, Submit
 from pdserve.domain.tokens import Completed, Failed, PhaseTimeline
 from pdserve.observe.watch import RouterWatch
 from router.admission import ServedModel, check_call, check_label, check_token_ids
 from router.cluster_view import Ledger
-from router.decode_links import DecodeLink, Inbox
+from router.decode_links import Inbox
 from router.failures import (
     blamed_lives,
     error_of,
@@ -80,7 +80,6 @@ class Dispatcher:
         model_name: str,
         membership: Membership,
         ledger: Ledger,
-        links: Mapping[WorkerId, DecodeLink],
         in_flight: InFlight,
         slo: SloBook,
         watch: RouterWatch,
@@ -93,7 +92,6 @@ class Dispatcher:
         self._model_name = model_name
         self._membership = membership
         self._ledger = ledger
-        self._links = links
         self._in_flight = in_flight
         self._slo = slo
         self._watch = watch
@@ -270,7 +268,7 @@ class Dispatcher:
         worker never outlive the call.
         """
         attempt_id = AttemptId(record.request_id, attempt)
-        link = self._links[pair.decode.hello.worker_id]
+        link = self._membership.link(pair.decode.life)  # no await since the choice
         inbox = Inbox(
             max_answer_tokens=record.sampling.max_tokens,
             max_num_tokens=self._limits.max_num_buffered_tokens,

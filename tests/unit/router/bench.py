@@ -127,7 +127,6 @@ class Bench:
             model_name="demo",
             membership=self.membership,
             ledger=self.ledger,
-            links=self.links,
             in_flight=self.in_flight,
             slo=self.slo,
             watch=self.watch,
@@ -187,8 +186,8 @@ async def open_bench(
     for worker in bench.workers.values():
         member = bench.membership.admit(worker.hello, 0.0)
 
-        def on_change(is_linked: bool, member: Any = member) -> None:
-            member.is_linked = is_linked
+        def on_change(is_open: bool, member: Any = member) -> None:
+            member.link = bench.links[member.hello.worker_id] if is_open else None
 
         link = DecodeLink(
             LinkTarget(life=member.life, address=""),
