@@ -148,11 +148,13 @@ class PrefillService:
         if len(start.prompt_token_ids) > self._spec.max_context_tokens:
             return Failed(
                 reason=Reason.CONTEXT_TOO_LONG,
-                message=f"a prompt may have {self._spec.max_context_tokens} tokens",
+                message=f"a prompt may have {self._spec.max_context_tokens} tokens; "
+                f"got {len(start.prompt_token_ids)}",
             )
         if num_blocks > self._num_blocks:
             return Failed(
-                reason=Reason.OVERLOADED,
-                message=f"the prompt needs {num_blocks} KV blocks of {self._num_blocks}",
+                reason=Reason.CONTEXT_TOO_LONG,
+                message=f"the prompt needs {num_blocks} KV blocks; "
+                f"the prefill worker has {self._num_blocks}",
             )
         return None

@@ -6,7 +6,7 @@ enter ─▶ tokenise ─▶ check ─▶ choose + reserve + submit ─▶ relay
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from random import Random
@@ -25,7 +25,14 @@ from pdserve.domain.ids import AttemptId, RequestId
 from pdserve.domain.messages import PrefillTarget, RequestOutput, Submit
 from pdserve.domain.tokens import Completed, Failed, PhaseTimeline
 from pdserve.observe.watch import RouterWatch
-from router.admission import ServedModel, check_call, check_label, check_token_ids
+from router.admission import (
+    ServedModel,
+    TextLimits,
+    check_call,
+    check_fit,
+    check_label,
+    check_num_tokens,
+)
 from router.cluster_view import Ledger
 from router.decode_links import Inbox
 from router.failures import (
@@ -40,6 +47,7 @@ from router.failures import (
 from router.in_flight import InFlight, Outcome
 from router.membership import Membership
 from router.policy import MIN_RETRY_AFTER_S, NoWorkers, Overloaded, Pair, choose_pair
+from router.prompts import checked_token_ids
 from router.records import Record, Visit
 from router.requests import Chunk, ChunkSink, Finished, GenerateCall, Usage
 from router.slo import SloBook
@@ -47,12 +55,13 @@ from router.slo import SloBook
 log = structlog.get_logger(__name__)
 
 MAX_NUM_BUFFERED_TOKENS = 256
+NO_BOUND_OF_TOKENS = TextLimits(max_prompt_chars=2_000_000)
 LAST_WORD_S = 1.0
 """Time for the requests that a drain ends to say so."""
 SEED_BITS = 53  # survives JSON
 
-Encode = Callable[[str], Awaitable[tuple[int, ...]]]
-"""Text to tokens, off the event loop."""
+Encode = Callable[[str], Awaitable[Sequence[int]]]
+"""Text to tokens; raises `BadRequest` or `Refused`. Who stops waiting ends the work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +76,7 @@ class DispatchLimits:
     max_num_waiting: int | None = None
     max_wait_s: float | None = None
     max_num_attempts: int = 3
-    max_prompt_chars: int = 2_000_000
+    text: TextLimits = NO_BOUND_OF_TOKENS
     max_num_buffered_tokens: int = MAX_NUM_BUFFERED_TOKENS
 
 
@@ -199,15 +208,16 @@ class Dispatcher:
 
     async def _prepare(self, record: Record, call: GenerateCall) -> None:
         """Check and tokenise; raises `BadRequest` or `Refused`."""
+        check_call(call, self._model_name, self._limits.text)
         model = self.served_model()
         if model is None:
             raise no_workers()
-        check_call(call, model, max_prompt_chars=self._limits.max_prompt_chars)
-        record.token_ids = (
-            await self._encode(call.prompt) if isinstance(call.prompt, str) else call.prompt
-        )
-        field = "text" if isinstance(call.prompt, str) else "token_ids"
-        check_token_ids(record.token_ids, call.sampling, model, field=field)
+        check_fit(call, model, self._limits.text)
+        token_ids, field = call.prompt, "token_ids"
+        if isinstance(token_ids, str):
+            token_ids, field = await self._encode(token_ids), "text"
+            check_num_tokens(len(token_ids), call.sampling.max_tokens, model, field=field)
+        record.token_ids = await checked_token_ids(token_ids, model, field=field)
         seed = call.sampling.seed if call.has_seed else self._rng.getrandbits(SEED_BITS)
         record.sampling = replace(call.sampling, seed=seed)
 

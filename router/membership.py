@@ -15,6 +15,7 @@ from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import Role, WorkerHello, WorkerLoad, WorkerState
 from router.admission import ServedModel
+from router.capacity import max_kv_tokens, roomiest
 from router.cluster_view import ClusterView, Health, Ledger, Life, WorkerView
 from router.decode_links import DecodeLink
 
@@ -105,10 +106,11 @@ class Membership:
         decode = [hello for hello in hellos if hello.role is Role.DECODE]
         if not decode:
             return None
+        largest = roomiest(decode)
         return ServedModel(
             name=name,
-            max_context_tokens=min(hello.max_context_tokens for hello in hellos),
-            max_kv_tokens=max(hello.num_blocks * hello.block_size for hello in decode),
+            max_context_tokens=largest.max_context_tokens,
+            max_kv_tokens=max_kv_tokens(largest),
             vocab_size=min(hello.vocab_size for hello in hellos),
         )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import tokenizers
 
 from pdserve.domain.errors import LocalFault
+from pdserve.engine.text_bounds import max_chars_per_token
 
 _REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not, or not yet, a character
 _MAX_HELD_TOKENS = 32
@@ -37,9 +38,18 @@ class Tokenizer:
         inner.no_padding()
         return cls(inner, hashlib.blake2b(content, digest_size=16).digest())
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Tokens of `text`, with what the tokenizer adds around it (a begin token, for most)."""
-        return tuple(self._inner.encode(text).ids)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Tokens of `text`, with what the tokenizer adds around it (a begin token, for most).
+
+        Other threads run meanwhile: of the library's ways to encode, those for batches release
+        the interpreter's lock, and the fast one leaves out the places of tokens in the text.
+        """
+        [encoding] = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return tuple(encoding.ids)
+
+    def max_chars_per_token(self) -> int | None:
+        """The most characters of a text that one token stands for; None if there is no bound."""
+        return max_chars_per_token(self._inner)
 
     def decode(self, token_ids: tuple[int, ...] | list[int]) -> str:
         """Text of `token_ids`, special tokens left out."""

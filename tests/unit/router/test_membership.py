@@ -155,7 +155,7 @@ def test_sole_worker_may_come_back_with_another_model() -> None:
     assert membership.view(1.0).decode[0].hello.model_hash == b"another"
 
 
-def test_served_model_is_what_every_worker_can_do() -> None:
+def test_served_model_is_what_the_largest_decode_worker_can_do() -> None:
     membership = make_membership()
     membership.admit(make_hello("p0", Role.PREFILL, max_context_tokens=512), 0.0)
     assert membership.served_model("demo") is None  # prefill workers alone serve nothing
@@ -163,7 +163,12 @@ def test_served_model_is_what_every_worker_can_do() -> None:
     membership.admit(make_hello("d1", num_blocks=20), 0.0)
     model = membership.served_model("demo")
     assert model is not None
-    assert (model.max_context_tokens, model.max_kv_tokens, model.vocab_size) == (512, 320, 2048)
+    # The prefill worker's context bounds nothing: decode workers can read prompts, too.
+    assert (model.max_context_tokens, model.max_kv_tokens, model.vocab_size) == (1024, 320, 2048)
+    membership.admit(make_hello("d2", num_blocks=90, max_context_tokens=200), 0.0)
+    model = membership.served_model("demo")
+    assert model is not None
+    assert (model.max_context_tokens, model.max_kv_tokens) == (1024, 320)  # of one worker
 
 
 def test_view_and_operators_see_what_is_assigned() -> None:
@@ -172,7 +177,7 @@ def test_view_and_operators_see_what_is_assigned() -> None:
     membership.admit(make_hello("d0"), 0.0)
     membership.admit(make_hello("p0", Role.PREFILL), 0.0)
     attempt = AttemptId(RequestId("r"), 1)
-    shape = RequestShape(num_prompt_tokens=20, max_tokens=13)
+    shape = RequestShape(num_prompt_tokens=20, max_tokens=14)
     ledger.assign(attempt, shape, decode=WorkerId("d0"), reader=WorkerId("p0"), block_size=16)
     view = membership.view(0.0)
     assert view.decode[0].assigned.num_blocks == 3
