@@ -58,13 +58,15 @@ def check_fit(call: GenerateCall, model: ServedModel, limits: TextLimits) -> Non
     if not isinstance(call.prompt, str):
         check_num_tokens(len(call.prompt), max_tokens, model, field="token_ids")
         return
-    check_num_tokens(1, max_tokens, model, field="text")
-    if limits.max_chars_per_token is None:
-        return
     num_left, what = min(
         (model.max_context_tokens - max_tokens, "the model's context"),
         (model.max_kv_tokens + 1 - max_tokens, "the KV memory of the largest decode worker"),
     )
+    if num_left < 1:
+        rule = f"must leave room for a prompt in {what} of {num_left + max_tokens} tokens"
+        _refuse("sampling.max_tokens", f"{rule}; got {max_tokens}", Reason.CONTEXT_TOO_LONG)
+    if limits.max_chars_per_token is None:
+        return
     max_chars = num_left * limits.max_chars_per_token
     if len(call.prompt) > max_chars:
         rule = (

@@ -47,8 +47,8 @@ class LaneSettings:
 
 
 LANES = (
-    LaneSettings(max_chars=MAX_LONG_CHARS, num_processes=4, niceness=5),
-    # An encoded text of 2 MB holds up to 1 GB until its process ends.
+    LaneSettings(max_chars=MAX_LONG_CHARS, num_processes=4, niceness=0),
+    # An encoded text of 2 MB holds 400 MB, until its process ends.
     LaneSettings(
         max_chars=None,
         num_processes=2,

@@ -31,8 +31,7 @@ TOKENIZER = Tokenizer.load(DEMO_MODEL_DIR)
 NUM_CHARS = 700_000
 MAX_CONTEXT_TOKENS = 4_000_000
 PATIENCE_S = 120.0
-MAX_STALL_S = 0.1
-"""Twice the 50 ms that a first token may come late: processor time is measured unevenly."""
+MAX_STALL_S = 0.05
 
 
 class AnsweringWorker(ScriptedWorker):
@@ -89,6 +88,7 @@ async def longest_stall_s(until: asyncio.Event) -> float:
         started_s = time.process_time()
         await asyncio.sleep(0.001)  # ends in the first turn after a millisecond
         longest_s = max(longest_s, time.process_time() - started_s)
+    print("LONGEST", longest_s)
     return longest_s
 
 
@@ -130,7 +130,7 @@ async def test_prompts_of_others_pass_huge_ones_and_no_worker_seems_lost() -> No
 
 
 async def test_prompt_of_a_million_token_ids_holds_up_nothing() -> None:
-    ids = [index % 2000 for index in range(1_000_000)]
+    ids = [index % 2000 for index in range(1_400_000)]
     async with served() as (cluster, worker):
         request = {"token_ids": {"ids": ids}}
         is_over = asyncio.Event()
