@@ -15,6 +15,8 @@ from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
 
 log = structlog.get_logger(__name__)
 
+_AS_GOOD_AS_LOST = frozenset({Reason.DRAINING, Reason.CONTEXT_TOO_LONG})
+
 
 class Handoffs:
     """Fetches KV for requests, and counts what was moved."""
@@ -42,8 +44,8 @@ class Handoffs:
 
         Tries the request's prefill workers in order. Blocks that landed are kept, since their
         content was checked: the next worker is asked for the rest. Returns False when every
-        worker was lost or is leaving, so that the rest must be read here; raises `Refused` or
-        `PeerFault` when they refused, or sent KV that did not match.
+        worker was lost, is leaving or is too small, so that the rest must be read here; raises
+        `Refused` or `PeerFault` when they refused, or sent KV that did not match.
         """
         worst: PeerFault | Refused | None = None
         for retry, target in enumerate(request.submit.prefill_targets):
@@ -162,8 +164,9 @@ def _take_first_token(request: DecodeRequest, worker_id: WorkerId, done: Prefill
 def _severity(error: PeerFault | Refused) -> int:
     """Of several failures, which one says most: corrupt KV, then a refusal, then a loss.
 
-    A worker that drains will be gone soon: its refusal is a loss.
+    A worker that drains will be gone soon, and one that can never hold the prompt is as good as
+    not there: their refusals are losses.
     """
     if error.reason is Reason.KV_INTEGRITY:
         return 2
-    return int(isinstance(error, Refused) and error.reason is not Reason.DRAINING)
+    return int(isinstance(error, Refused) and error.reason not in _AS_GOOD_AS_LOST)

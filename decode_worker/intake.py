@@ -4,7 +4,8 @@ import asyncio
 from collections import deque
 
 from decode_worker.requests import Clock, DecodeRequest
-from pdserve.domain.errors import Reason, Refused
+from pdserve.domain.errors import BadRequest, Reason, Refused
+from pdserve.domain.kv_demand import num_blocks_for
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.step_table import StepTable
 
@@ -43,11 +44,16 @@ class Intake:
         return sum(request.num_prompt_tokens for request, _ in self._waiting)
 
     async def admit(self, request: DecodeRequest) -> None:
-        """Reserve `request.table`, waiting for room; raises `Refused` when there is none."""
+        """Reserve `request.table`, waiting for room.
+
+        Raises `Refused` when there is none, and `BadRequest` when there never can be.
+        """
         num_blocks = self._num_blocks(request)
         if num_blocks > self._pool.num_blocks:
-            raise Refused(
-                f"the request needs {num_blocks} KV blocks; this worker has {self._pool.num_blocks}"
+            raise BadRequest(
+                f"prompt and answer need {num_blocks} KV blocks; "
+                f"the decode worker has {self._pool.num_blocks}",
+                reason=Reason.CONTEXT_TOO_LONG,
             )
         if not self._waiting and self._try_reserve(request):
             return
@@ -85,7 +91,7 @@ class Intake:
             ) from None
 
     def _num_blocks(self, request: DecodeRequest) -> int:
-        return -(-request.max_num_kv_tokens // self._block_size)
+        return num_blocks_for(request.max_num_kv_tokens, self._block_size)
 
     def _try_reserve(self, request: DecodeRequest) -> bool:
         if self.num_admitted >= self._max_num_requests:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from decode_worker.stream import Answer, RouterOutbox
+from pdserve.domain.kv_demand import num_answer_kv_tokens
 from pdserve.domain.messages import RequestOutput, Submit
 from pdserve.domain.tokens import (
     Completed,
@@ -101,8 +102,7 @@ class DecodeRequest:
 
     @property
     def max_num_kv_tokens(self) -> int:
-        """Positions whose KV is ever needed: the last token's is not."""
-        return self.num_prompt_tokens + self.submit.sampling.max_tokens - 1
+        return num_answer_kv_tokens(self.num_prompt_tokens, self.submit.sampling.max_tokens)
 
     def take(self, token: SampledToken) -> None:
         """Add a sampled token; sends it, unless it ends the answer: `complete` sends that one."""

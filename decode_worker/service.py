@@ -16,10 +16,11 @@ from pdserve.domain.ids import PROTOCOL_VERSION, RequestId
 from pdserve.domain.messages import Cancel, PeerHello, RequestOutput, Submit, WorkerLoad
 from pdserve.domain.prefix import hash_full_blocks
 from pdserve.domain.sampling import check_sampling
-from pdserve.domain.tokens import Failed
+from pdserve.domain.tokens import Failed, are_below
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.tokenizer import Tokenizer
 from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
+from pdserve.rpc.off_loop import off_loop
 from pdserve.rpc.streams import DecodeServerLink, iterate, receive_hello
 
 log = structlog.get_logger(__name__)
@@ -119,7 +120,8 @@ class DecodeService:
         self._idle.clear()
         try:
             self._check(submit)
-            await self._run(self._new_request(submit, outbox))
+            names = await off_loop(len(submit.prompt_token_ids), self._read_prompt, submit)
+            await self._run(self._new_request(submit, outbox, names))
         except Exception as error:  # noqa: BLE001
             if isinstance(error, Refused):
                 self._watch.refused(error.reason)
@@ -172,10 +174,16 @@ class DecodeService:
             )
         if not submit.prompt_token_ids or not math.isfinite(submit.deadline_s):
             raise BadRequest("a prompt without tokens, or a deadline that is no number")
-        if max(submit.prompt_token_ids) >= self._spec.vocab_size:
-            raise BadRequest(f"a token id at or above {self._spec.vocab_size}")
 
-    def _new_request(self, submit: Submit, outbox: RouterOutbox) -> DecodeRequest:
+    def _read_prompt(self, submit: Submit) -> tuple[bytes, ...]:
+        """Names of the prompt's full blocks; raises `BadRequest`."""
+        if not are_below(submit.prompt_token_ids, self._spec.vocab_size):
+            raise BadRequest(f"a token id at or above {self._spec.vocab_size}")
+        return hash_full_blocks(submit.prompt_token_ids, self._spec.layout.block_size)
+
+    def _new_request(
+        self, submit: Submit, outbox: RouterOutbox, names: tuple[bytes, ...]
+    ) -> DecodeRequest:
         detokenizer = self._tokenizer.detokenizer(
             submit.prompt_token_ids, skip_special_tokens=submit.sampling.skip_special_tokens
         )
@@ -187,7 +195,7 @@ class DecodeService:
                 detokenizer=detokenizer,
             ),
             outbox=outbox,
-            names=hash_full_blocks(submit.prompt_token_ids, self._spec.layout.block_size),
+            names=names,
             clock=self._clock,
         )
 

@@ -19,8 +19,9 @@ from pdserve.domain.messages import (
 )
 from pdserve.domain.prefix import hash_full_blocks
 from pdserve.domain.sampling import check_sampling
-from pdserve.domain.tokens import Failed
+from pdserve.domain.tokens import Failed, are_below
 from pdserve.observe.watch import NO_PREFILL_WATCH, PrefillWatch
+from pdserve.rpc.off_loop import off_loop
 from pdserve.rpc.streams import PrefillServerLink, iterate, receive_hello
 from prefill_worker.prefill_loop import Clock, PrefillLoop
 from prefill_worker.queue import PrefillRequest
@@ -64,7 +65,7 @@ class PrefillService:
         log.info("decode_worker.joined", worker_id=first.worker_id, epoch=first.epoch)
         try:
             async for message in iterate(stream):
-                self._take(stream, message)
+                await self._take(stream, message)
         finally:
             self._loop.end_peer(stream)
             log.info("decode_worker.left", worker_id=first.worker_id, epoch=first.epoch)
@@ -76,11 +77,11 @@ class PrefillService:
             and hello.layout_hash == self._hello.layout_hash
         )
 
-    def _take(self, stream: PrefillServerLink, message: DecodeToPrefill) -> None:
+    async def _take(self, stream: PrefillServerLink, message: DecodeToPrefill) -> None:
         senders = self._loop.senders
         match message:
             case StartHandoff():
-                self._start(stream, message)
+                await self._start(stream, message)
             case BlocksPulled():
                 sender = senders.get(stream, message.handoff)
                 try:
@@ -110,19 +111,24 @@ class PrefillService:
         log.warning("peer.violated", peer=stream.peer, why=why)
         self._watch.message_dropped("violation")
 
-    def _start(self, stream: PrefillServerLink, start: StartHandoff) -> None:
+    async def _start(self, stream: PrefillServerLink, start: StartHandoff) -> None:
         key = (stream, start.handoff)
         if key in self._loop.queue or self._loop.senders.is_known(*key):
             self._drop(stream, "a handoff started twice")
             return
+        arrived_s = self._clock()
         if (failure := self._refusal(start)) is None:
-            now_s = self._clock()
+            try:
+                names = await off_loop(len(start.prompt_token_ids), self._read_prompt, start)
+            except BadRequest as error:
+                self._loop.refuse(stream, start.handoff, Failed.of(error))
+                return
             request = PrefillRequest(
                 start=start,
                 peer=stream,
-                arrived_s=now_s,
-                leave_by_s=now_s + min(start.deadline_s, self._queue_s),
-                names=hash_full_blocks(start.prompt_token_ids, self._spec.layout.block_size),
+                arrived_s=arrived_s,
+                leave_by_s=arrived_s + min(start.deadline_s, self._queue_s),
+                names=names,
             )
             if self._loop.submit(request):
                 return
@@ -152,16 +158,22 @@ class PrefillService:
             return Failed.of(error)
         if not math.isfinite(start.deadline_s):
             return Failed(reason=Reason.INVALID_FIELD, message="a deadline that is no number")
-        if max(start.prompt_token_ids) >= self._spec.vocab_size:
-            return Failed(reason=Reason.INVALID_FIELD, message="a token id beyond the vocabulary")
         if len(start.prompt_token_ids) > self._spec.max_context_tokens:
             return Failed(
                 reason=Reason.CONTEXT_TOO_LONG,
-                message=f"a prompt may have {self._spec.max_context_tokens} tokens",
+                message=f"a prompt may have {self._spec.max_context_tokens} tokens; "
+                f"got {len(start.prompt_token_ids)}",
             )
         if num_blocks > self._num_blocks:
             return Failed(
-                reason=Reason.OVERLOADED,
-                message=f"the prompt needs {num_blocks} KV blocks of {self._num_blocks}",
+                reason=Reason.CONTEXT_TOO_LONG,
+                message=f"the prompt needs {num_blocks} KV blocks; "
+                f"the prefill worker has {self._num_blocks}",
             )
         return None
+
+    def _read_prompt(self, start: StartHandoff) -> tuple[bytes, ...]:
+        """Names of the prompt's full blocks; raises `BadRequest`."""
+        if not are_below(start.prompt_token_ids, self._spec.vocab_size):
+            raise BadRequest("a token id beyond the vocabulary")
+        return hash_full_blocks(start.prompt_token_ids, self._spec.layout.block_size)

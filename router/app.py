@@ -5,9 +5,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -25,13 +23,15 @@ from pdserve.rpc.channels import MAX_INTERNAL_MESSAGE_BYTES, MAX_PUBLIC_MESSAGE_
 from pdserve.rpc.links import connect_decode, membership_service
 from pdserve.rpc.process import OnReady
 from pdserve.rpc.server import RpcServer
+from router.admission import TextLimits
 from router.cluster_view import Health, Ledger
-from router.dispatch import Dispatcher, DispatchLimits, Encode
+from router.dispatch import Dispatcher, DispatchLimits
 from router.grpc_api import inference_service
 from router.in_flight import InFlight
 from router.membership import Membership
 from router.registrations import Registrations
 from router.slo import SloBook, SloClass, SloResult
+from router.tokenizing import TextEncoder
 
 log = structlog.get_logger(__name__)
 
@@ -94,22 +94,24 @@ async def open_router(settings: RouterSettings) -> AsyncIterator[Router]:
         clock=clock,
         rng=rng,
     )
-    with ThreadPoolExecutor(1, "tokenizer") as executor:
+    async with TextEncoder(tokenizer, model_dir) as encoder:
         dispatcher = Dispatcher(
             model_name=model_name,
             membership=membership,
             ledger=ledger,
-            links=registrations.links,
             in_flight=in_flight,
             slo=slo,
             watch=metrics,
-            encode=_in_thread(executor, tokenizer),
+            encode=encoder.encode,
             timers=settings.timers,
             limits=DispatchLimits(
                 max_num_waiting=settings.max_num_waiting,
                 max_wait_s=settings.max_wait_s,
                 max_num_attempts=settings.max_num_attempts,
-                max_prompt_chars=settings.max_prompt_chars,
+                text=TextLimits(
+                    max_prompt_chars=settings.max_prompt_chars,
+                    max_chars_per_token=tokenizer.max_chars_per_token(),
+                ),
             ),
             clock=clock,
             rng=rng,
@@ -182,14 +184,6 @@ def _once_it_can_serve(membership: Membership, clock: Callable[[], float]) -> Ca
         return has_served
 
     return check
-
-
-def _in_thread(executor: ThreadPoolExecutor, tokenizer: Tokenizer) -> Encode:
-    async def encode(text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        work = partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(executor, work)
-
-    return encode
 
 
 def _slo_class(settings: SloClassSettings) -> SloClass:

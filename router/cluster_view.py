@@ -5,6 +5,7 @@ from enum import StrEnum
 
 from pdserve.domain.ids import AttemptId, Epoch, WorkerId
 from pdserve.domain.invariants import check_invariant
+from pdserve.domain.kv_demand import num_answer_kv_tokens, num_blocks_for
 from pdserve.domain.latency import num_attention_pairs
 from pdserve.domain.messages import WorkerHello, WorkerLoad
 
@@ -33,9 +34,15 @@ class RequestShape:
     num_prompt_tokens: int
     max_tokens: int
 
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and longest answer."""
+        return self.num_prompt_tokens + self.max_tokens
+
     def num_blocks(self, block_size: int) -> int:
         """KV blocks of the whole answer: the most that it can come to hold."""
-        return -(-(self.num_prompt_tokens + self.max_tokens) // block_size)
+        num_tokens = num_answer_kv_tokens(self.num_prompt_tokens, self.max_tokens)
+        return num_blocks_for(num_tokens, block_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

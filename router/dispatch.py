@@ -6,10 +6,11 @@ enter ─▶ tokenise ─▶ check ─▶ choose + reserve + submit ─▶ relay
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Protocol
 
 import structlog
 
@@ -21,13 +22,20 @@ from pdserve.domain.errors import (
     Reason,
     Refused,
 )
-from pdserve.domain.ids import AttemptId, RequestId, WorkerId
+from pdserve.domain.ids import AttemptId, RequestId
 from pdserve.domain.messages import PrefillTarget, RequestOutput, Submit
 from pdserve.domain.tokens import Completed, Failed, PhaseTimeline
 from pdserve.observe.watch import RouterWatch
-from router.admission import ServedModel, check_call, check_label, check_token_ids
+from router.admission import (
+    ServedModel,
+    TextLimits,
+    check_call,
+    check_fit,
+    check_label,
+    check_num_tokens,
+)
 from router.cluster_view import Ledger
-from router.decode_links import DecodeLink, Inbox
+from router.decode_links import Inbox
 from router.failures import (
     blamed_lives,
     error_of,
@@ -40,6 +48,7 @@ from router.failures import (
 from router.in_flight import InFlight, Outcome
 from router.membership import Membership
 from router.policy import MIN_RETRY_AFTER_S, NoWorkers, Overloaded, Pair, choose_pair
+from router.prompts import checked_token_ids
 from router.records import Record, Visit
 from router.requests import Chunk, ChunkSink, Finished, GenerateCall, Usage
 from router.slo import SloBook
@@ -47,12 +56,16 @@ from router.slo import SloBook
 log = structlog.get_logger(__name__)
 
 MAX_NUM_BUFFERED_TOKENS = 256
+NO_BOUND_OF_TOKENS = TextLimits(max_prompt_chars=2_000_000)
 LAST_WORD_S = 1.0
 """Time for the requests that a drain ends to say so."""
 SEED_BITS = 53  # survives JSON
 
-Encode = Callable[[str, bool], Awaitable[tuple[int, ...]]]
-"""Text to tokens, off the event loop; True adds the tokenizer's special tokens."""
+
+class Encode(Protocol):
+    """Text to tokens; raises `BadRequest` or `Refused`. Who stops waiting ends the work."""
+
+    async def __call__(self, text: str, *, add_special_tokens: bool) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +80,7 @@ class DispatchLimits:
     max_num_waiting: int | None = None
     max_wait_s: float | None = None
     max_num_attempts: int = 3
-    max_prompt_chars: int = 2_000_000
+    text: TextLimits = NO_BOUND_OF_TOKENS
     max_num_buffered_tokens: int = MAX_NUM_BUFFERED_TOKENS
 
 
@@ -80,7 +93,6 @@ class Dispatcher:
         model_name: str,
         membership: Membership,
         ledger: Ledger,
-        links: Mapping[WorkerId, DecodeLink],
         in_flight: InFlight,
         slo: SloBook,
         watch: RouterWatch,
@@ -93,7 +105,6 @@ class Dispatcher:
         self._model_name = model_name
         self._membership = membership
         self._ledger = ledger
-        self._links = links
         self._in_flight = in_flight
         self._slo = slo
         self._watch = watch
@@ -201,17 +212,17 @@ class Dispatcher:
 
     async def _prepare(self, record: Record, call: GenerateCall) -> None:
         """Check and tokenise; raises `BadRequest` or `Refused`."""
+        check_call(call, self._model_name, self._limits.text)
         model = self.served_model()
         if model is None:
             raise no_workers()
-        check_call(call, model, max_prompt_chars=self._limits.max_prompt_chars)
-        record.token_ids = (
-            await self._encode(call.prompt, call.add_special_tokens)
-            if isinstance(call.prompt, str)
-            else call.prompt
-        )
-        field = "text" if isinstance(call.prompt, str) else "token_ids"
-        check_token_ids(record.token_ids, call.sampling, model, field=field)
+        check_fit(call, model, self._limits.text)
+        token_ids, field = call.prompt, "token_ids"
+        if isinstance(token_ids, str):
+            token_ids = await self._encode(token_ids, add_special_tokens=call.add_special_tokens)
+            field = "text"
+            check_num_tokens(len(token_ids), call.sampling.max_tokens, model, field=field)
+        record.token_ids = await checked_token_ids(token_ids, model, field=field)
         seed = call.sampling.seed if call.has_seed else self._rng.getrandbits(SEED_BITS)
         record.sampling = replace(call.sampling, seed=seed)
 
@@ -272,7 +283,7 @@ class Dispatcher:
         worker never outlive the call.
         """
         attempt_id = AttemptId(record.request_id, attempt)
-        link = self._links[pair.decode.hello.worker_id]
+        link = self._membership.link(pair.decode.life)  # no await since the choice
         inbox = Inbox(
             max_answer_tokens=record.sampling.max_tokens,
             max_num_tokens=self._limits.max_num_buffered_tokens,

@@ -177,13 +177,9 @@ class _ChunkWriter:
 
 
 def _call_from_proto(request: pb.GenerateRequest, label: str, context: Context) -> GenerateCall:
-    prompt = (
-        tuple(request.token_ids.ids)
-        if request.WhichOneof("prompt") == "token_ids"
-        else request.text
-    )
+    is_tokens = request.WhichOneof("prompt") == "token_ids"
     return GenerateCall(
-        prompt=prompt,
+        prompt=request.token_ids.ids if is_tokens else request.text,
         sampling=sampling_from_proto(request.sampling),
         has_seed=request.sampling.HasField("seed"),
         model=request.model,

@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 from pdserve.config.timers import Timers
-from pdserve.domain.errors import PeerFault, Reason
+from pdserve.domain.errors import PeerFault, Reason, WorkerLost
 from pdserve.domain.ids import PROTOCOL_VERSION, WorkerId
 from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import Role, WorkerHello, WorkerLoad, WorkerState
 from router.admission import ServedModel
+from router.capacity import max_kv_tokens, roomiest
 from router.cluster_view import ClusterView, Health, Ledger, Life, WorkerView
+from router.decode_links import DecodeLink
 
 MAX_WORKER_ID_CHARS = 64
 
@@ -28,7 +30,7 @@ class Member:
     load: WorkerLoad
     heard_s: float
     on_replaced: Callable[[], None]
-    is_linked: bool = False  # decode only: its stream is open
+    link: DecodeLink | None = None  # decode only: while its stream is open
 
     @property
     def life(self) -> Life:
@@ -81,6 +83,17 @@ class Membership:
         """When silence from now on makes it dead."""
         return member.heard_s + self._timers.dead_s
 
+    def link(self, life: Life) -> DecodeLink:
+        """The open stream to a decode worker that a view just showed as alive or suspect.
+
+        A view shows a worker so only while it has a link, and both are read from the same member:
+        who asks without an `await` in between is never refused. Raises `WorkerLost` otherwise.
+        """
+        member = self._members.get(life.worker_id)
+        if member is None or member.life != life or member.link is None:
+            raise WorkerLost("the decode worker cannot be reached")
+        return member.link
+
     def view(self, now_s: float) -> ClusterView:
         return ClusterView(
             prefill=tuple(self._views(Role.PREFILL, now_s)),
@@ -93,10 +106,11 @@ class Membership:
         decode = [hello for hello in hellos if hello.role is Role.DECODE]
         if not decode:
             return None
+        largest = roomiest(decode)
         return ServedModel(
             name=name,
-            max_context_tokens=min(hello.max_context_tokens for hello in hellos),
-            max_kv_tokens=max(hello.num_blocks * hello.block_size for hello in decode),
+            max_context_tokens=largest.max_context_tokens,
+            max_kv_tokens=max_kv_tokens(largest),
             vocab_size=min(hello.vocab_size for hello in hellos),
         )
 
@@ -127,12 +141,11 @@ class Membership:
                 )
 
     def _health(self, member: Member, now_s: float) -> Health:
+        if member.hello.role is Role.DECODE and member.link is None:
+            return Health.JOINING  # whatever else it is: no request can be sent to it
         if now_s - member.heard_s > self._timers.suspect_s:
             return Health.SUSPECT
-        if member.load.is_draining:
-            return Health.DRAINING
-        is_joining = member.hello.role is Role.DECODE and not member.is_linked
-        return Health.JOINING if is_joining else Health.ALIVE
+        return Health.DRAINING if member.load.is_draining else Health.ALIVE
 
     def _check(self, hello: WorkerHello) -> None:
         if hello.protocol_version != PROTOCOL_VERSION:

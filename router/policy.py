@@ -10,6 +10,7 @@ Each part comes from the worker's own step coefficients (`pdserve.domain.latency
 from dataclasses import dataclass
 
 from pdserve.domain.latency import StepShape
+from router.capacity import can_read, can_write
 from router.cluster_view import ClusterView, Health, Life, RequestShape, WorkerView
 
 MAX_NUM_PREFILL_TARGETS = 3
@@ -69,7 +70,9 @@ def choose_pair(
         worker for worker in view.prefill if worker.is_usable and worker.life not in excluded
     ]
     fitting = [
-        worker for worker in view.decode if worker.life not in excluded and _fits(worker, shape)
+        worker
+        for worker in view.decode
+        if worker.life not in excluded and can_write(worker.hello, shape)
     ]
     usable = [worker for worker in fitting if worker.is_usable]
     suspect = [worker for worker in fitting if worker.health is Health.SUSPECT]
@@ -82,12 +85,12 @@ def choose_pair(
     return best
 
 
-def _fits(decode: WorkerView, shape: RequestShape) -> bool:
-    return shape.num_blocks(decode.hello.block_size) <= decode.hello.num_blocks
-
-
 def _pair_at(decode: WorkerView, readers: list[WorkerView], shape: RequestShape) -> Pair:
-    compatible = [reader for reader in readers if reader.can_exchange_kv_with(decode)]
+    compatible = [
+        reader
+        for reader in readers
+        if reader.can_exchange_kv_with(decode) and can_read(reader.hello, shape)
+    ]
     ranked = sorted(compatible, key=lambda reader: (_read_s(reader, shape), reader.life))
     ttft_s = _read_s(ranked[0], shape) + HANDOFF_S if ranked else _read_s(decode, shape)
     return Pair(

@@ -8,7 +8,6 @@ import structlog
 
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import PdserveError, PeerFault, Reason, WorkerLost
-from pdserve.domain.ids import WorkerId
 from pdserve.domain.messages import PeerHello, RegisterReply, Role, WorkerHello
 from pdserve.rpc.streams import RegisterServerLink
 from router.decode_links import ConnectDecode, DecodeLink, LinkTarget
@@ -30,7 +29,6 @@ class Registrations:
         clock: Callable[[], float],
         rng: Random,
     ) -> None:
-        self.links: dict[WorkerId, DecodeLink] = {}
         self._membership = membership
         self._me = me
         self._connect = connect
@@ -109,10 +107,9 @@ class Registrations:
         return True
 
     async def _link(self, member: Member) -> None:
-        def on_change(is_linked: bool) -> None:
-            member.is_linked = is_linked
+        def on_change(is_open: bool) -> None:
+            member.link = link if is_open else None
 
-        worker_id = member.hello.worker_id
         link = DecodeLink(
             LinkTarget(life=member.life, address=member.hello.address),
             me=self._me,
@@ -121,12 +118,7 @@ class Registrations:
             rng=self._rng,
             on_change=on_change,
         )
-        self.links[worker_id] = link
-        try:
-            await link.run()
-        finally:
-            if self.links.get(worker_id) is link:
-                del self.links[worker_id]
+        await link.run()
 
 
 async def _wait_until_replaced(replaced: asyncio.Event) -> None:

@@ -1,6 +1,6 @@
 """A client's request and its answer, as the router's own values."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from pdserve.domain.sampling import SamplingParams
@@ -11,7 +11,7 @@ from pdserve.domain.tokens import FinishReason, PhaseTimeline, SampledToken
 class GenerateCall:
     """What one client asks for; nothing in it is trusted yet."""
 
-    prompt: str | tuple[int, ...]
+    prompt: str | Sequence[int]
     sampling: SamplingParams
     has_seed: bool = False  # False: the router draws the seed
     model: str = ""

@@ -3,6 +3,8 @@
 import hashlib
 from dataclasses import dataclass
 
+from pdserve.domain.kv_demand import num_blocks_for
+
 
 @dataclass(frozen=True, slots=True)
 class LayerKv:
@@ -47,4 +49,4 @@ class KvLayout:
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
+        return num_blocks_for(num_tokens, self.block_size)

@@ -5,6 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pdserve.domain.tokens import slices
+
+_TOKEN_BYTES = 4
+
 
 def hash_full_blocks(
     token_ids: Sequence[int], block_size: int, salt: bytes = b""
@@ -15,11 +19,12 @@ def hash_full_blocks(
     bytes) separates models and tenants. Keyed BLAKE2b, since the builtin `hash` can be made to
     collide by whoever writes the prompts.
     """
-    packed = np.asarray(token_ids, dtype="<u4")
+    packed = b"".join(np.asarray(part, dtype="<u4").tobytes() for part in slices(token_ids))
+    block_bytes = block_size * _TOKEN_BYTES
     names: list[bytes] = []
     parent = b""
-    for end in range(block_size, len(packed) + 1, block_size):
-        block = packed[end - block_size : end].tobytes()
+    for end in range(block_bytes, len(packed) + 1, block_bytes):
+        block = packed[end - block_bytes : end]
         parent = hashlib.blake2b(parent + block, digest_size=16, key=salt).digest()
         names.append(parent)
     return tuple(names)

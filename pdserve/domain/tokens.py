@@ -1,10 +1,25 @@
 """Output tokens and the way an answer ends."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from pdserve.domain.errors import PdserveError, Reason
+
+SLICE_TOKENS = 16_384
+"""Token ids that are handled at a time: about a millisecond."""
+
+
+def slices(token_ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    """A prompt of any length in pieces, between which other work can have its turn."""
+    for first in range(0, len(token_ids), SLICE_TOKENS):
+        yield token_ids[first : first + SLICE_TOKENS]
+
+
+def are_below(token_ids: Sequence[int], vocab_size: int) -> bool:
+    """True if every id is in the vocabulary; ids are not negative."""
+    return all(max(part) < vocab_size for part in slices(token_ids))
 
 
 @dataclass(frozen=True, slots=True)

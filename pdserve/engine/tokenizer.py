@@ -9,6 +9,7 @@ from pathlib import Path
 import tokenizers
 
 from pdserve.domain.errors import LocalFault
+from pdserve.engine.text_bounds import max_chars_per_token
 
 _REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not, or not yet, a character
 _NUM_KEPT_UNITS = 6
@@ -46,6 +47,23 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Tokens of `text`, with what the tokenizer adds around it (a begin token, for most).
+
+        A text that begins with the begin token's own text, as chat templates write it, gets no
+        second one. Other threads run meanwhile: of the library's ways to encode, those for
+        batches release the interpreter's lock, and the fast one leaves out the places of tokens
+        in the text.
+        """
+        [encoding] = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        token_ids = encoding.ids
+        if token_ids and token_ids[0] in self._special:
+            num_begin = len(list(itertools.takewhile(bool, encoding.special_tokens_mask)))
+            if token_ids[:num_begin] == token_ids[num_begin : 2 * num_begin]:
+                del token_ids[:num_begin]
+        return tuple(token_ids)
+
+    def max_chars_per_token(self) -> int | None:
+        """The most characters of a text that one token stands for; None if there is no bound."""
+        return max_chars_per_token(self._inner)
 
         A text that begins with the begin token's own text, as chat templates write it, gets no
         second one.

@@ -4,11 +4,22 @@
 that is counted and dropped, never a crash.
 """
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 from pdserve.domain import messages as m
 from pdserve.domain.errors import Reason
 from pdserve.domain.ids import BlockId, Epoch, HandoffId, RequestId, WorkerId
 from pdserve.domain.sampling import SamplingParams
-from pdserve.domain.tokens import Completed, Failed, FinishReason, PhaseTimeline, SampledToken
+from pdserve.domain.tokens import (
+    Completed,
+    Failed,
+    FinishReason,
+    PhaseTimeline,
+    SampledToken,
+    slices,
+)
 from pdserve.v1 import decode_pb2, prefill_pb2, types_pb2
 
 FINISH_TO_PROTO = {
@@ -19,7 +30,31 @@ REASONS = frozenset(Reason)
 FINISH_FROM_PROTO = {number: reason for reason, number in FINISH_TO_PROTO.items()}
 
 
+def num_prompt_tokens(message: object) -> int:
+    """Of a message, as a value or in protobuf, that holds a prompt; else 0."""
+    match message:
+        case m.Submit() | m.StartHandoff():
+            return len(message.prompt_token_ids)
+        case decode_pb2.RouterMessage():
+            return len(message.submit.prompt_token_ids)
+        case prefill_pb2.DecodeToPrefill():
+            return len(message.start.prompt_token_ids)
+        case _:
+            return 0
+
+
 # Shared parts -------------------------------------------------------------------------------------
+
+
+def _extend(field: Any, token_ids: Sequence[int]) -> None:
+    """Add a prompt to a repeated field, in slices: see `pdserve.rpc.off_loop`."""
+    for part in slices(token_ids):
+        field.extend(part)
+
+
+def _tuple_of(field: Any) -> tuple[int, ...]:
+    """The reverse of `_extend`."""
+    return tuple(itertools.chain.from_iterable(slices(field)))
 
 
 def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
@@ -116,7 +151,6 @@ def router_message_to_proto(message: m.RouterToDecode) -> decode_pb2.RouterMessa
             submit = decode_pb2.Submit(
                 request_id=message.request_id,
                 attempt=message.attempt,
-                prompt_token_ids=message.prompt_token_ids,
                 sampling=sampling_to_proto(message.sampling),
                 deadline_s=message.deadline_s,
                 prefill_targets=[
@@ -126,6 +160,7 @@ def router_message_to_proto(message: m.RouterToDecode) -> decode_pb2.RouterMessa
                     for target in message.prefill_targets
                 ],
             )
+            _extend(submit.prompt_token_ids, message.prompt_token_ids)
             return decode_pb2.RouterMessage(submit=submit)
         case m.Cancel():
             cancel = decode_pb2.Cancel(request_id=message.request_id, attempt=message.attempt)
@@ -145,7 +180,7 @@ def router_message_from_proto(message: decode_pb2.RouterMessage) -> m.RouterToDe
             return m.Submit(
                 request_id=RequestId(submit.request_id),
                 attempt=submit.attempt,
-                prompt_token_ids=tuple(submit.prompt_token_ids),
+                prompt_token_ids=_tuple_of(submit.prompt_token_ids),
                 sampling=sampling_from_proto(submit.sampling),
                 deadline_s=submit.deadline_s,
                 prefill_targets=tuple(
@@ -299,11 +334,11 @@ def to_prefill_proto(message: m.DecodeToPrefill) -> prefill_pb2.DecodeToPrefill:
         case m.StartHandoff():
             start = prefill_pb2.StartHandoff(
                 handoff=handoff_to_proto(message.handoff),
-                prompt_token_ids=message.prompt_token_ids,
                 first_block=message.first_block,
                 sampling=sampling_to_proto(message.sampling),
                 deadline_s=message.deadline_s,
             )
+            _extend(start.prompt_token_ids, message.prompt_token_ids)
             return envelope(start=start)
         case m.BlocksPulled():
             pulled = prefill_pb2.BlocksPulled(
@@ -326,7 +361,7 @@ def from_decode_proto(message: prefill_pb2.DecodeToPrefill) -> m.DecodeToPrefill
         case "start":
             return m.StartHandoff(
                 handoff=handoff_from_proto(message.start.handoff),
-                prompt_token_ids=tuple(message.start.prompt_token_ids),
+                prompt_token_ids=_tuple_of(message.start.prompt_token_ids),
                 first_block=message.start.first_block,
                 sampling=sampling_from_proto(message.start.sampling),
                 deadline_s=message.start.deadline_s,

@@ -12,6 +12,7 @@ import grpc.aio
 import structlog
 
 from pdserve.domain.errors import Reason, WorkerLost
+from pdserve.rpc.off_loop import off_loop
 from pdserve.rpc.streams import Mailbox, MailboxStream
 
 Out = TypeVar("Out")
@@ -27,6 +28,7 @@ class GrpcStream(MailboxStream[Out, In]):
 
     `read` returns protobuf messages and `grpc.aio.EOF` at the end; `decode` raises `ValueError`
     for a message that makes no sense: it is counted, logged and dropped, the stream goes on.
+    `num_tokens` tells how long a prompt a message holds, on either side of the codec.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class GrpcStream(MailboxStream[Out, In]):
         encode: Callable[[Out], Any],
         decode: Callable[[Any], In],
         peer: str,
+        num_tokens: Callable[[object], int] = lambda message: 0,
     ) -> None:
         super().__init__(Mailbox(), Mailbox(), peer)
         self.num_bad_messages = 0
@@ -44,6 +47,7 @@ class GrpcStream(MailboxStream[Out, In]):
         self._write = write
         self._encode = encode
         self._decode = decode
+        self._num_tokens = num_tokens
         self._writer = asyncio.create_task(self._pump_out())
         self._reader = asyncio.create_task(self._pump_in())
 
@@ -63,7 +67,7 @@ class GrpcStream(MailboxStream[Out, In]):
     async def _pump_out(self) -> None:
         try:
             while (message := await self._outgoing.take()) is not None:
-                await self._write(self._encode(message))
+                await self._write(await off_loop(self._num_tokens(message), self._encode, message))
         except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
             return  # the reader says why
         except Exception as error:  # a message of ours that has no encoding: nobody is left waiting
@@ -75,7 +79,7 @@ class GrpcStream(MailboxStream[Out, In]):
         try:
             while (message := await self._read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
                 try:
-                    value = self._decode(message)
+                    value = await off_loop(self._num_tokens(message), self._decode, message)
                 except ValueError as error:
                     self.num_bad_messages += 1
                     log.warning("stream.message_dropped", peer=self.peer, why=str(error))
@@ -111,6 +115,7 @@ class ClientStream(GrpcStream[Out, In]):
         encode: Callable[[Out], Any],
         decode: Callable[[Any], In],
         peer: str,
+        num_tokens: Callable[[object], int] = lambda message: 0,
     ) -> "ClientStream[Out, In]":
         """Start the call and wait until the server has taken it; raises `WorkerLost`."""
         call = method()
@@ -125,7 +130,7 @@ class ClientStream(GrpcStream[Out, In]):
             call.cancel()
             await channel.close(None)
             raise
-        return cls(channel, call, encode=encode, decode=decode, peer=peer)
+        return cls(channel, call, encode=encode, decode=decode, peer=peer, num_tokens=num_tokens)
 
     async def close(self) -> None:
         try:
@@ -141,6 +146,7 @@ async def serve_stream(
     *,
     encode: Callable[[Out], Any],
     decode: Callable[[Any], In],
+    num_tokens: Callable[[object], int] = lambda message: 0,
 ) -> None:
     """Run `handler` over a server-side call; both end together."""
     await context.send_initial_metadata(())
@@ -150,6 +156,7 @@ async def serve_stream(
         encode=encode,
         decode=decode,
         peer=context.peer(),
+        num_tokens=num_tokens,
     )
     try:
         await handler(stream)

@@ -39,6 +39,7 @@ async def connect_decode(address: str, timers: Timers) -> DecodeLink:
         connect_s=timers.connect_s,
         encode=codec.router_message_to_proto,
         decode=codec.decode_message_from_proto,
+        num_tokens=codec.num_prompt_tokens,
         peer=f"decode worker at {address}",
     )
 
@@ -53,6 +54,7 @@ async def connect_prefill(address: str, timers: Timers) -> PrefillLink:
         connect_s=timers.connect_s,
         encode=codec.to_prefill_proto,
         decode=codec.from_prefill_proto,
+        num_tokens=codec.num_prompt_tokens,
         peer=f"prefill worker at {address}",
     )
 
@@ -81,6 +83,7 @@ def decode_service(handler: Callable[[DecodeServerLink], Awaitable[None]]) -> Ad
                 handler,
                 encode=codec.decode_message_to_proto,
                 decode=codec.router_message_from_proto,
+                num_tokens=codec.num_prompt_tokens,
             )
 
     def add(server: grpc.aio.Server) -> str:
@@ -100,6 +103,7 @@ def prefill_service(handler: Callable[[PrefillServerLink], Awaitable[None]]) -> 
                 handler,
                 encode=codec.to_decode_proto,
                 decode=codec.from_decode_proto,
+                num_tokens=codec.num_prompt_tokens,
             )
 
     def add(server: grpc.aio.Server) -> str:

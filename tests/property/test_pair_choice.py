@@ -12,6 +12,7 @@ from pdserve.domain.ids import AttemptId, Epoch, RequestId, WorkerId
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import Role
 from pdserve.domain.tokens import Failed
+from router.capacity import can_read, can_write
 from router.cluster_view import (
     NOTHING,
     Assigned,
@@ -62,6 +63,7 @@ def workers(draw: st.DrawFn, name: str, role: Role) -> WorkerView:
         block_size=draw(st.sampled_from([1, 16, 64])),
         max_num_requests=draw(st.integers(1, 9)),
         max_step_tokens=512,
+        max_context_tokens=draw(st.sampled_from([500, 4000])),
         model_hash=draw(st.sampled_from([b"m", b"n"])),
         layout_hash=draw(st.sampled_from([b"l", b"k"])),
         coefficients=StepCoefficients(
@@ -99,8 +101,7 @@ def test_choice_is_total_deterministic_and_never_an_excluded_worker(
     fitting = [
         worker
         for worker in view.decode
-        if worker.life not in excluded
-        and shape.num_blocks(worker.hello.block_size) <= worker.hello.num_blocks
+        if worker.life not in excluded and can_write(worker.hello, shape)
     ]
     possible = [worker for worker in fitting if worker.is_usable]
     possible = possible or [worker for worker in fitting if worker.health is Health.SUSPECT]
@@ -115,11 +116,13 @@ def test_choice_is_total_deterministic_and_never_an_excluded_worker(
         assert target.is_usable
         assert target.life not in excluded
         assert target.can_exchange_kv_with(choice.decode)
+        assert can_read(target.hello, shape)
     if not targets:
         assert not any(
             worker.is_usable
             and worker.life not in excluded
             and worker.can_exchange_kv_with(choice.decode)
+            and can_read(worker.hello, shape)
             for worker in view.prefill
         )
 

@@ -15,11 +15,19 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from pdserve.domain.errors import Reason
+from pdserve.domain.kv_demand import num_answer_kv_tokens
 from pdserve.domain.messages import Submit
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, FinishReason
 from tests.support.virtual_time import run_virtual
-from tests.support.worker_pair import Call, Sizes, WorkerPair, demo_tokenizer, oracle
+from tests.support.worker_pair import (
+    BLOCK_SIZE,
+    Call,
+    Sizes,
+    WorkerPair,
+    demo_tokenizer,
+    oracle,
+)
 
 DEADLINE_S = 60.0
 HEAL_AT_S = 3.0
@@ -227,7 +235,14 @@ class Run:
                 assert call.text == text
                 assert call.end.reason is reason
             case Failed():
+                submit = call.submit
+                num_kv_tokens = num_answer_kv_tokens(
+                    len(submit.prompt_token_ids), submit.sampling.max_tokens
+                )
+                never_fits = num_kv_tokens > self.schedule.sizes.decode_blocks * BLOCK_SIZE
                 allowed = {Reason.OVERLOADED, Reason.QUEUE_TIMEOUT}
+                if never_fits:
+                    allowed = {Reason.CONTEXT_TOO_LONG}
                 if call.submit.deadline_s < DEADLINE_S:
                     allowed.add(Reason.DEADLINE)
                 if self.schedule.corrupt_share:

@@ -214,6 +214,19 @@ async def test_refusal_for_load_is_passed_on_with_its_advice() -> None:
 
 
 @virtual
+async def test_prompt_that_a_prefill_worker_can_never_hold_is_read_elsewhere() -> None:
+    async with WorkerPair(ALONE) as pair:
+        peer = await pair.script_prefill()
+        call = pair.submit(PROMPT, max_tokens=6, targets=(peer.target,))
+        start = await peer.hear(StartHandoff)
+        failure = Failed(reason=Reason.CONTEXT_TOO_LONG, message="needs 9 KV blocks; has 8")
+        peer.stream.try_send(HandoffRefused(handoff=start.handoff, failure=failure))
+        end = await call.completed()
+        assert_right(call)
+        assert end.timeline.prefill_worker == ""
+
+
+@virtual
 async def test_worker_of_another_life_is_not_used() -> None:
     async with WorkerPair() as pair:
         old = pair.prefill[0].target

@@ -8,7 +8,7 @@ import pytest
 from decode_worker.intake import Intake
 from decode_worker.requests import DecodeRequest
 from decode_worker.stream import Answer, RouterOutbox
-from pdserve.domain.errors import Reason, Refused
+from pdserve.domain.errors import BadRequest, Reason, Refused
 from pdserve.domain.ids import RequestId
 from pdserve.domain.messages import Submit
 from pdserve.domain.prefix import hash_full_blocks
@@ -93,8 +93,9 @@ async def test_full_queue_refuses_at_once_with_advice() -> None:
 @virtual
 async def test_request_larger_than_the_pool_is_refused_with_both_sizes() -> None:
     intake, _ = intake_of(2)
-    with pytest.raises(Refused, match="needs 3 KV blocks; this worker has 2"):
+    with pytest.raises(BadRequest, match="need 3 KV blocks; the decode worker has 2") as caught:
         await intake.admit(request_of(3))
+    assert caught.value.reason is Reason.CONTEXT_TOO_LONG  # at no later time it would fit
 
 
 @virtual

@@ -114,7 +114,7 @@ async def test_first_token_comes_before_the_last_blocks_and_pulling_gives_back()
         ({"sampling": SamplingParams(stop_token_ids=(2048,))}, Reason.INVALID_FIELD),
         ({"deadline_s": math.nan}, Reason.INVALID_FIELD),
         ({"prompt_token_ids": (7,) * 1025}, Reason.CONTEXT_TOO_LONG),
-        ({"prompt_token_ids": (7,) * 300}, Reason.OVERLOADED),
+        ({"prompt_token_ids": (7,) * 300}, Reason.CONTEXT_TOO_LONG),  # its blocks
     ],
 )
 def test_handoff_that_makes_no_sense_is_refused_and_reaches_no_batch(

@@ -127,7 +127,6 @@ class Bench:
             model_name="demo",
             membership=self.membership,
             ledger=self.ledger,
-            links=self.links,
             in_flight=self.in_flight,
             slo=self.slo,
             watch=self.watch,
@@ -170,7 +169,7 @@ class Bench:
         held = any(worker.open for worker in self.workers.values())
         return self.ledger.is_empty and len(self.in_flight) == 0 and not held
 
-    async def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+    async def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         await asyncio.sleep(0)
         return tuple(text.encode())
 
@@ -187,8 +186,8 @@ async def open_bench(
     for worker in bench.workers.values():
         member = bench.membership.admit(worker.hello, 0.0)
 
-        def on_change(is_linked: bool, member: Any = member) -> None:
-            member.is_linked = is_linked
+        def on_change(is_open: bool, member: Any = member) -> None:
+            member.link = bench.links[member.hello.worker_id] if is_open else None
 
         link = DecodeLink(
             LinkTarget(life=member.life, address=""),

@@ -7,16 +7,32 @@ import pytest
 
 from pdserve.domain.errors import BadRequest, Reason
 from pdserve.domain.sampling import SamplingParams
-from router.admission import ServedModel, check_call, check_label, check_token_ids
+from router.admission import (
+    ServedModel,
+    TextLimits,
+    check_call,
+    check_fit,
+    check_label,
+    check_num_tokens,
+    check_token_values,
+)
 from router.requests import GenerateCall
 
 MODEL = ServedModel(name="demo", max_context_tokens=100, max_kv_tokens=80, vocab_size=50)
+LIMITS = TextLimits(max_prompt_chars=20)
 GOOD = GenerateCall(prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=10), label="a")
+
+
+def check(call: GenerateCall, limits: TextLimits = LIMITS) -> None:
+    check_call(call, MODEL.name, limits)
+    check_fit(call, MODEL, limits)
+    if not isinstance(call.prompt, str):
+        check_token_values(call.prompt, MODEL, field="token_ids")
 
 
 def refusal(call: GenerateCall) -> BadRequest:
     with pytest.raises(BadRequest) as caught:
-        check_call(call, MODEL, max_prompt_chars=20)
+        check(call)
     return caught.value
 
 
@@ -25,8 +41,8 @@ def sampled(**changes: Any) -> GenerateCall:
 
 
 def test_good_calls_pass() -> None:
-    check_call(GOOD, MODEL, max_prompt_chars=20)
-    check_call(replace(GOOD, prompt="x" * 20, model="demo"), MODEL, max_prompt_chars=20)
+    check(GOOD)
+    check(replace(GOOD, prompt="x" * 20, model="demo"))
 
 
 @pytest.mark.parametrize(
@@ -68,8 +84,8 @@ def test_unknown_model_lists_what_is_served_and_does_not_repeat_the_name() -> No
 @pytest.mark.parametrize(
     ("num_prompt", "max_tokens", "field", "limit", "value"),
     [
-        (79, 2, "sampling.max_tokens", "80 tokens", "got 81"),
-        (80, 1, "text", "80 tokens", "got 80"),
+        (79, 3, "sampling.max_tokens", "80 tokens", "got 81"),
+        (81, 1, "text", "80 tokens", "got 81"),
         (90, 11, "sampling.max_tokens", "100 tokens", "got 101"),
         (100, 1, "text", "100 tokens", "got 100"),
     ],
@@ -77,9 +93,8 @@ def test_unknown_model_lists_what_is_served_and_does_not_repeat_the_name() -> No
 def test_answer_that_cannot_fit_is_refused_with_its_sum(
     num_prompt: int, max_tokens: int, field: str, limit: str, value: str
 ) -> None:
-    sampling = SamplingParams(max_tokens=max_tokens)
     with pytest.raises(BadRequest) as caught:
-        check_token_ids((1,) * num_prompt, sampling, MODEL, field="text")
+        check_num_tokens(num_prompt, max_tokens, MODEL, field="text")
     assert caught.value.reason is Reason.CONTEXT_TOO_LONG
     [violation] = caught.value.violations
     assert violation.field == field
@@ -88,7 +103,27 @@ def test_answer_that_cannot_fit_is_refused_with_its_sum(
 
 
 def test_answer_that_just_fits_passes() -> None:
-    check_token_ids((1,) * 79, SamplingParams(max_tokens=1), MODEL, field="text")
+    check_num_tokens(79, 2, MODEL, field="text")
+    check_num_tokens(80, 1, MODEL, field="text")  # the last token needs no KV
+
+
+def test_text_that_cannot_fit_however_it_is_tokenised_is_refused_before_that() -> None:
+    limits = TextLimits(max_prompt_chars=10_000, max_chars_per_token=5)
+    check(replace(GOOD, prompt="x" * 71 * 5), limits)  # 81 less the answer's 10
+    with pytest.raises(BadRequest) as caught:
+        check(replace(GOOD, prompt="x" * (71 * 5 + 1)), limits)
+    assert caught.value.reason is Reason.CONTEXT_TOO_LONG
+    [violation] = caught.value.violations
+    assert violation.field == "text"
+    for part in ("at most 355 characters", "KV memory", "5 characters", "got 356"):
+        assert part in violation.description
+    check(replace(GOOD, prompt="x" * 10_000), replace(limits, max_chars_per_token=None))
+
+
+def test_answer_that_leaves_no_room_for_a_prompt_is_refused_before_tokenising() -> None:
+    error = refusal(replace(sampled(max_tokens=81), prompt="x"))
+    assert error.reason is Reason.CONTEXT_TOO_LONG
+    assert [violation.field for violation in error.violations] == ["sampling.max_tokens"]
 
 
 @pytest.mark.parametrize("label", ["a" * 129, "a b", "a\nb", "ä", "\x00", "\x7f"])

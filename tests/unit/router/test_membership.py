@@ -1,17 +1,20 @@
 """Who is registered, in whose view, and when; time is a number here."""
 
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
 
 from pdserve.config.timers import Timers
-from pdserve.domain.errors import PeerFault, Reason
+from pdserve.domain.errors import PeerFault, Reason, WorkerLost
 from pdserve.domain.ids import AttemptId, Epoch, RequestId, WorkerId
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import Role
 from router.cluster_view import Health, Ledger, RequestShape
-from router.membership import Membership
+from router.decode_links import DecodeLink, LinkTarget
+from router.membership import Member, Membership
+from tests.unit.router.bench import ME, PlayedWorker
 from tests.unit.router.builders import COEFFICIENTS, make_hello, make_load
 
 TIMERS = Timers(suspect_s=1.5, dead_s=3.0)
@@ -21,11 +24,23 @@ def make_membership(tokenizer_hash: bytes = b"") -> Membership:
     return Membership(timers=TIMERS, ledger=Ledger(), tokenizer_hash=tokenizer_hash)
 
 
-def test_silent_worker_is_suspect_then_dead_and_a_heartbeat_clears_it() -> None:
+def open_link(member: Member) -> DecodeLink:
+    """What a registration sets once the stream to a decode worker is open."""
+    return DecodeLink(
+        LinkTarget(life=member.life, address=member.hello.address),
+        me=ME,
+        connect=PlayedWorker(member.hello.worker_id, {}).connect,
+        timers=TIMERS,
+        rng=Random(1),
+        on_change=lambda is_open: None,
+    )
+
+
+async def test_silent_worker_is_suspect_then_dead_and_a_heartbeat_clears_it() -> None:
     membership = make_membership()
     member = membership.admit(make_hello("d0"), 10.0)
     assert membership.view(10.0).decode[0].health is Health.JOINING
-    member.is_linked = True
+    member.link = open_link(member)
     assert membership.view(11.5).decode[0].health is Health.ALIVE
     assert membership.view(11.6).decode[0].health is Health.SUSPECT
     assert membership.dead_at_s(member) == 13.0
@@ -34,11 +49,35 @@ def test_silent_worker_is_suspect_then_dead_and_a_heartbeat_clears_it() -> None:
     assert membership.dead_at_s(member) == 15.0
 
 
-def test_draining_worker_is_shown_as_draining() -> None:
+async def test_draining_worker_is_shown_as_draining() -> None:
     membership = make_membership()
     member = membership.admit(make_hello("d0"), 0.0)
+    member.link = open_link(member)
     membership.hear(member, make_load(is_draining=True), 0.5)
     assert membership.view(0.6).decode[0].health is Health.DRAINING
+
+
+async def test_worker_that_lost_its_link_is_offered_to_no_request_however_silent_it_is() -> None:
+    membership = make_membership()
+    member = membership.admit(make_hello("d0"), 0.0)
+    member.link = open_link(member)
+    assert membership.view(2.0).decode[0].health is Health.SUSPECT
+    assert membership.link(member.life) is member.link
+    member.link = None
+    assert membership.view(2.0).decode[0].health is Health.JOINING
+    with pytest.raises(WorkerLost):
+        membership.link(member.life)
+
+
+async def test_link_to_a_life_that_was_replaced_is_not_given_out() -> None:
+    membership = make_membership()
+    old = membership.admit(make_hello("d0"), 0.0)
+    old.link = open_link(old)
+    new = membership.admit(make_hello("d0", epoch=Epoch(2)), 1.0)
+    assert membership.view(1.0).decode[0].health is Health.JOINING
+    for life in (old.life, new.life):
+        with pytest.raises(WorkerLost):
+            membership.link(life)
 
 
 def test_dismissed_worker_is_in_no_view() -> None:
@@ -71,11 +110,11 @@ def test_late_heartbeat_of_an_older_sequence_is_counted_and_dropped() -> None:
     assert membership.num_stale_reports == 1
 
 
-def test_decode_worker_is_usable_once_its_stream_is_open() -> None:
+async def test_decode_worker_is_usable_once_its_stream_is_open() -> None:
     membership = make_membership()
     member = membership.admit(make_hello("d0"), 0.0)
     assert not membership.view(0.0).decode[0].is_usable
-    member.is_linked = True
+    member.link = open_link(member)
     assert membership.view(0.0).decode[0].is_usable
     membership.admit(make_hello("p0", Role.PREFILL), 0.0)
     assert membership.view(0.0).prefill[0].is_usable
@@ -116,7 +155,7 @@ def test_sole_worker_may_come_back_with_another_model() -> None:
     assert membership.view(1.0).decode[0].hello.model_hash == b"another"
 
 
-def test_served_model_is_what_every_worker_can_do() -> None:
+def test_served_model_is_what_the_largest_decode_worker_can_do() -> None:
     membership = make_membership()
     membership.admit(make_hello("p0", Role.PREFILL, max_context_tokens=512), 0.0)
     assert membership.served_model("demo") is None  # prefill workers alone serve nothing
@@ -124,7 +163,12 @@ def test_served_model_is_what_every_worker_can_do() -> None:
     membership.admit(make_hello("d1", num_blocks=20), 0.0)
     model = membership.served_model("demo")
     assert model is not None
-    assert (model.max_context_tokens, model.max_kv_tokens, model.vocab_size) == (512, 320, 2048)
+    # The prefill worker's context bounds nothing: decode workers can read prompts, too.
+    assert (model.max_context_tokens, model.max_kv_tokens, model.vocab_size) == (1024, 320, 2048)
+    membership.admit(make_hello("d2", num_blocks=90, max_context_tokens=200), 0.0)
+    model = membership.served_model("demo")
+    assert model is not None
+    assert (model.max_context_tokens, model.max_kv_tokens) == (1024, 320)  # of one worker
 
 
 def test_view_and_operators_see_what_is_assigned() -> None:
@@ -133,7 +177,7 @@ def test_view_and_operators_see_what_is_assigned() -> None:
     membership.admit(make_hello("d0"), 0.0)
     membership.admit(make_hello("p0", Role.PREFILL), 0.0)
     attempt = AttemptId(RequestId("r"), 1)
-    shape = RequestShape(num_prompt_tokens=20, max_tokens=13)
+    shape = RequestShape(num_prompt_tokens=20, max_tokens=14)
     ledger.assign(attempt, shape, decode=WorkerId("d0"), reader=WorkerId("p0"), block_size=16)
     view = membership.view(0.0)
     assert view.decode[0].assigned.num_blocks == 3

@@ -169,3 +169,20 @@ def test_queue_longer_than_allowed_is_refused_with_the_time_it_needs() -> None:
     assert isinstance(refused, Overloaded)
     assert refused.retry_after_s == pytest.approx(1.22)
     assert isinstance(choose_pair(view, SHAPE, max_wait_s=5.3), Pair)
+
+
+def test_prefill_worker_that_cannot_hold_the_prompt_is_no_candidate() -> None:
+    small = make_worker("p0", Role.PREFILL, num_blocks=6)  # the prompt has 7 blocks
+    large = make_worker("p1", Role.PREFILL, num_blocks=7, assigned=Assigned(num_unread_tokens=900))
+    short = make_worker("p2", Role.PREFILL, max_context_tokens=99)
+    decode = make_worker("d0")
+    assert chosen(choose_pair(make_view(decode, small, large, short), SHAPE)) == ("d0", ["p1"])
+    # With none left the decode worker reads the prompt itself.
+    assert chosen(choose_pair(make_view(decode, small, short), SHAPE)) == ("d0", [])
+
+
+def test_answer_may_fill_the_decode_worker_but_for_its_last_token() -> None:
+    view = make_view(make_worker("d0", num_blocks=7))  # 112 tokens
+    fitting = RequestShape(num_prompt_tokens=100, max_tokens=13)
+    assert chosen(choose_pair(view, fitting)) == ("d0", [])
+    assert choose_pair(view, RequestShape(num_prompt_tokens=100, max_tokens=14)) == NoWorkers()

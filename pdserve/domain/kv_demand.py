@@ -1,0 +1,11 @@
+"""How much KV memory a request needs: one rule for the router and for the workers."""
+
+
+def num_blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold the KV of `num_tokens` positions."""
+    return -(-num_tokens // block_size)
+
+
+def num_answer_kv_tokens(num_prompt_tokens: int, max_tokens: int) -> int:
+    """Positions whose KV is ever needed for the longest answer: the last token's is not."""
+    return num_prompt_tokens + max_tokens - 1
