@@ -45,6 +45,7 @@ class DecodeLoop:
         """Compute this request from the next step on; its reserved blocks become held."""
         assert request.table is not None
         request.table.hold_rest()
+        request.follow_length()
         request.times.joined_s = self._clock()
         self._running[request] = None
         self._joined.set()
@@ -99,6 +100,8 @@ class DecodeLoop:
                 request.take(sampled)
             if request.finished.done():
                 self.leave(request)
+            elif sampled is not None:
+                request.follow_length()
 
     def _fail(self, requests: list[DecodeRequest]) -> None:
         for request in requests:

@@ -14,7 +14,6 @@ from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.errors import BadRequest, LocalFault, PdserveError, PeerFault, Reason, Refused
 from pdserve.domain.ids import PROTOCOL_VERSION, RequestId
 from pdserve.domain.messages import Cancel, PeerHello, RequestOutput, Submit, WorkerLoad
-from pdserve.domain.prefix import hash_full_blocks
 from pdserve.domain.sampling import check_sampling
 from pdserve.domain.tokens import Failed
 from pdserve.engine.block_pool import BlockPool
@@ -181,9 +180,18 @@ class DecodeService:
                 detokenizer=self._tokenizer.detokenizer(),
             ),
             outbox=outbox,
-            names=hash_full_blocks(submit.prompt_token_ids, self._spec.layout.block_size),
+            names=self._names(submit),
             clock=self._clock,
+            length_rule=self._spec.length_rule,
         )
+
+    def _names(self, submit: Submit) -> tuple[bytes, ...]:
+        """Of the prompt's full blocks; none if their content may change while others share them."""
+        num_prompt_tokens = len(submit.prompt_token_ids)
+        num_kv_tokens = num_prompt_tokens + submit.sampling.max_tokens - 1
+        if self._spec.length_rule.is_recomputed(num_prompt_tokens, num_kv_tokens):
+            return ()
+        return self._spec.block_names(submit.prompt_token_ids)
 
     async def _serve(self, request: DecodeRequest, expires_at_s: float) -> None:
         try:

@@ -17,7 +17,6 @@ from pdserve.domain.messages import (
     RenewLeases,
     StartHandoff,
 )
-from pdserve.domain.prefix import hash_full_blocks
 from pdserve.domain.sampling import check_sampling
 from pdserve.domain.tokens import Failed
 from pdserve.observe.watch import NO_PREFILL_WATCH, PrefillWatch
@@ -117,7 +116,7 @@ class PrefillService:
                 peer=stream,
                 arrived_s=now_s,
                 leave_by_s=now_s + min(start.deadline_s, self._queue_s),
-                names=hash_full_blocks(start.prompt_token_ids, self._spec.layout.block_size),
+                names=self._spec.block_names(start.prompt_token_ids),
             )
             if self._loop.submit(request):
                 return

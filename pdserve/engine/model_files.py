@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pdserve.domain.errors import LocalFault
-from pdserve.engine.model_shape import check_decoder_only, first_int, text_config
+from pdserve.engine.model_shape import CONTEXT_KEYS, check_decoder_only, first_int, text_config
 from pdserve.models import DEMO_DRAFT_MODEL_DIR, DEMO_MODEL_DIR
 
 _PACKAGED = {"demo": DEMO_MODEL_DIR, "demo-draft": DEMO_DRAFT_MODEL_DIR}
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx")
 _MAX_FULLY_HASHED_BYTES = 64 * 2**20
 _NUM_SAMPLED_PAGES = 256
 _PAGE_BYTES = 4096
@@ -47,7 +46,7 @@ class ModelFiles:
         check_decoder_only(config)
         weights = _find_weights(model_dir)
         sizes = text_config(config)
-        context = first_int(sizes, *_CONTEXT_KEYS)
+        context = first_int(sizes, *CONTEXT_KEYS)
         vocab_size = first_int(sizes, "vocab_size")
         if context is None or vocab_size is None:
             missing = "context limit" if context is None else "vocab_size"

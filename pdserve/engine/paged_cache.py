@@ -71,6 +71,14 @@ class PagedStep:
         self._spans = list(zip(*(column[~is_compiled].tolist() for column in columns), strict=True))
 
     def attend(self, call: AttentionCall) -> Tensor:
+        """Rows beyond the batch's are not attended to, leave no KV and get zeros."""
+        num_spare = call.query.shape[1] - self._batch.num_rows
+        if num_spare:
+            rows = slice(self._batch.num_rows)
+            parts = (call.query, call.key, call.value)
+            query, key, value = (part[:, rows] for part in parts)
+            out = self.attend(replace(call, query=query, key=key, value=value))
+            return torch.cat([out, out.new_zeros(num_spare, *out.shape[1:])])
         self._store(call)
         if call.temperature is not None:
             factors = call.temperature.factors(self._positions).to(call.query.dtype)

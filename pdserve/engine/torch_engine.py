@@ -128,4 +128,5 @@ def _spec(files: ModelFiles, model: PagedModel) -> EngineSpec:
         max_context_tokens=files.max_context_tokens,
         eos_token_ids=files.eos_token_ids,
         layout=model.kv.layout,
+        length_rule=model.length_rule,
     )
