@@ -74,11 +74,10 @@ class PagedStep:
         """Rows beyond the batch's are not attended to, leave no KV and get zeros."""
         num_spare = call.query.shape[1] - self._batch.num_rows
         if num_spare:
-            rows = slice(self._batch.num_rows)
             parts = (call.query, call.key, call.value)
-            query, key, value = (part[:, rows] for part in parts)
-            out = self.attend(replace(call, query=query, key=key, value=value))
-            return torch.cat([out, out.new_zeros(num_spare, *out.shape[1:])])
+            query, key, value = (part[:, : self._batch.num_rows] for part in parts)
+            own = self.attend(replace(call, query=query, key=key, value=value))
+            return torch.nn.functional.pad(own, (0, 0, 0, 0, 0, num_spare))
         self._store(call)
         if call.temperature is not None:
             factors = call.temperature.factors(self._positions).to(call.query.dtype)
