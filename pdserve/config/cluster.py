@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from pdserve.config.base import Settings, lay_over, parse_settings
 from pdserve.config.binding import check_binding, is_loopback
+from pdserve.config.override import OverrideConfig
 from pdserve.config.processes import (
     CoefficientSettings,
     EngineSettings,
@@ -97,6 +98,7 @@ class ClusterSettings(Settings):
 
     model: str = Field("demo", description="`demo`, `demo-draft`, or a model directory")
     model_name: str = Field("", description="name that clients ask for; empty: the model's own")
+    override_config: OverrideConfig = None
     engine: Literal["torch", "timed"] = Field(
         "torch", description="`timed` computes nothing: its steps take the time `coefficients` say"
     )
@@ -184,6 +186,7 @@ class ClusterSettings(Settings):
             routers=(router,),
             engine=EngineSettings(
                 model=self.model,
+                override_config=self.override_config,
                 engine=self.engine,
                 dtype=self.dtype,
                 device=self.device,

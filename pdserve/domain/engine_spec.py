@@ -24,4 +24,5 @@ class EngineSpec:
 
     def block_names(self, prompt: Sequence[int]) -> tuple[bytes, ...]:
         """Names of the prompt's full blocks, alike at all workers that are paired."""
-        return hash_full_blocks(prompt, self.layout.block_size, self.length_rule.salt(len(prompt)))
+        salt = self.model_hash + self.length_rule.salt(len(prompt))
+        return hash_full_blocks(prompt, self.layout.block_size, salt)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pdserve.domain.errors import LocalFault
 from pdserve.domain.lengths import ONE_REGIME, LengthRule
 from pdserve.engine.attention import AttentionCall, attending
 from pdserve.engine.model_probe import refusal, run_packed
@@ -40,18 +41,23 @@ class _Trace:
         return call.value.repeat_interleave(groups, dim=0).transpose(0, 1)
 
 
-def candidate_switches(config: Any) -> tuple[int, ...]:
+def context_limit(config: Any) -> int:
+    """Of a loaded model's config; `LocalFault` if it says nothing of it."""
+    limit = first_int(config.to_dict(), *CONTEXT_KEYS)
+    if limit is None:
+        raise LocalFault(f"model type {config.model_type} cannot be served: no context limit")
+    return limit
+
+
+def candidate_switches(config: Any, limit: int) -> tuple[int, ...]:
     """Numbers in a loaded model's config after which it may compute otherwise, ascending."""
-    values = config.to_dict()
-    context = first_int(values, *CONTEXT_KEYS) or 0
-    return tuple(sorted({value for value in _numbers(values) if 2 <= value < context}))
+    return tuple(sorted({value for value in _numbers(config.to_dict()) if 2 <= value < limit}))
 
 
-def probe_lengths(config: Any, num_tokens: int) -> tuple[int, ...]:
-    """Lengths, from `num_tokens` up, on both sides of each candidate below the context limit."""
-    context = first_int(config.to_dict(), *CONTEXT_KEYS) or num_tokens
-    after = (switch + 1 for switch in candidate_switches(config))
-    return (num_tokens, *(length for length in (*after, context) if length > num_tokens))
+def probe_lengths(config: Any, limit: int, num_tokens: int) -> tuple[int, ...]:
+    """Lengths, from `num_tokens` up, on both sides of each candidate below `limit`."""
+    after = (switch + 1 for switch in candidate_switches(config, limit))
+    return (num_tokens, *(length for length in (*after, limit) if length > num_tokens))
 
 
 def _numbers(config: Mapping[str, Any], is_named: bool = False) -> Iterator[int]:
@@ -64,18 +70,17 @@ def _numbers(config: Mapping[str, Any], is_named: bool = False) -> Iterator[int]
 
 
 @torch.inference_mode()
-def find_length_rule(model: Any) -> LengthRule:
-    """The lengths after which `model`, which calls our attention, computes tokens otherwise.
+def find_length_rule(model: Any, limit: int) -> LengthRule:
+    """The lengths up to `limit` after which `model`, which calls our attention, computes otherwise.
 
     `LocalFault` if the computation depends on the length in any way but a switch after a length
     that the config names.
     """
     config = model.config.get_text_config()
-    context = first_int(config.to_dict(), *CONTEXT_KEYS)
-    if context is None:
-        raise refusal(model, "its config gives no context limit")
-    after = {length for switch in candidate_switches(config) for length in (switch, switch + 1)}
-    lengths = sorted({min(_SHORT, context), *after, context})
+    after = {
+        length for switch in candidate_switches(config, limit) for length in (switch, switch + 1)
+    }
+    lengths = sorted({min(_SHORT, limit), *after, limit})
     switches = [
         _switch(model, shorter, longer)
         for shorter, longer in pairwise(lengths)

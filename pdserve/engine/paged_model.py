@@ -18,7 +18,14 @@ from pdserve.engine.fused_mlp import fuse_mlps
 from pdserve.engine.fused_norm import fuse_norms
 from pdserve.engine.fused_rotary import fuse_rotary
 from pdserve.engine.kv_memory import KvMemory
-from pdserve.engine.length_probe import candidate_switches, find_length_rule, probe_lengths
+from pdserve.engine.length_probe import (
+    candidate_switches,
+    context_limit,
+    find_length_rule,
+    probe_lengths,
+)
+from pdserve.engine.library_model import check_loaded, library_config, load_fault
+from pdserve.engine.model_faults import check_not_quantised
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_probe import (
     check_same_logits,
@@ -38,30 +45,31 @@ from pdserve.engine.paged_cache import DTYPES, PagedCache, PagedStep
 def load_model(files: ModelFiles, dtype: str) -> Any:
     """Read the weights into the library's own class for this model type; never runs its code.
 
-    `LocalFault` if the type is unknown to the library or a weight is missing: the library would
-    fill it with random numbers.
+    `LocalFault` if the type is unknown to the library, if weights are quantised, or if the files
+    and the model's config do not fit together: the library would fill what is missing with random
+    numbers, and leave out what it does not know.
     """
     import transformers
 
     logging: Any = transformers.utils.logging
     logging.disable_progress_bar()
+    check_not_quantised(files.model_dir, files.config, files.weights)
     loader: Any = transformers.AutoModelForCausalLM
+    config = library_config(files)
     try:
         model, loading = loader.from_pretrained(
             files.model_dir,
+            config=config,
             dtype=DTYPES[dtype],
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are told of, below
             output_loading_info=True,
         )
     except Exception as error:  # the library raises many kinds for a directory that it cannot use
-        raise LocalFault(
-            f"transformers cannot load {files.model_dir} (model type {files.model_type})"
-        ) from error
-    problems = loading["missing_keys"] or loading["mismatched_keys"]
-    if problems:
-        raise LocalFault(f"{files.model_dir} lacks weights of the model: {sorted(problems)[0]}")
+        raise load_fault(files, error) from error
+    check_loaded(files, model, loading)
     return model.eval()
 
 
@@ -76,14 +84,19 @@ class PagedModel:
         num_blocks: int,
         dtype: str,
         attention: str = "auto",
+        max_context_tokens: int | None = None,
     ) -> None:
-        """Take over `model` (in evaluation mode, weights of `dtype`); `LocalFault` if unfit."""
+        """Take over `model` (in evaluation mode, weights of `dtype`); `LocalFault` if unfit.
+
+        Requests have at most `max_context_tokens`, or what the model's config says.
+        """
         compiled = _choose_attention(attention, dtype)
         config = model.config.get_text_config()
-        tokens = probe_tokens(config.vocab_size, candidate_switches(config))
+        limit = max_context_tokens or context_limit(config)
+        tokens = probe_tokens(config.vocab_size, candidate_switches(config, limit))
         plain = {
             length: plain_logits(model, tokens, length)
-            for length in probe_lengths(config, len(tokens))
+            for length in probe_lengths(config, limit, len(tokens))
         }
         use_paged(model)
         layout = discover_layout(model, block_size=block_size, dtype=dtype)
@@ -94,7 +107,7 @@ class PagedModel:
         self._model = model
         self._dtype = dtype
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.length_rule = find_length_rule(model)
+        self.length_rule = find_length_rule(model, limit)
         self._check_against(plain, tokens, layout, compiled)
         self.kv = KvMemory(layout, num_blocks)
         self._cache = PagedCache(self.kv, compiled)

@@ -6,6 +6,7 @@ from pathlib import Path
 import tokenizers
 
 from pdserve.domain.errors import LocalFault
+from pdserve.engine.model_faults import check_no_pointers
 
 _REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not, or not yet, a character
 _MAX_HELD_TOKENS = 32
@@ -32,6 +33,7 @@ class Tokenizer:
         try:
             inner = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception
+            check_no_pointers([path])
             raise LocalFault(f"{path} is not a valid tokenizer.json") from error
         inner.no_truncation()
         inner.no_padding()

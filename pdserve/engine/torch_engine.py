@@ -60,6 +60,7 @@ class TorchEngine:
             num_blocks=num_blocks,
             dtype=dtype,
             attention=attention,
+            max_context_tokens=files.max_context_tokens,
         )
         return cls(model, _spec(files, model))
 

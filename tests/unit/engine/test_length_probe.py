@@ -104,7 +104,7 @@ def test_dependence_on_earlier_steps_is_refused(make: Callable[[], Callable[[int
 def test_switch_that_is_not_followed_is_noticed_by_the_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(paged_model, "find_length_rule", lambda _: ONE_REGIME)
+    monkeypatch.setattr(paged_model, "find_length_rule", lambda *_: ONE_REGIME)
     with pytest.raises(LocalFault, match=r"phi3 cannot be served: .*other logits"):
         rule_of(tiny_model("phi3/longrope"))
 
