@@ -37,4 +37,5 @@ def sequence_step(request: DecodeRequest, num_tokens: int) -> SequenceStep:
         start=first,
         block_table=request.table.block_ids,
         sample=sample,
+        num_tokens=len(request.token_ids),
     )

@@ -43,6 +43,7 @@ class DecodeLoop:
         """Compute this request from the next step on; its reserved blocks become held."""
         assert request.table is not None
         request.table.hold_rest()
+        request.follow_length()
         request.times.joined_s = self._clock()
         self._running[request] = None
         self._joined.set()
@@ -90,6 +91,8 @@ class DecodeLoop:
             self._settle(request, count, drawn)
             if request.finished.done():
                 self.leave(request)
+            elif sampled is not None:
+                request.follow_length()
 
     def _settle(self, request: DecodeRequest, count: int, drawn: Drawn | None) -> None:
         if isinstance(drawn, Failed):

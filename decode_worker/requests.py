@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from decode_worker.stream import Answer, RouterOutbox
 from pdserve.domain.kv_demand import num_answer_kv_tokens
+from pdserve.domain.lengths import ONE_REGIME, LengthRule
 from pdserve.domain.messages import RequestOutput, Submit
 from pdserve.domain.tokens import (
     Completed,
@@ -73,8 +74,10 @@ class DecodeRequest:
         outbox: RouterOutbox,
         names: tuple[bytes, ...],
         clock: Clock,
+        length_rule: LengthRule = ONE_REGIME,
     ) -> None:
         self.submit = submit
+        self._length_rule = length_rule
         self.names = names  # of the prompt's full blocks
         self.token_ids = list(submit.prompt_token_ids)
         self.num_computed_tokens = 0
@@ -124,6 +127,15 @@ class DecodeRequest:
         self.times.ended_s = now_s
         self._last_output = output
         self.finished.set_result(piece.finish)
+
+    def follow_length(self) -> None:
+        """If the last token took the request past a switch, its KV is to be computed again.
+
+        Its blocks are its own then: a request that may pass a switch has no names.
+        """
+        num_before = max(len(self.token_ids) - 1, self.num_prompt_tokens)
+        if self._length_rule.is_recomputed(num_before, len(self.token_ids)):
+            self.num_computed_tokens = 0
 
     def complete(self, decode_worker: str) -> PhaseTimeline:
         """Send the last token and the end; called once, after the blocks are given back."""

@@ -13,8 +13,8 @@ from decode_worker.stream import Answer, RouterOutbox
 from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.errors import BadRequest, LocalFault, PdserveError, PeerFault, Reason, Refused
 from pdserve.domain.ids import PROTOCOL_VERSION, RequestId
+from pdserve.domain.kv_demand import num_answer_kv_tokens
 from pdserve.domain.messages import Cancel, PeerHello, RequestOutput, Submit, WorkerLoad
-from pdserve.domain.prefix import hash_full_blocks
 from pdserve.domain.sampling import check_sampling
 from pdserve.domain.tokens import Failed, are_below
 from pdserve.engine.block_pool import BlockPool
@@ -179,7 +179,7 @@ class DecodeService:
         """Names of the prompt's full blocks; raises `BadRequest`."""
         if not are_below(submit.prompt_token_ids, self._spec.vocab_size):
             raise BadRequest(f"a token id at or above {self._spec.vocab_size}")
-        return hash_full_blocks(submit.prompt_token_ids, self._spec.layout.block_size)
+        return self._names(submit)
 
     def _new_request(
         self, submit: Submit, outbox: RouterOutbox, names: tuple[bytes, ...]
@@ -197,7 +197,16 @@ class DecodeService:
             outbox=outbox,
             names=names,
             clock=self._clock,
+            length_rule=self._spec.length_rule,
         )
+
+    def _names(self, submit: Submit) -> tuple[bytes, ...]:
+        """Of the prompt's full blocks; none if their content may change while others share them."""
+        num_prompt_tokens = len(submit.prompt_token_ids)
+        num_kv_tokens = num_answer_kv_tokens(num_prompt_tokens, submit.sampling.max_tokens)
+        if self._spec.length_rule.is_recomputed(num_prompt_tokens, num_kv_tokens):
+            return ()
+        return self._spec.block_names(submit.prompt_token_ids)
 
     async def _serve(self, request: DecodeRequest, expires_at_s: float) -> None:
         try:

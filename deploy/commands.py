@@ -34,6 +34,13 @@ def up(
     model_name: Annotated[
         str | None, typer.Option(help="Name that clients ask for; left out: the model's own.")
     ] = None,
+    override_config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help="Rope scaling or context in place of the model's config.json; see docs/models.md.",
+        ),
+    ] = None,
     engine: Annotated[
         str | None,
         typer.Option(help="torch: real tokens [torch]; timed: step times only, of the plan."),
@@ -112,6 +119,7 @@ def up(
       pdserve up plan.yaml --engine timed --model demo --scale 0.1
       pdserve up plan.yaml --backend ray --ray-address 10.0.0.1:6379
       pdserve up --example > cluster.yaml && pdserve up cluster.yaml
+      pdserve up --override-config '{"max_context_tokens": 512}'
       pdserve up --set router.max_num_requests=8 --set timers.drain_s=5
     """
     if example:
@@ -121,10 +129,12 @@ def up(
         return
     from deploy.opening import read_deployment
     from deploy.up import run_up
+    from pdserve.config.base import parse_object
 
     flags: dict[str, object] = {
         "model": model,
         "model_name": model_name,
+        "override_config": parse_object("--override-config", override_config),
         "engine": engine,
         "device": device,
         "prefill.replicas": prefill,

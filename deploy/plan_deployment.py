@@ -80,6 +80,8 @@ def _settings(
         "prefill": pool,
         "decode": pool,
     }
+    if plan.override_config is not None:
+        data["override_config"] = plan.override_config.model_dump(exclude_none=True)
     laid = lay_over(data, options.settings.items())
     assert isinstance(laid, dict)
     if laid.get("engine") == "timed" and "coefficients" not in laid:

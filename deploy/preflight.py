@@ -7,6 +7,7 @@ from pathlib import Path
 from deploy.deployment import Deployment
 from pdserve.config.binding import explain_listening, listen
 from pdserve.domain.errors import LocalFault
+from pdserve.engine.model_faults import check_not_quantised
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_shape import kv_layout
 
@@ -30,8 +31,10 @@ class Footprint:
 def check_deployment(deployment: Deployment) -> Footprint:
     """Raise `LocalFault` for a model, a port, GPUs or an amount of memory that cannot work here."""
     router = deployment.router
-    files = ModelFiles.open(router.model)
     engines = [worker.settings.engine for worker in deployment.workers]
+    files = ModelFiles.open(router.model, engines[0].override_config)
+    if any(engine.engine == "torch" for engine in engines):
+        check_not_quantised(files.model_dir, files.config, files.weights)
     layout = kv_layout(files.config, block_size=engines[0].block_size, dtype=engines[0].dtype)
     footprint = Footprint(
         router.model_name or files.name,

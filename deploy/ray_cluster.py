@@ -107,7 +107,9 @@ class RayCluster:
         return next(slot for slot in self.slots if slot.name == name)
 
     async def __aenter__(self) -> Self:
-        ModelFiles.open(self.deployment.router.model)  # a model that is not there is told at once
+        engine = self.deployment.workers[0].settings.engine
+        # A model that is not there is told at once.
+        ModelFiles.open(self.deployment.router.model, engine.override_config)
         try:
             async with asyncio.timeout(self.deployment.start_s):
                 await self._start_all()

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from pdserve.config.base import Settings, parse_settings, read_yaml
 from pdserve.config.files import write_file
+from pdserve.config.override import OverrideConfig
 from pdserve.config.processes import CoefficientSettings
 from pdserve.domain.errors import LocalFault
 from placement.linear_steps import linear_steps
@@ -77,6 +78,7 @@ class Plan(Settings):
     cells: int = Field(1, ge=1, description="copies of the pools below, each with its share")
     pools: tuple[PlanPool, ...] = Field(min_length=1)
     slo: tuple[SloSettings, ...] = ()
+    override_config: OverrideConfig = None
     limits: PlanLimits
     prediction: PlanPrediction
     sources: tuple[str, ...] = ()
@@ -110,6 +112,7 @@ def plan_of(result: PlanResult) -> Plan:
     loosest = max((item.ttft_s for item in slo), default=0.0)
     return Plan(
         model=str(result.inputs.get("model", "")),
+        override_config=result.inputs.get("override_config"),
         rules=str(result.inputs.get("rules", "pdserve")),
         block_size=_block_size(result),
         cells=result.num_cells,

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pdserve.config.base import Settings, parse_settings, read_yaml
+from pdserve.config.override import OverrideConfig
 from pdserve.domain.errors import LocalFault
 from placement.demand import Lengths, SharedPrefix
 from placement.simulation.settings import (
@@ -178,6 +179,7 @@ class PlanInputs(Settings):
     """All that a plan depends on."""
 
     model: str
+    override_config: OverrideConfig = None
     weights: str | None = None
     kv: str | None = None
     rules: Rules = Rules.PDSERVE

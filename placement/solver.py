@@ -220,7 +220,9 @@ def _context_note(problem: Problem) -> str | None:
         return None
     from placement.model_config import load_model
 
-    context = load_model(inputs.model).max_position
+    override = inputs.override_config
+    given = override.context_tokens if override is not None else None
+    context = given or load_model(inputs.model).max_position
     prompts, outputs = problem.traffic.sample()
     share = float((prompts + outputs > context).mean()) if context else 0.0
     if share == 0.0:

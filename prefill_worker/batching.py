@@ -31,4 +31,5 @@ def chunk_step(request: PrefillRequest, num_tokens: int) -> SequenceStep:
         start=first,
         block_table=request.table.block_ids,
         sample=SampleStep(params=request.start.sampling, token_index=0) if is_last else None,
+        num_tokens=request.num_tokens,
     )

@@ -17,7 +17,6 @@ from pdserve.domain.messages import (
     RenewLeases,
     StartHandoff,
 )
-from pdserve.domain.prefix import hash_full_blocks
 from pdserve.domain.sampling import check_sampling
 from pdserve.domain.tokens import Failed, are_below
 from pdserve.observe.watch import NO_PREFILL_WATCH, PrefillWatch
@@ -176,4 +175,4 @@ class PrefillService:
         """Names of the prompt's full blocks; raises `BadRequest`."""
         if not are_below(start.prompt_token_ids, self._spec.vocab_size):
             raise BadRequest("a token id beyond the vocabulary")
-        return hash_full_blocks(start.prompt_token_ids, self._spec.layout.block_size)
+        return self._spec.block_names(start.prompt_token_ids)

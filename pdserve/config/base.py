@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar, cast
+from types import UnionType
+from typing import Any, TypeGuard, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -40,6 +41,19 @@ def parse_assignment(text: str) -> tuple[str, object]:
         return name, yaml.safe_load(value)
     except yaml.YAMLError:
         raise LocalFault(f"--set {text}: the value is not YAML") from None
+
+
+def parse_object(option: str, text: str | None) -> object:
+    """The JSON or YAML object that `option` was given; None for none."""
+    if text is None:
+        return None
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise LocalFault(f'{option} {text}: expected an object, such as {{"name": 1}}')
+    return value
 
 
 def lay_over(data: object, assignments: Iterable[tuple[str, object]]) -> object:
@@ -95,11 +109,22 @@ def _explain(kind: type[BaseModel], issue: dict[str, object]) -> str:
     return f"{field}: unknown field; {hint}"
 
 
+def _alternatives(annotation: object) -> tuple[Any, ...]:
+    """X and None of `X | None`."""
+    return get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+
+
+def _is_model(annotation: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
 def _field_names(kind: type[BaseModel], path: tuple[object, ...]) -> list[str]:
     for part in path:
         field = kind.model_fields.get(str(part))
-        nested = field.annotation if field else None
-        if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
+        nested = (
+            [each for each in _alternatives(field.annotation) if _is_model(each)] if field else []
+        )
+        if not nested:
             return []
-        kind = nested
+        kind = nested[0]
     return list(kind.model_fields)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from pdserve.config.base import Settings, lay_over, parse_settings
 from pdserve.config.binding import Host, check_binding
+from pdserve.config.override import OverrideConfig
 from pdserve.config.processes import (
     DEFAULT_MAX_LOG_BYTES,
     DEFAULT_NUM_LOG_FILES,
@@ -101,6 +102,7 @@ class ClusterSettings(Settings):
 
     model: str = Field("demo", description="`demo`, `demo-draft`, or a model directory")
     model_name: str = Field("", description="name that clients ask for; empty: the model's own")
+    override_config: OverrideConfig = None
     engine: Literal["torch", "timed"] = Field(
         "torch", description="`timed` computes nothing: its steps take the time `coefficients` say"
     )
@@ -192,6 +194,7 @@ class ClusterSettings(Settings):
             routers=(router,) if router else (),
             engine=EngineSettings(
                 model=self.model,
+                override_config=self.override_config,
                 engine=self.engine,
                 dtype=self.dtype,
                 device=self.device,

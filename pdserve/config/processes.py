@@ -6,6 +6,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from pdserve.config.base import Settings
 from pdserve.config.binding import Address, Host, check_advertised, check_binding
+from pdserve.config.override import OverrideConfig
 from pdserve.config.timers import Timers
 from pdserve.domain.latency import StepCoefficients
 
@@ -45,6 +46,7 @@ class EngineSettings(Settings):
     """Which engine, on which model, with how much KV memory."""
 
     model: str = Field("demo", description="`demo`, `demo-draft` or a model directory")
+    override_config: OverrideConfig = None
     engine: Literal["torch", "timed"] = "torch"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"

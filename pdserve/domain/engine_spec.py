@@ -1,8 +1,11 @@
 """What others must know of an engine."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pdserve.domain.layout import KvLayout
+from pdserve.domain.lengths import ONE_REGIME, LengthRule
+from pdserve.domain.prefix import hash_full_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,3 +20,9 @@ class EngineSpec:
     max_context_tokens: int
     eos_token_ids: tuple[int, ...]
     layout: KvLayout
+    length_rule: LengthRule = ONE_REGIME
+
+    def block_names(self, prompt: Sequence[int]) -> tuple[bytes, ...]:
+        """Names of the prompt's full blocks, alike at all workers that are paired."""
+        salt = self.model_hash + self.length_rule.salt(len(prompt))
+        return hash_full_blocks(prompt, self.layout.block_size, salt)

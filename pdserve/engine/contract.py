@@ -18,12 +18,20 @@ class SequenceStep:
     `block_table` covers positions 0 to `start + len(token_ids)` in logical order; KV of all
     positions before `start` is already in it. With `sample`, the token after the last of
     `token_ids` is drawn. A decode step is a chunk of one token with `sample`.
+
+    `num_tokens` is how many the request has in all: a chunk of a long prompt is computed as the
+    whole prompt would be, and not as a short one (see `LengthRule`).
     """
 
     token_ids: tuple[int, ...]
     start: int
     block_table: tuple[BlockId, ...]
     sample: "SampleStep | None" = None
+    num_tokens: int = 0  # left out: they end with this chunk
+
+    @property
+    def length(self) -> int:
+        return max(self.num_tokens, self.start + len(self.token_ids))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

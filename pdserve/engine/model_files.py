@@ -7,15 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pdserve.config.override import NO_OVERRIDE, ModelOverride
 from pdserve.domain.errors import LocalFault
 from pdserve.engine.end_tokens import named_end_tokens
 from pdserve.engine.json_files import read_json, read_json_if_there
 from pdserve.engine.model_numbers import check_numbers, end_token_ids
+from pdserve.engine.model_faults import (
+    check_no_adapter,
+    check_no_pointers,
+    contents_hint,
+    missing_weights,
+    model_paths,
+    path_hint,
+    shards_of,
+)
+from pdserve.engine.model_override import max_context_tokens, override_bytes, with_override
 from pdserve.engine.model_shape import check_decoder_only, first_int, text_config
 from pdserve.models import DEMO_DRAFT_MODEL_DIR, DEMO_MODEL_DIR
 
 _PACKAGED = {"demo": DEMO_MODEL_DIR, "demo-draft": DEMO_DRAFT_MODEL_DIR}
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx")
 _MAX_FULLY_HASHED_BYTES = 64 * 2**20
 _NUM_SAMPLED_PAGES = 256
 _PAGE_BYTES = 4096
@@ -33,25 +43,35 @@ class ModelFiles:
     max_context_tokens: int
     eos_token_ids: tuple[int, ...]
     model_hash: bytes
+    override: ModelOverride = NO_OVERRIDE
 
     @property
     def model_type(self) -> str:
         return str(self.config["model_type"])
 
     @classmethod
-    def open(cls, model: str | Path) -> "ModelFiles":
+    def open(cls, model: str | Path, override: ModelOverride | None = None) -> "ModelFiles":
         """Check the directory of `model` (see `resolve_model_dir`); `LocalFault` says what fails.
 
+        `config` and what follows from it are those with `override` in place of what the file says.
         Only safetensors are accepted: pickled weights can run code when they are loaded. Code in
         the directory is never run either.
         """
         model_dir = resolve_model_dir(str(model))
-        config = read_json(model_dir / "config.json")
-        check_decoder_only(config)
+        override = override or NO_OVERRIDE
+        path = model_dir / "config.json"
+        check_no_pointers(model_paths(model_dir))
+        check_no_adapter(model_dir)
+        if not path.exists():
+            hint = contents_hint(model_dir)
+            raise LocalFault(f"cannot read {path}: No such file or directory; {hint}")
+        original = read_json(path)
+        check_decoder_only(original)
+        check_numbers(text_config(original), path)
+        config = with_override(original, override)
         weights = _find_weights(model_dir)
         sizes = text_config(config)
-        check_numbers(sizes, model_dir / "config.json")
-        context = first_int(sizes, *_CONTEXT_KEYS)
+        context = max_context_tokens(config, override, original=original)
         vocab_size = first_int(sizes, "vocab_size")
         if context is None or vocab_size is None:
             missing = "context limit" if context is None else "vocab_size"
@@ -66,7 +86,8 @@ class ModelFiles:
             vocab_size=vocab_size,
             max_context_tokens=context,
             eos_token_ids=_eos_token_ids(model_dir, sizes, vocab_size),
-            model_hash=_hash_model(model_dir / "config.json", weights),
+            model_hash=_hash_model(model_dir / "config.json", weights, override_bytes(override)),
+            override=override,
         )
 
 
@@ -75,7 +96,8 @@ def resolve_model_dir(name: str) -> Path:
     model_dir = _PACKAGED.get(name, Path(name).expanduser())
     if not model_dir.is_dir():
         known = ", ".join(sorted(_PACKAGED))
-        raise LocalFault(f"no model directory at {model_dir} (packaged models: {known})")
+        hint = path_hint(name, model_dir)
+        raise LocalFault(f"no model directory at {model_dir} (packaged models: {known}){hint}")
     return model_dir.resolve()
 
 
@@ -101,16 +123,11 @@ def _eos_token_ids(model_dir: Path, config: Mapping[str, Any], vocab_size: int) 
 def _find_weights(model_dir: Path) -> tuple[Path, ...]:
     single, index = model_dir / "model.safetensors", model_dir / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        weights = tuple(model_dir / str(name) for name in names)
+        weights = shards_of(model_dir, read_json(index))
     elif single.exists():
         weights = (single,)
     else:
-        weights = ()
-    if not weights:
-        pickled = any(model_dir.glob("*.bin")) or any(model_dir.glob("*.pt"))
-        hint = ": it has pickled weights only, and those can run code" if pickled else ""
-        raise LocalFault(f"{model_dir} has no model.safetensors{hint}")
+        raise missing_weights(model_dir)
     for path in weights:
         _check_safetensors(path)
     return weights
@@ -132,14 +149,14 @@ def _check_safetensors(path: Path) -> None:
         raise LocalFault(f"{path} is cut short or has bytes that belong to no tensor")
 
 
-def _hash_model(config: Path, weights: tuple[Path, ...]) -> bytes:
+def _hash_model(config: Path, weights: tuple[Path, ...], override: bytes) -> bytes:
     """16 bytes that tell models apart.
 
     All bytes of config and weights up to 64 MiB a file; of larger files the size, the first MiB
     (the header) and 256 pages spread evenly, so that a 100 GB model is hashed in a second. A change
     confined to pages that are not sampled goes unseen.
     """
-    digest = hashlib.blake2b(config.read_bytes(), digest_size=16)
+    digest = hashlib.blake2b(config.read_bytes() + override, digest_size=16)
     for path in weights:
         size = path.stat().st_size
         digest.update(size.to_bytes(8, "little"))

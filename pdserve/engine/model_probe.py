@@ -7,6 +7,7 @@ us.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from pdserve.engine.attention import (
 )
 from pdserve.engine.model_shape import UNSUPPORTED, item_bytes
 
-_NUM_PROBE_TOKENS = 24
+_NUM_PROBE_TOKENS, _MIN_PROBE_TOKENS = 24, 8
 _TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.2}
 
 
@@ -52,14 +53,23 @@ def run_packed(model: Any, token_ids: Tensor, positions: Tensor, **kwargs: Any) 
 
 
 @torch.inference_mode()
-def plain_logits(model: Any, token_ids: Tensor) -> Tensor:
-    """Logits of a forward with the attention the model came with; call before `use_paged`."""
-    return run_packed(model, token_ids, torch.arange(len(token_ids)))
+def plain_logits(model: Any, token_ids: Tensor, length: int) -> Tensor:
+    """Logits of a forward with the attention the model came with; call before `use_paged`.
+
+    They are those of the first tokens of a request of `length`: beside them its last is computed.
+    """
+    if length == len(token_ids):
+        return run_packed(model, token_ids, torch.arange(length))
+    positions = torch.cat([torch.arange(len(token_ids)), torch.tensor([length - 1])])
+    return run_packed(model, torch.cat([token_ids, token_ids[:1]]), positions)[:-1]
 
 
-def probe_tokens(vocab_size: int) -> Tensor:
+def probe_tokens(vocab_size: int, switches: Sequence[int] = ()) -> Tensor:
+    """A few tokens, shorter than the first of `switches` that leaves enough to tell anything."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocab_size, (_NUM_PROBE_TOKENS,), generator=generator)
+    usable = [switch for switch in switches if switch >= _MIN_PROBE_TOKENS]
+    num_tokens = min([_NUM_PROBE_TOKENS, *usable])
+    return torch.randint(0, vocab_size, (num_tokens,), generator=generator)
 
 
 def use_paged(model: Any) -> None:
@@ -69,7 +79,7 @@ def use_paged(model: Any) -> None:
     try:
         model.set_attn_implementation(ATTENTION_NAME)
     except Exception as error:  # the library's reasons are many, and are all this one
-        raise _refusal(model, "it does not accept another attention function") from error
+        raise refusal(model, "it does not accept another attention function") from error
 
 
 @torch.inference_mode()
@@ -83,14 +93,14 @@ def discover_layout(model: Any, *, block_size: int, dtype: str) -> KvLayout:
         with attending(recorder):
             run_packed(model, tokens, torch.arange(len(tokens)))
     except Exception as error:  # any model code may run here
-        raise _refusal(model, "its forward does not take packed tokens") from error
+        raise refusal(model, "its forward does not take packed tokens") from error
     missing = [layer for layer in range(num_layers) if recorder.calls[layer] == 0]
     if missing:
-        raise _refusal(
+        raise refusal(
             model, f"{len(missing)} of its {num_layers} layers never call the attention interface"
         )
     if set(recorder.calls) != set(range(num_layers)) or set(recorder.calls.values()) != {1}:
-        raise _refusal(model, "some of its layers call the attention interface more than once")
+        raise refusal(model, "some of its layers call the attention interface more than once")
     return KvLayout(
         layers=tuple(recorder.layers[layer] for layer in range(num_layers)),
         block_size=block_size,
@@ -109,16 +119,21 @@ def check_same_logits(model: Any, paged: Tensor, plain: Tensor, dtype: str) -> N
     difference = torch.linalg.vector_norm(paged.float() - plain.float())
     norm = torch.linalg.vector_norm(plain.float() - plain.float().mean(dim=-1, keepdim=True))
     if not difference <= _TOLERANCE[dtype] * norm + 1e-6:
-        raise _refusal(model, "with paged attention it computes other logits than without")
+        raise refusal(model, "with paged attention it computes other logits than without")
 
 
-def probe_table(num_tokens: int, block_size: int) -> tuple[BlockId, ...]:
-    """Blocks in falling order, so that a model that ignores the table is found out."""
+def probe_table(num_tokens: int, block_size: int, place: int = 0) -> tuple[BlockId, ...]:
+    """Blocks in falling order, so that a model that ignores the table is found out.
+
+    Tables of different `place` share none.
+    """
     num_blocks = -(-num_tokens // block_size)
-    return tuple(BlockId(block) for block in range(num_blocks - 1, -1, -1))
+    first = place * num_blocks
+    return tuple(BlockId(block) for block in range(first + num_blocks - 1, first - 1, -1))
 
 
-def _refusal(model: Any, reason: str) -> LocalFault:
+def refusal(model: Any, reason: str) -> LocalFault:
+    """The error for a loaded model that cannot be served; `reason` is a clause about "it"."""
     kind = model.config.model_type
     known = UNSUPPORTED.get(kind)
     return LocalFault(

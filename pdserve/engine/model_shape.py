@@ -6,6 +6,8 @@ from typing import Any
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.layout import KvLayout, LayerKv
 
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx")
+"""Names of the context limit, in the order in which they count."""
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 _OWN_ATTENTION = "it computes attention itself, without the attention interface of transformers"

@@ -9,7 +9,7 @@ from pdserve.engine.timed_engine import TimedEngine
 
 def open_engine(settings: EngineSettings) -> Engine:
     """Load the model; raises `LocalFault` with what to do if it cannot be served."""
-    files = ModelFiles.open(settings.model)
+    files = ModelFiles.open(settings.model, settings.override_config)
     if settings.engine == "timed":
         assert settings.coefficients is not None
         return TimedEngine(

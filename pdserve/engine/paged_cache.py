@@ -73,6 +73,13 @@ class PagedStep:
         self._spans = list(zip(*(column[~is_compiled].tolist() for column in columns), strict=True))
 
     def attend(self, call: AttentionCall) -> Tensor:
+        """Rows beyond the batch's are not attended to, leave no KV and get zeros."""
+        num_spare = call.query.shape[1] - self._batch.num_rows
+        if num_spare:
+            parts = (call.query, call.key, call.value)
+            query, key, value = (part[:, : self._batch.num_rows] for part in parts)
+            own = self.attend(replace(call, query=query, key=key, value=value))
+            return torch.nn.functional.pad(own, (0, 0, 0, 0, 0, num_spare))
         self._store(call)
         if call.temperature is not None:
             factors = call.temperature.factors(self._positions).to(call.query.dtype)

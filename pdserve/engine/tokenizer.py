@@ -9,6 +9,7 @@ from pathlib import Path
 import tokenizers
 
 from pdserve.domain.errors import LocalFault
+from pdserve.engine.model_faults import check_no_pointers
 from pdserve.engine.text_bounds import max_chars_per_token
 
 _REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not, or not yet, a character
@@ -40,6 +41,7 @@ class Tokenizer:
         try:
             inner = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception
+            check_no_pointers([path])
             raise LocalFault(f"{path} is not a valid tokenizer.json") from error
         inner.no_truncation()
         inner.no_padding()
@@ -64,17 +66,6 @@ class Tokenizer:
     def max_chars_per_token(self) -> int | None:
         """The most characters of a text that one token stands for; None if there is no bound."""
         return max_chars_per_token(self._inner)
-
-        A text that begins with the begin token's own text, as chat templates write it, gets no
-        second one.
-        """
-        encoding = self._inner.encode(text, add_special_tokens=add_special_tokens)
-        token_ids = encoding.ids
-        if token_ids and token_ids[0] in self._special:
-            num_begin = len(list(itertools.takewhile(bool, encoding.special_tokens_mask)))
-            if token_ids[:num_begin] == token_ids[num_begin : 2 * num_begin]:
-                del token_ids[:num_begin]
-        return tuple(token_ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`; special tokens are left out unless they are asked for."""

@@ -59,6 +59,7 @@ class TorchEngine:
             num_blocks=num_blocks,
             dtype=dtype,
             attention=attention,
+            max_context_tokens=files.max_context_tokens,
         )
         return cls(model, _spec(files, model))
 
@@ -127,4 +128,5 @@ def _spec(files: ModelFiles, model: PagedModel) -> EngineSpec:
         max_context_tokens=files.max_context_tokens,
         eos_token_ids=files.eos_token_ids,
         layout=model.kv.layout,
+        length_rule=model.length_rule,
     )

@@ -1,10 +1,16 @@
 """Tiny random models of many architectures, built from their configs; nothing is downloaded."""
 
+import json
+import shutil
 from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+from pdserve.models import DEMO_MODEL_DIR
 
 torch.set_num_threads(1)  # a second one waits for the first, for ages on a busy machine
 
@@ -53,6 +59,19 @@ _GPT2: dict[str, Any] = {
 }
 _ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 _WINDOWS: dict[str, Any] = {"sliding_window": 12, "layer_types": _ALTERNATING}
+
+SWITCH = 32  # LongRoPE's frequencies change for requests of more tokens
+_LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.1 * place for place in range(8)],
+    "long_factor": [2.0 + 0.9 * place for place in range(8)],
+    "original_max_position_embeddings": SWITCH,
+}
+_YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 SERVED: dict[str, Mapping[str, Any]] = {
     "llama": {},
@@ -122,6 +141,83 @@ SERVED: dict[str, Mapping[str, Any]] = {
     },
 }
 
+ROPES: dict[str, Mapping[str, Any]] = {
+    "llama/linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+    "llama/dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+    "llama/yarn": {"rope_parameters": _YARN},
+    "llama/llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": SWITCH,
+        }
+    },
+    "llama/longrope": {"rope_parameters": _LONGROPE},
+    "stablelm/partial": {
+        "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}
+    },
+    "phi/partial-yarn": {"rope_parameters": {**_YARN, "partial_rotary_factor": 0.5}},
+    "deepseek_v3/yarn": {
+        **_MLA,
+        "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 8},
+    },
+    "gpt_oss/yarn": {
+        **_MOE,
+        "head_dim": 16,
+        **_WINDOWS,
+        "rope_parameters": {**_YARN, "truncate": False},
+    },
+    "phi3/longrope": {
+        "original_max_position_embeddings": SWITCH,
+        "rope_parameters": _LONGROPE,
+    },
+    "phimoe/longrope": {
+        **_MOE,
+        "original_max_position_embeddings": SWITCH,
+        "rope_parameters": {**_LONGROPE, "short_mscale": 1.1, "long_mscale": 1.3},
+    },
+    "gemma3_text/longrope-and-linear": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        **_WINDOWS,
+        "rope_parameters": {
+            "sliding_attention": {**_LONGROPE, "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        },
+    },
+    "gemma4_text/proportional": {
+        "head_dim": 16,
+        "global_head_dim": 24,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        **_WINDOWS,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {
+                "rope_type": "proportional",
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 1e6,
+            },
+        },
+    },
+    "gemma3_text/two-switches": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        **_WINDOWS,
+        "rope_parameters": {
+            "sliding_attention": {**_LONGROPE, "rope_theta": 1e4},
+            "full_attention": {
+                **_LONGROPE,
+                "original_max_position_embeddings": SWITCH + 6,
+                "rope_theta": 1e6,
+            },
+        },
+    },
+}
+"""One of each way to stretch positions that the library has, some by layer type."""
+
 REFUSED: dict[str, Mapping[str, Any]] = {
     "bloom": {"n_layer": 3, "n_head": 4},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 256},
@@ -137,15 +233,16 @@ REFUSED: dict[str, Mapping[str, Any]] = {
 }
 
 
-def tiny_model(name: str) -> Any:
-    """A random model of `SERVED` or `REFUSED`, float32, in evaluation mode, seeded by `name`.
+def tiny_model(name: str, **changes: Any) -> Any:
+    """A random model in float32, in evaluation mode, seeded by its `name` in a table above.
 
     `name` is a model type, with a variant after a slash. Weights are larger than usual at the
     start of training, so that attention matters: logits have a standard deviation of about 1.
     """
-    overrides = SERVED.get(name, REFUSED.get(name))
-    assert overrides is not None, name
-    config = transformers.AutoConfig.for_model(name.partition("/")[0], **{**_SIZES, **overrides})
+    overrides = {**REFUSED, **ROPES, **SERVED}[name]
+    config = transformers.AutoConfig.for_model(
+        name.partition("/")[0], **{**_SIZES, **deepcopy(dict(overrides)), **changes}
+    )
     torch.manual_seed(sum(name.encode()))
     loader: Any = transformers.AutoModelForCausalLM
     model = loader.from_config(config)
@@ -158,3 +255,11 @@ def tiny_model(name: str) -> Any:
             else:
                 parameter.normal_(0, 0.1)
     return model.eval()
+
+
+def save_tiny_model(name: str, model_dir: Path, **changes: Any) -> None:
+    """Write the model to a directory that can be served, with the demo model's tokenizer."""
+    tokenizer = DEMO_MODEL_DIR / "tokenizer.json"
+    vocab_size = len(json.loads(tokenizer.read_text(encoding="utf-8"))["model"]["vocab"]) + 64
+    tiny_model(name, **{"vocab_size": vocab_size, **changes}).save_pretrained(model_dir)
+    shutil.copy(tokenizer, model_dir)
