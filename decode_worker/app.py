@@ -78,7 +78,11 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
         )
         await stack.enter_async_context(links)
         decode_loop = DecodeLoop(
-            engine, max_step_tokens=settings.max_step_tokens, clock=clock, watch=metrics
+            engine,
+            coefficients=coefficients,
+            max_step_tokens=settings.max_step_tokens,
+            clock=clock,
+            watch=metrics,
         )
         service = DecodeService(
             hello=PeerHello(
@@ -104,6 +108,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             clock=clock,
             watch=metrics,
         )
+        metrics.coefficients = coefficients
         metrics.now = lambda: service.load(0)
         metrics_address = await stack.enter_async_context(
             serve_metrics(metrics, settings.host, settings.metrics_port)

@@ -7,7 +7,9 @@ import structlog
 from decode_worker.batching import plan_step, sequence_step
 from decode_worker.requests import Clock, DecodeRequest
 from pdserve.domain.errors import LocalFault
+from pdserve.domain.latency import StepCoefficients
 from pdserve.engine.contract import Engine, StepBatch
+from pdserve.engine.live_steps import LiveStepTimes
 from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
 
 log = structlog.get_logger(__name__)
@@ -20,6 +22,7 @@ class DecodeLoop:
         self,
         engine: Engine,
         *,
+        coefficients: StepCoefficients,
         max_step_tokens: int,
         clock: Clock,
         watch: DecodeWatch = NO_DECODE_WATCH,
@@ -30,6 +33,7 @@ class DecodeLoop:
         self._clock = clock
         self._running: dict[DecodeRequest, None] = {}
         self._joined = asyncio.Event()
+        self.step_times = LiveStepTimes(coefficients, clock)
         self.num_steps = 0
         self.num_tokens = 0
 
@@ -82,6 +86,7 @@ class DecodeLoop:
             for table in tables:
                 table.leave_step()
         self.num_steps += 1
+        self.step_times.note(batch.shape(), result.elapsed_s)
         self._watch.step_done(
             result.elapsed_s,
             num_requests=len(plan),

@@ -91,6 +91,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             clock=clock,
             watch=metrics,
         )
+        metrics.coefficients = coefficients
         metrics.now = lambda: loop.load(0, is_draining=service.is_draining)
         metrics.num_open_handoffs = lambda: len(loop.senders)
         metrics_address = await stack.enter_async_context(

@@ -16,6 +16,7 @@ from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import Role, WorkerHello, WorkerLoad, WorkerState
 from router.admission import ServedModel
 from router.cluster_view import ClusterView, Health, Ledger, Life, WorkerView
+from router.step_times import step_times
 
 MAX_WORKER_ID_CHARS = 64
 
@@ -43,6 +44,8 @@ class Membership:
         self._ledger = ledger
         self._tokenizer_hash = tokenizer_hash
         self._members: dict[WorkerId, Member] = {}
+        self._step_times: dict[WorkerId, StepCoefficients] = {}
+        self._step_times_at_s: float | None = None  # None: the members have changed
         self.num_stale_reports = 0
 
     def admit(
@@ -56,6 +59,7 @@ class Membership:
         member = Member(hello, _idle_load(hello), now_s, on_replaced)
         old = self._members.get(hello.worker_id)
         self._members[hello.worker_id] = member
+        self._step_times_at_s = None
         if old is not None:
             old.on_replaced()
         return member
@@ -76,12 +80,14 @@ class Membership:
         """Its stream is over or it went silent: dead at once. Nothing if it has been replaced."""
         if self._members.get(member.hello.worker_id) is member:
             del self._members[member.hello.worker_id]
+            self._step_times_at_s = None
 
     def dead_at_s(self, member: Member) -> float:
         """When silence from now on makes it dead."""
         return member.heard_s + self._timers.dead_s
 
     def view(self, now_s: float) -> ClusterView:
+        self._refresh_step_times(now_s)
         return ClusterView(
             prefill=tuple(self._views(Role.PREFILL, now_s)),
             decode=tuple(self._views(Role.DECODE, now_s)),
@@ -110,6 +116,7 @@ class Membership:
                 health=worker.health,
                 silence_s=worker.silence_s,
                 num_assigned=worker.assigned.num_requests,
+                coefficients=worker.coefficients,
             )
             for worker in (*view.prefill, *view.decode)
         )
@@ -124,7 +131,16 @@ class Membership:
                     health=self._health(member, now_s),
                     silence_s=now_s - member.heard_s,
                     assigned=self._ledger.assigned(worker_id),
+                    step_times=self._step_times.get(worker_id),
                 )
+
+    def _refresh_step_times(self, now_s: float) -> None:
+        """Once a heartbeat: reports come no faster, and a view is made for every request."""
+        at_s = self._step_times_at_s
+        if at_s is None or now_s - at_s >= self._timers.heartbeat_s:
+            members = self._members.values()
+            self._step_times = step_times((member.hello, member.load) for member in members)
+            self._step_times_at_s = now_s
 
     def _health(self, member: Member, now_s: float) -> Health:
         if now_s - member.heard_s > self._timers.suspect_s:
