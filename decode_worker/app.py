@@ -147,7 +147,9 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
 
 
 def _open_transports(settings: WorkerSettings) -> tuple[Transport, ...]:
-    transports = open_transports(settings.transports, settings.host, settings.kv_port)
+    transports = open_transports(
+        settings.transports, settings.host, settings.kv_port, timers=settings.timers
+    )
     if settings.corrupt_kv_blocks == 0:
         return transports
     log.warning("drill.enabled", corrupt_kv_blocks=settings.corrupt_kv_blocks)

@@ -68,7 +68,9 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             watch=metrics,
         )
         regions = []
-        transports = open_transports(settings.transports, settings.host, settings.kv_port)
+        transports = open_transports(
+            settings.transports, settings.host, settings.kv_port, timers=settings.timers
+        )
         for transport in transports:
             region_server = await transport.serve(engine.kv, loop.senders.may_read)
             stack.push_async_callback(region_server.close)

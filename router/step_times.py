@@ -23,8 +23,6 @@ from pdserve.domain.latency import LiveSteps, StepCoefficients
 from pdserve.domain.messages import WorkerHello, WorkerLoad
 
 NUM_ERRORS = 2.0
-LEAST_ERROR = 0.05
-"""Relative, of any worker's live steps: smaller differences between equal workers come and go."""
 DRIFT_PER_S = 0.3**2 / 60
 """Variance that a speed gains while nobody measures it: 30 % in a minute."""
 MAX_SLOWNESS = 1000.0
@@ -105,9 +103,7 @@ def _evidence(steps: LiveSteps | None, shape: StepCoefficients) -> _Evidence | N
         return None
     slowness = min(max(slowness, 1 / MAX_SLOWNESS), MAX_SLOWNESS)
     drift = math.sqrt(DRIFT_PER_S * steps.age_s)
-    return _Evidence(
-        slowness=math.log(slowness), error=math.hypot(steps.relative_error, LEAST_ERROR, drift)
-    )
+    return _Evidence(slowness=math.log(slowness), error=math.hypot(steps.relative_error, drift))
 
 
 def _own(evidence: _Evidence, common: float) -> float:

@@ -20,6 +20,8 @@ MIN_BLOCK_STEPS, MAX_BLOCK_STEPS = 8, 64
 MIN_BLOCK_S = 0.05
 """Of steps together: a hiccup of the machine lasts longer than many steps of a small model."""
 MAX_NUM_BLOCKS = 16
+BLOCK_DEVIATION = 0.3
+"""Of a block's ratio, before there are others to compare it with."""
 DEVIATION_OF_MEDIAN = 1.2533 * 1.4826
 """From the median absolute deviation of normal values to the standard error of their median."""
 
@@ -93,7 +95,8 @@ class StepKind:
             num_steps=num_steps,
             shape=shape,
             elapsed_s=typical * self._coefficients.steps_s(num_steps, shape),
-            relative_error=DEVIATION_OF_MEDIAN * spread / math.sqrt(len(ratios)),
+            relative_error=math.hypot(DEVIATION_OF_MEDIAN * spread, BLOCK_DEVIATION)
+            / math.sqrt(len(ratios)),
             age_s=max(now_s - self._ended_s, 0.0),
         )
 
