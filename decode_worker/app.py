@@ -81,7 +81,11 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
         )
         await stack.enter_async_context(links)
         decode_loop = DecodeLoop(
-            engine, max_step_tokens=settings.max_step_tokens, clock=clock, watch=metrics
+            engine,
+            coefficients=coefficients,
+            max_step_tokens=settings.max_step_tokens,
+            clock=clock,
+            watch=metrics,
         )
         service = DecodeService(
             hello=PeerHello(
@@ -107,6 +111,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             clock=clock,
             watch=metrics,
         )
+        metrics.coefficients = coefficients
         metrics.now = lambda: service.load(0)
         metrics_address = await stack.enter_async_context(
             serve_metrics(metrics, settings.host, settings.metrics_port)
@@ -145,7 +150,9 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
 
 
 def _open_transports(settings: WorkerSettings) -> tuple[Transport, ...]:
-    transports = open_transports(settings.transports, settings.host, settings.kv_port)
+    transports = open_transports(
+        settings.transports, settings.host, settings.kv_port, timers=settings.timers
+    )
     if settings.corrupt_kv_blocks == 0:
         return transports
     log.warning("drill.enabled", corrupt_kv_blocks=settings.corrupt_kv_blocks)

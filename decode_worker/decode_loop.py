@@ -5,9 +5,11 @@ import asyncio
 from decode_worker.batching import plan_step, sequence_step
 from decode_worker.requests import Clock, DecodeRequest
 from pdserve.domain.errors import PdserveError
+from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.tokens import Failed
 from pdserve.engine.contract import Drawn, Engine, StepBatch
 from pdserve.engine.isolation import run_step
+from pdserve.engine.live_steps import LiveStepTimes
 from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
 
 
@@ -18,6 +20,7 @@ class DecodeLoop:
         self,
         engine: Engine,
         *,
+        coefficients: StepCoefficients,
         max_step_tokens: int,
         clock: Clock,
         watch: DecodeWatch = NO_DECODE_WATCH,
@@ -28,6 +31,7 @@ class DecodeLoop:
         self._clock = clock
         self._running: dict[DecodeRequest, None] = {}
         self._joined = asyncio.Event()
+        self.step_times = LiveStepTimes(coefficients, clock)
         self.num_steps = 0
         self.num_tokens = 0
 
@@ -77,6 +81,7 @@ class DecodeLoop:
                 table.leave_step()
         if not result.is_lost:
             self.num_steps += 1
+            self.step_times.note(batch.shape(), result.elapsed_s)
             self._watch.step_done(
                 result.elapsed_s,
                 num_requests=len(plan),

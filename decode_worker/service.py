@@ -80,6 +80,8 @@ class DecodeService:
             num_tokens=self._decode_loop.num_tokens,
             transferred_bytes=self._handoffs.num_bytes,
             num_corrupt_blocks=self._handoffs.num_corrupt_blocks,
+            prefill_steps=self._decode_loop.step_times.prefill_steps(),
+            decode_steps=self._decode_loop.step_times.decode_steps(),
         )
 
     async def wait_idle(self) -> None:

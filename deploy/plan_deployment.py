@@ -75,6 +75,8 @@ def _settings(
             "max_num_requests": max(most + limits.max_num_waiting, MIN_IN_FLIGHT),
             "max_num_waiting": limits.max_num_waiting,
             "max_wait_s": limits.max_wait_s,
+            "max_rate": limits.max_rate,
+            "max_burst": limits.max_burst,
             "slo": [item.model_dump(exclude={"share"}) for item in plan.slo],
         },
         "prefill": pool,

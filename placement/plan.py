@@ -47,7 +47,10 @@ class PlanLimits(Settings):
     max_num_requests: int = Field(ge=1, description="decoded at once by one worker")
     max_num_waiting: int = Field(ge=0, description="requests without a first token, in the cluster")
     max_wait_s: float = Field(ge=0, description="predicted wait at which a request is refused")
-    max_rate: float = Field(ge=0, description="requests/s that the plan is good for")
+    max_rate: float = Field(ge=0, description="requests/s that the plan is good for; 0: no limit")
+    max_burst: int | None = Field(
+        None, ge=1, description="requests that max_rate lets in at once; left out: those of 10 s"
+    )
 
 
 class PlanPrediction(Settings):
@@ -138,7 +141,8 @@ def plan_of(result: PlanResult) -> Plan:
                 prediction.rate * result.num_cells * loosest, _gap_cv(result)
             ),
             max_wait_s=loosest * WAIT_SHARE,
-            max_rate=_rounded(max(result.goodput, prediction.rate) * result.num_cells),
+            max_rate=_rounded(result.max_rate),
+            max_burst=result.max_burst,
         ),
         prediction=PlanPrediction(
             rate=_rounded(prediction.rate * result.num_cells),

@@ -13,6 +13,7 @@ from pdserve.domain.errors import LocalFault
 from placement.assign import Assignment, Unplaceable, assign
 from placement.plan_inputs import PlanInputs
 from placement.profiles import DistserveProfile, load_profile
+from placement.search.bursts import burst_above
 from placement.search.choose import Choice, choose, few_cells, new_evaluator
 from placement.search.designs import Design, Worker, gpus_text
 from placement.search.enumerate import fitted_of
@@ -168,7 +169,18 @@ def _bare_result(
         inputs=_inputs_json(problem.inputs),
         sources=tuple(sorted({worker.source for worker, _ in design.counts})),
         relative_error=max(worker.relative_error for worker, _ in design.counts),
+        burst=_burst(problem, prediction, max(choice.goodput.rate, prediction.rate)),
+        gap_cv=problem.traffic.gap_cv,
     )
+
+
+def _burst(problem: Problem, prediction: Prediction, rate: float) -> int:
+    """How far the arrivals that the prediction was made with run ahead of `rate`."""
+    traces = (
+        problem.traffic.trace(seed, prediction.rate, prediction.horizon_s)[0]
+        for seed in range(prediction.num_seeds)
+    )
+    return max((burst_above(trace.arrival_s, rate) for trace in traces), default=0)
 
 
 def _inputs_json(inputs: PlanInputs) -> dict[str, Any]:

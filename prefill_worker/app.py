@@ -70,7 +70,9 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             watch=metrics,
         )
         regions = []
-        transports = open_transports(settings.transports, settings.host, settings.kv_port)
+        transports = open_transports(
+            settings.transports, settings.host, settings.kv_port, timers=settings.timers
+        )
         for transport in transports:
             region_server = await transport.serve(engine.kv, loop.senders.may_read)
             stack.push_async_callback(region_server.close)
@@ -93,6 +95,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             clock=clock,
             watch=metrics,
         )
+        metrics.coefficients = coefficients
         metrics.now = lambda: loop.load(0, is_draining=service.is_draining)
         metrics.num_open_handoffs = lambda: len(loop.senders)
         metrics_address = await stack.enter_async_context(

@@ -23,6 +23,7 @@ from pdserve.domain.tokens import Failed
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.contract import Drawn, Engine, StepBatch
 from pdserve.engine.isolation import run_step
+from pdserve.engine.live_steps import LiveStepTimes
 from pdserve.engine.step_table import StepTable
 from pdserve.observe.watch import NO_PREFILL_WATCH, PrefillWatch
 from pdserve.rpc.streams import PrefillServerLink, send_or_abort
@@ -58,7 +59,7 @@ class PrefillLoop:
         self.senders: SenderTable[PrefillServerLink] = SenderTable(on_end=self._handoff_ended)
         self._engine = engine
         self._pool = pool
-        self._coefficients = coefficients
+        self.step_times = LiveStepTimes(coefficients, clock)
         self._max_step_tokens = max_step_tokens
         self._max_num_active = max_num_active
         self._lease_s = lease_s
@@ -93,11 +94,15 @@ class PrefillLoop:
             is_draining=is_draining,
             num_steps=self._num_steps,
             num_tokens=self._num_tokens,
+            prefill_steps=self.step_times.prefill_steps(),
+            decode_steps=self.step_times.decode_steps(),
         )
 
     def drain_time_s(self) -> float:
         """How long what waits will take to read: the retry advice of a refusal."""
-        return self._coefficients.prefill_s(0, self.queue.num_tokens, self._max_step_tokens)
+        coefficients, live = self.step_times.coefficients, self.step_times.prefill_steps()
+        slowness = (live.slowness(coefficients) if live else None) or 1.0
+        return slowness * coefficients.prefill_s(0, self.queue.num_tokens, self._max_step_tokens)
 
     def submit(self, request: PrefillRequest) -> bool:
         """Queue a request; False when the queue is full."""
@@ -213,6 +218,7 @@ class PrefillLoop:
                 table.leave_step()
         if not result.is_lost:
             self._num_steps += 1
+            self.step_times.note(batch.shape(), result.elapsed_s)
             self._watch.step_done(
                 result.elapsed_s,
                 num_requests=len(plan),

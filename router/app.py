@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -29,11 +30,15 @@ from router.dispatch import Dispatcher, DispatchLimits
 from router.grpc_api import inference_service
 from router.in_flight import InFlight
 from router.membership import Membership
+from router.rate_limit import RateLimit
 from router.registrations import Registrations
 from router.slo import SloBook, SloClass, SloResult
 from router.tokenizing import TextEncoder
 
 log = structlog.get_logger(__name__)
+
+DEFAULT_BURST_S = 10.0
+"""Without `max_burst`, what `max_rate` lets in during this time may come at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +112,7 @@ async def open_router(settings: RouterSettings) -> AsyncIterator[Router]:
             limits=DispatchLimits(
                 max_num_waiting=settings.max_num_waiting,
                 max_wait_s=settings.max_wait_s,
+                rate=_rate_limit(settings),
                 max_num_attempts=settings.max_num_attempts,
                 text=TextLimits(
                     max_prompt_chars=settings.max_prompt_chars,
@@ -184,6 +190,13 @@ def _once_it_can_serve(membership: Membership, clock: Callable[[], float]) -> Ca
         return has_served
 
     return check
+
+
+def _rate_limit(settings: RouterSettings) -> RateLimit | None:
+    if not settings.max_rate:
+        return None
+    burst = settings.max_burst or math.ceil(DEFAULT_BURST_S * settings.max_rate)
+    return RateLimit(settings.max_rate, burst)
 
 
 def _slo_class(settings: SloClassSettings) -> SloClass:

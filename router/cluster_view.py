@@ -6,7 +6,7 @@ from enum import StrEnum
 from pdserve.domain.ids import AttemptId, Epoch, WorkerId
 from pdserve.domain.invariants import check_invariant
 from pdserve.domain.kv_demand import num_answer_kv_tokens, num_blocks_for
-from pdserve.domain.latency import num_attention_pairs
+from pdserve.domain.latency import StepCoefficients, num_attention_pairs
 from pdserve.domain.messages import WorkerHello, WorkerLoad
 
 
@@ -151,6 +151,12 @@ class WorkerView:
     health: Health
     silence_s: float = 0.0
     assigned: Assigned = NOTHING
+    step_times: StepCoefficients | None = None  # None: those of its hello
+
+    @property
+    def coefficients(self) -> StepCoefficients:
+        """What its steps are taken to cost; every prediction uses these."""
+        return self.step_times or self.hello.coefficients
 
     @property
     def life(self) -> Life:

@@ -49,6 +49,7 @@ from router.in_flight import InFlight, Outcome
 from router.membership import Membership
 from router.policy import MIN_RETRY_AFTER_S, NoWorkers, Overloaded, Pair, choose_pair
 from router.prompts import checked_token_ids
+from router.rate_limit import RateLimit
 from router.records import Record, Visit
 from router.requests import Chunk, ChunkSink, Finished, GenerateCall, Usage
 from router.slo import SloBook
@@ -70,15 +71,17 @@ class Encode(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchLimits:
-    """`max_num_waiting` and `max_wait_s` turn away new requests only; None or 0: no such limit.
+    """The first three turn away new requests only; None or 0: no such limit.
 
     They are those of a plan, by the rule of its simulation: the pair is chosen, then the request is
     refused if so many have no first token yet, or if it would wait longer at its reader. The step
     that a reader is in counts towards the wait here, since the router hears of it at its end.
+    `rate` is the plan's, too: none of the arrivals that it was made with go beyond it.
     """
 
     max_num_waiting: int | None = None
     max_wait_s: float | None = None
+    rate: RateLimit | None = None
     max_num_attempts: int = 3
     text: TextLimits = NO_BOUND_OF_TOKENS
     max_num_buffered_tokens: int = MAX_NUM_BUFFERED_TOKENS
@@ -274,7 +277,19 @@ class Dispatcher:
                 f"{limits.max_num_waiting}",
                 retry_after_s=max(choice.wait_s, MIN_RETRY_AFTER_S),
             )
+        if is_new and limits.rate is not None:
+            self._take_within(limits.rate)
         return choice
+
+    def _take_within(self, limit: RateLimit) -> None:
+        """Count a request that no other limit refuses."""
+        now_s = self._clock()
+        if wait_s := limit.wait_s(now_s):
+            raise Refused(
+                f"requests come faster than the limit of {limit.rate:g} a second",
+                retry_after_s=max(wait_s, MIN_RETRY_AFTER_S),
+            )
+        limit.take(now_s)
 
     async def _relay(self, record: Record, attempt: int, pair: Pair) -> Finished:
         """One attempt: reserve and submit at once, then pass on what comes.

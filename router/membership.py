@@ -18,6 +18,7 @@ from router.admission import ServedModel
 from router.capacity import max_kv_tokens, roomiest
 from router.cluster_view import ClusterView, Health, Ledger, Life, WorkerView
 from router.decode_links import DecodeLink
+from router.step_times import step_times
 
 MAX_WORKER_ID_CHARS = 64
 
@@ -45,6 +46,8 @@ class Membership:
         self._ledger = ledger
         self._tokenizer_hash = tokenizer_hash
         self._members: dict[WorkerId, Member] = {}
+        self._step_times: dict[WorkerId, StepCoefficients] = {}
+        self._step_times_at_s: float | None = None  # None: the members have changed
         self.num_stale_reports = 0
 
     def admit(
@@ -58,6 +61,7 @@ class Membership:
         member = Member(hello, _idle_load(hello), now_s, on_replaced)
         old = self._members.get(hello.worker_id)
         self._members[hello.worker_id] = member
+        self._step_times_at_s = None
         if old is not None:
             old.on_replaced()
         return member
@@ -78,6 +82,7 @@ class Membership:
         """Its stream is over or it went silent: dead at once. Nothing if it has been replaced."""
         if self._members.get(member.hello.worker_id) is member:
             del self._members[member.hello.worker_id]
+            self._step_times_at_s = None
 
     def dead_at_s(self, member: Member) -> float:
         """When silence from now on makes it dead."""
@@ -95,6 +100,7 @@ class Membership:
         return member.link
 
     def view(self, now_s: float) -> ClusterView:
+        self._refresh_step_times(now_s)
         return ClusterView(
             prefill=tuple(self._views(Role.PREFILL, now_s)),
             decode=tuple(self._views(Role.DECODE, now_s)),
@@ -124,6 +130,7 @@ class Membership:
                 health=worker.health,
                 silence_s=worker.silence_s,
                 num_assigned=worker.assigned.num_requests,
+                coefficients=worker.coefficients,
             )
             for worker in (*view.prefill, *view.decode)
         )
@@ -138,7 +145,16 @@ class Membership:
                     health=self._health(member, now_s),
                     silence_s=now_s - member.heard_s,
                     assigned=self._ledger.assigned(worker_id),
+                    step_times=self._step_times.get(worker_id),
                 )
+
+    def _refresh_step_times(self, now_s: float) -> None:
+        """Once a heartbeat: reports come no faster, and a view is made for every request."""
+        at_s = self._step_times_at_s
+        if at_s is None or now_s - at_s >= self._timers.heartbeat_s:
+            members = self._members.values()
+            self._step_times = step_times((member.hello, member.load) for member in members)
+            self._step_times_at_s = now_s
 
     def _health(self, member: Member, now_s: float) -> Health:
         if member.hello.role is Role.DECODE and member.link is None:

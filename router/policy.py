@@ -4,7 +4,8 @@
     ttft            = prompts ahead at the reader + this prompt + handoff
     step            = one decode step of the batch that this request joins
 
-Each part comes from the worker's own step coefficients (`pdserve.domain.latency`).
+Each part comes from the worker's step coefficients (`pdserve.domain.latency`), as its live steps
+correct them (`router.step_times`).
 """
 
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def _cost(pair: Pair, shape: RequestShape) -> tuple[bool, float, int, Life]:
 def _queue_s(reader: WorkerView) -> float:
     """Time to read the prompts that are ahead."""
     tokens = reader.num_unread_tokens
-    coefficients = reader.hello.coefficients
+    coefficients = reader.coefficients
     return (
         coefficients.fixed_s * -(-tokens // reader.hello.max_step_tokens)
         + coefficients.prefill_token_s * tokens
@@ -121,12 +122,12 @@ def _queue_s(reader: WorkerView) -> float:
 
 def _read_s(reader: WorkerView, shape: RequestShape) -> float:
     hello = reader.hello
-    own_s = hello.coefficients.prefill_s(0, shape.num_prompt_tokens, hello.max_step_tokens)
+    own_s = reader.coefficients.prefill_s(0, shape.num_prompt_tokens, hello.max_step_tokens)
     return _queue_s(reader) + own_s
 
 
 def _step_s(decode: WorkerView, shape: RequestShape) -> float:
-    return decode.hello.coefficients.step_s(
+    return decode.coefficients.step_s(
         StepShape(
             num_decodes=decode.num_requests + 1,
             num_decode_context_tokens=decode.num_context_tokens + shape.num_prompt_tokens,

@@ -30,6 +30,7 @@ from rich.table import Table
 from bench.kvtransfer.peer import layout_of
 from kvtransfer.digest import block_digest
 from kvtransfer.transports import open_transports
+from pdserve.config.timers import Timers
 from pdserve.domain.ids import BlockId, HandoffId, RequestId
 from pdserve.domain.messages import RemoteRegion
 from pdserve.engine.kv_memory import KvMemory
@@ -82,7 +83,7 @@ def digest_of(reading: Reading) -> Move:
 
 
 def transport_of(name: str, reading: Reading) -> Move:
-    (transport,) = open_transports([name], "127.0.0.1")
+    (transport,) = open_transports([name], "127.0.0.1", timers=Timers())
 
     async def move() -> None:
         await transport.read(reading.regions[name], reading.remote, reading.target, reading.local)

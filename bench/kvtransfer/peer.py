@@ -10,6 +10,7 @@ from dataclasses import asdict
 import uvloop
 
 from kvtransfer.transports import open_transports
+from pdserve.config.timers import Timers
 from pdserve.domain.ids import BlockId
 from pdserve.domain.layout import KvLayout, LayerKv
 from pdserve.engine.kv_memory import KvMemory
@@ -44,7 +45,7 @@ async def serve_raw(listener: socket.socket, memory: KvMemory) -> None:
 async def main(num_blocks: int, block_bytes: int) -> None:
     memory = KvMemory(layout_of(block_bytes), num_blocks)
     memory.bytes[:] = b"\xaa" * memory.num_bytes
-    transports = open_transports(["shm", "tcp"], "127.0.0.1")
+    transports = open_transports(["shm", "tcp"], "127.0.0.1", timers=Timers())
     servers = [await transport.serve(memory, lambda ids: True) for transport in transports]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)

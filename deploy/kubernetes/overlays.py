@@ -31,9 +31,11 @@ def dev_overlay(options: RenderOptions, router: RouterSettings, pools: Sequence[
     """
     args = "/spec/template/spec/containers/0/args/-"
     router_patch: list[Manifest] = [{"op": "replace", "path": "/spec/replicas", "value": 1}]
-    limits = {"max_num_requests": router.max_num_requests}
+    limits: dict[str, float] = {"max_num_requests": router.max_num_requests}
     if router.max_num_waiting:
         limits["max_num_waiting"] = router.max_num_waiting
+    if router.max_rate:
+        limits["max_rate"] = router.max_rate
     for name, limit in limits.items():
         for argument in ("--set", f"{name}={limit}"):
             router_patch.append({"op": "add", "path": args, "value": argument})

@@ -160,7 +160,9 @@ def _settings_files(deployment: Deployment, options: RenderOptions, pools: Seque
     router = router_settings(deployment, num_routers=options.num_routers)
     about = [f"python -m router --settings {CONFIG_DIR}/router.yaml"]
     if options.num_routers > 1:
-        about.append(f"max_num_requests and max_num_waiting: a share of 1/{options.num_routers}.")
+        about.append(
+            f"max_num_requests, max_num_waiting and max_rate: a share of 1/{options.num_routers}."
+        )
     files = {
         "router.yaml": settings_file(
             router,

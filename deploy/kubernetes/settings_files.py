@@ -30,7 +30,7 @@ LOG_FILE_FIELDS = ("log_file", "max_log_bytes", "num_log_files")
 def router_settings(deployment: Deployment, *, num_routers: int) -> RouterSettings:
     """Of each router. Clients spread over all, so each enforces its share of the limits."""
     router = deployment.router
-    waiting = router.max_num_waiting
+    waiting, rate = router.max_num_waiting, router.max_rate
     return router.model_copy(
         update={
             "host": "0.0.0.0",
@@ -40,6 +40,8 @@ def router_settings(deployment: Deployment, *, num_routers: int) -> RouterSettin
             "metrics_port": DEFAULT_PORTS["metrics"],
             "max_num_requests": _share(router.max_num_requests, num_routers),
             "max_num_waiting": _share(waiting, num_routers) if waiting else waiting,
+            # Not the burst: nothing says that it spreads as evenly as the long run.
+            "max_rate": rate / num_routers if rate else rate,
         }
     )
 

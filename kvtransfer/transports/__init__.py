@@ -5,24 +5,35 @@ from collections.abc import Callable, Sequence
 from kvtransfer.transports.base import Transport
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
+from pdserve.config.timers import Timers
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.messages import RemoteRegion
 
-_MAKERS: dict[str, Callable[[str, int], Transport]] = {
-    ShmTransport.name: lambda host, port: ShmTransport(),
-    TcpTransport.name: lambda host, port: TcpTransport(host, port=port),
+_MAKERS: dict[str, Callable[[str, int, Timers], Transport]] = {
+    ShmTransport.name: lambda host, port, timers: ShmTransport(),
+    TcpTransport.name: lambda host, port, timers: TcpTransport(
+        host,
+        port=port,
+        connect_timeout_s=timers.connect_s,
+        idle_timeout_s=timers.transfer_idle_s,
+        total_timeout_s=timers.transfer_s,
+    ),
 }
 
 
-def open_transports(names: Sequence[str], host: str, port: int = 0) -> tuple[Transport, ...]:
+def open_transports(
+    names: Sequence[str], host: str, port: int = 0, *, timers: Timers
+) -> tuple[Transport, ...]:
     """The named transports, in order of preference; `host` and `port` are where tcp listens.
+
+    Timers are for tcp: shm copies from memory, where nobody can keep it waiting.
 
     Raises `LocalFault` for a name that there is no transport of.
     """
     unknown = [name for name in names if name not in _MAKERS]
     if unknown:
         raise LocalFault(f"no transport {unknown[0]!r}; there are {', '.join(_MAKERS)}")
-    return tuple(_MAKERS[name](host, port) for name in names)
+    return tuple(_MAKERS[name](host, port, timers) for name in names)
 
 
 def choose(

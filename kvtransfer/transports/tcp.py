@@ -21,7 +21,8 @@ from kvtransfer.transports.tcp_frames import (
     decode_reply,
     encode_request,
 )
-from kvtransfer.transports.tcp_server import ServerLimits, TcpRegionServer
+from kvtransfer.transports.tcp_server import KEEP_ALIVE_S, ServerLimits, TcpRegionServer
+from pdserve.config.timers import Timers
 from pdserve.domain.errors import TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
@@ -29,8 +30,9 @@ from pdserve.engine.kv_memory import KvMemory
 
 log = structlog.get_logger(__name__)
 
-MAX_IDLE_S = 30.0
+MAX_IDLE_S = KEEP_ALIVE_S / 2
 """A pooled connection is not used after this: below the server's keep-alive."""
+_TIMERS = Timers()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +132,10 @@ def _is_quiet(sock: socket.socket) -> bool:
 class TcpTransport:
     """Serves on `host` and `port` (0: a free one); readers are told `advertised_host`, or `host`.
 
-    A read fails when nothing moves for `idle_timeout_s`, or after `total_timeout_s` in all. Both
-    count from when the peer is asked: while all connections to it are taken by other reads, only
-    the caller's own deadline ends the wait.
+    A read fails when its connection does not open within `connect_timeout_s`, nothing moves for
+    `idle_timeout_s`, or after `total_timeout_s` in all. All count from when the peer is asked:
+    while all connections to it are taken by other reads, only the caller's own deadline ends the
+    wait.
     """
 
     name = "tcp"
@@ -143,14 +146,16 @@ class TcpTransport:
         *,
         port: int = 0,
         advertised_host: str | None = None,
-        idle_timeout_s: float = 2.0,
-        total_timeout_s: float = 30.0,
+        connect_timeout_s: float = _TIMERS.connect_s,
+        idle_timeout_s: float = _TIMERS.transfer_idle_s,
+        total_timeout_s: float = _TIMERS.transfer_s,
         max_num_connections_per_peer: int = 8,
         max_num_served_connections: int = 256,
     ) -> None:
         self._host = host
         self._port = port
         self._advertised_host = advertised_host or host
+        self._connect_timeout_s = connect_timeout_s
         self._idle_timeout_s = idle_timeout_s
         self._total_timeout_s = total_timeout_s
         self._max_num_connections_per_peer = max_num_connections_per_peer
@@ -236,7 +241,7 @@ class TcpTransport:
         memory: KvMemory,
         local_blocks: Sequence[BlockId],
     ) -> None:
-        async with asyncio.timeout(self._idle_timeout_s):
+        async with asyncio.timeout(self._connect_timeout_s):
             sock = await peer.take()
         try:
             request = encode_request(peer.address.token, remote_blocks)

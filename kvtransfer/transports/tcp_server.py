@@ -29,6 +29,8 @@ from pdserve.engine.kv_memory import KvMemory
 log = structlog.get_logger()
 
 _ACCEPT_PAUSE_S = 0.1
+KEEP_ALIVE_S = 60.0
+"""Between the requests of one connection; readers take another one well before."""
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -42,10 +44,9 @@ def _listen(host: str, port: int) -> socket.socket:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
-    idle_timeout_s: float = 2.0  # a started request or reply that does not move
-    total_timeout_s: float = 30.0  # one reply
-    keep_alive_s: float = 60.0  # between the requests of one connection
-    max_num_connections: int = 256
+    idle_timeout_s: float  # a started request or reply that does not move
+    total_timeout_s: float  # one reply
+    max_num_connections: int
 
 
 class TcpRegionServer:
@@ -137,7 +138,7 @@ class TcpRegionServer:
                 if task is not None:
                     self._new.pop(task, None)
                 await self._reply(sock, block_ids)
-                wait_s = self._limits.keep_alive_s
+                wait_s = KEEP_ALIVE_S
         except (BadFrame, OSError) as error:
             self.num_dropped_connections += 1
             log.debug("kv_server.connection_dropped", error=type(error).__name__)

@@ -13,7 +13,8 @@ from rich.table import Table
 from pdserve.cli.plain_json import json_text
 from pdserve.client.admin import AdminClient
 from pdserve.client.inference import InferenceClient
-from pdserve.domain.messages import ClusterState, SloState, WorkerState
+from pdserve.domain.latency import LiveSteps
+from pdserve.domain.messages import ClusterState, SloState, WorkerHello, WorkerState
 
 WATCH_S = 1.0
 WIDE_COLUMNS = 112
@@ -85,7 +86,7 @@ def render_state(state: ClusterState, *, is_wide: bool = True) -> Group:
         if worker.load.num_corrupt_blocks
     ]
     workers = _worker_table(state.workers, is_wide=is_wide)
-    return Group(*lines, *slo, workers, legend, *corrupt)
+    return Group(*lines, *slo, workers, legend, *corrupt, "", _step_table(state.workers))
 
 
 def _slo_table(classes: tuple[SloState, ...]) -> Table:
@@ -133,7 +134,7 @@ def _worker_table(workers: tuple[WorkerState, ...], *, is_wide: bool) -> Table:
         table.add_column("heard", justify="right", no_wrap=True)
         table.add_column("address", no_wrap=True)
         table.add_column("pid", justify="right", no_wrap=True)
-    for worker in sorted(workers, key=lambda worker: (worker.hello.role, worker.hello.worker_id)):
+    for worker in _sorted(workers):
         load, kv = worker.load, worker.load.kv
         counts = (load.num_running, load.num_waiting)
         blocks = (kv.free, kv.reserved, kv.held, kv.pinned, kv.total)
@@ -145,6 +146,45 @@ def _worker_table(workers: tuple[WorkerState, ...], *, is_wide: bool) -> Table:
             *(about if is_wide else ()),
         )
     return table
+
+
+def _step_table(workers: tuple[WorkerState, ...]) -> Table:
+    """What the router takes steps to cost, beside what each worker measured of its last ones."""
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table.add_column("step times", no_wrap=True)
+    for name in ("each step", "prompt token", "request", "1k context", "prefill", "decode"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for worker in _sorted(workers):
+        times, load = worker.coefficients, worker.load
+        table.add_row(
+            worker.hello.worker_id,
+            *map(
+                _step_time,
+                (
+                    times.fixed_s,
+                    times.prefill_token_s,
+                    times.decode_token_s,
+                    1000 * times.decode_context_token_s,
+                ),
+            ),
+            _slowness(worker.hello, load.prefill_steps),
+            _slowness(worker.hello, load.decode_steps),
+        )
+    return table
+
+
+def _step_time(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 0.001 else f"{seconds * 1e6:.3g} us"
+
+
+def _slowness(hello: WorkerHello, steps: LiveSteps | None) -> str:
+    """Live steps over the worker's own first measurement."""
+    slowness = steps.slowness(hello.coefficients) if steps is not None else None
+    return "-" if slowness is None else f"{slowness:.2f} x"
+
+
+def _sorted(workers: tuple[WorkerState, ...]) -> list[WorkerState]:
+    return sorted(workers, key=lambda worker: (worker.hello.role, worker.hello.worker_id))
 
 
 def _plain(value: object) -> object:

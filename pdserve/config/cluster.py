@@ -16,8 +16,10 @@ from pdserve.config.processes import (
     CoefficientSettings,
     EngineSettings,
     LogLevel,
+    MaxBurst,
     MaxLogBytes,
     MaxNumWaiting,
+    MaxRate,
     MaxWaitS,
     NumLogFiles,
     RouterSettings,
@@ -53,6 +55,8 @@ class RouterPool(Settings):
     )
     max_num_waiting: MaxNumWaiting = None
     max_wait_s: MaxWaitS = None
+    max_rate: MaxRate = None
+    max_burst: MaxBurst = None
     slo: SloClasses = ()
 
     @model_validator(mode="after")
@@ -161,6 +165,8 @@ class ClusterSettings(Settings):
             metrics_port=self.router.metrics_port,
             max_num_waiting=self.router.max_num_waiting,
             max_wait_s=self.router.max_wait_s,
+            max_rate=self.router.max_rate,
+            max_burst=self.router.max_burst,
             slo=self.router.slo,
             model=self.model,
             model_name=self.model_name,

@@ -99,6 +99,18 @@ MaxWaitS = Annotated[
     float | None,
     Field(ge=0, description="predicted wait that is refused; 0 or null: timers.queue_s"),
 ]
+MaxRate = Annotated[
+    float | None,
+    Field(
+        ge=0,
+        allow_inf_nan=False,
+        description="requests/s taken in the long run; more are refused; 0 or null: no limit",
+    ),
+]
+MaxBurst = Annotated[
+    int | None,
+    Field(ge=1, description="requests that max_rate lets in at once; null: those of 10 s"),
+]
 
 
 def router_metrics_port(earlier: dict[str, Any]) -> int:
@@ -125,6 +137,8 @@ class RouterSettings(Settings):
     max_num_requests: int = Field(1024, ge=1, description="in flight at once; more are refused")
     max_num_waiting: MaxNumWaiting = None
     max_wait_s: MaxWaitS = None
+    max_rate: MaxRate = None
+    max_burst: MaxBurst = None
     slo: SloClasses = ()
     max_prompt_chars: int = Field(2_000_000, ge=1)
     max_num_attempts: int = Field(3, ge=1, le=10)

@@ -64,6 +64,10 @@ class StepCoefficients:
             + self.decode_context_token_s * shape.num_decode_context_tokens
         )
 
+    def steps_s(self, num_steps: int, shape: StepShape) -> float:
+        """Time of so many steps that hold `shape` together."""
+        return self.step_s(shape) + (num_steps - 1) * self.fixed_s
+
     def prefill_s(self, start: int, length: int, chunk_tokens: int) -> float:
         """Time to read `length` tokens after `start` cached ones, alone, in chunks."""
         num_steps = -(-length // chunk_tokens)
@@ -72,3 +76,19 @@ class StepCoefficients:
             + self.prefill_token_s * length
             + self.prefill_attention_s * num_attention_pairs(start, length)
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveSteps:
+    """The last steps of one kind that a worker took, summed up."""
+
+    num_steps: int
+    shape: StepShape  # what they held together
+    elapsed_s: float  # what they take together when nothing pauses them
+    relative_error: float  # standard error of `elapsed_s`
+    age_s: float  # since the last of them ended
+
+    def slowness(self, coefficients: StepCoefficients) -> float | None:
+        """Measured over predicted time; None if `coefficients` make such steps free."""
+        predicted_s = coefficients.steps_s(self.num_steps, self.shape)
+        return self.elapsed_s / predicted_s if predicted_s > 0 else None

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from pdserve.domain.ids import BlockId, Epoch, HandoffId, RequestId, WorkerId
 from pdserve.domain.kv_usage import KvUsage
-from pdserve.domain.latency import StepCoefficients
+from pdserve.domain.latency import LiveSteps, StepCoefficients
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, SampledToken
 
@@ -179,6 +179,8 @@ class WorkerHello:
     max_step_tokens: int
     engine: str
     coefficients: StepCoefficients
+    hardware: str = ""  # workers whose texts are equal should be equally fast; empty: not known
+    is_measured: bool = False  # the coefficients were measured at start, not given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +196,8 @@ class WorkerLoad:
     num_tokens: int = 0
     transferred_bytes: int = 0
     num_corrupt_blocks: int = 0
+    prefill_steps: LiveSteps | None = None  # steps with prompt tokens
+    decode_steps: LiveSteps | None = None  # steps without
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +218,7 @@ class WorkerState:
     health: str
     silence_s: float
     num_assigned: int
+    coefficients: StepCoefficients  # what the router takes its steps to cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -253,6 +253,13 @@ ROW_FAILURES = _counter(
     "all ruled out), INTERNAL (an error)",
     "reason",
 )
+STEP_SLOWNESS = _gauge(
+    "pdserve_engine_step_slowness_ratio",
+    WORKERS,
+    "How many times longer recent steps take than was measured at start or given, by kind: prefill "
+    "(with prompt tokens), decode (without); 1 until there were enough steps",
+    "kind",
+)
 ENGINE_PROMPT_TOKENS = _counter(
     "pdserve_engine_prompt_tokens_total", WORKERS, "Prompt tokens computed here"
 )
@@ -358,7 +365,7 @@ OWN_METRICS = (
     *(REQUESTS, REFUSALS, FAILED_ATTEMPTS, IN_FLIGHT, WAITING),
     *(PROMPT_TOKENS, CACHED_TOKENS, OUTPUT_TOKENS),
     *(WORKERS_BY_HEALTH, BUILD, DRAINING, LOOP_LAG, DROPPED_LOG_LINES),
-    *(STEP, BATCH, STEP_FAILURES, ROW_FAILURES),
+    *(STEP, BATCH, STEP_FAILURES, ROW_FAILURES, STEP_SLOWNESS),
     *(ENGINE_PROMPT_TOKENS, ENGINE_CACHED_TOKENS, ENGINE_OUTPUT_TOKENS),
     *(RUNNING, QUEUED, QUEUED_TOKENS, CONTEXT_TOKENS),
     *(KV_BLOCKS, KV_CACHED, KV_CAPACITY, KV_BLOCK_BYTES),

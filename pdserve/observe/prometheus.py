@@ -23,6 +23,7 @@ from prometheus_client.exposition import choose_encoder
 from pdserve import __version__
 from pdserve.domain.errors import Reason
 from pdserve.domain.ids import PROTOCOL_VERSION
+from pdserve.domain.latency import LiveSteps, StepCoefficients
 from pdserve.domain.messages import WorkerLoad
 from pdserve.domain.tokens import FinishReason, PhaseTimeline
 from pdserve.observe import metrics as m
@@ -191,17 +192,24 @@ class RouterMetrics(ProcessMetrics, RouterWatch):
 
 
 class WorkerMetrics(ProcessMetrics, WorkerWatch):
-    """`now` is asked for the worker's load at each scrape, once it is set."""
+    """`now` is asked for the worker's load at each scrape, once it is set.
+
+    `coefficients` are those of the worker's hello.
+    """
 
     def __init__(self, process: Process, name: str, *, block_bytes: int) -> None:
         super().__init__(process, name)
         self.now: Callable[[], WorkerLoad] | None = None
+        self.coefficients: StepCoefficients | None = None
         self._step = self._histogram(m.STEP)
         self._batch = self._histogram(m.BATCH)
         self._step_failures = self._counter(m.STEP_FAILURES)
         self._row_failures = self._counter(m.ROW_FAILURES)
         for reason in (Reason.UNUSABLE_LOGITS, Reason.INTERNAL):
             self._row_failures.labels(reason)
+        slowness = self._gauge(m.STEP_SLOWNESS)
+        self._prefill_slowness = slowness.labels("prefill")
+        self._decode_slowness = slowness.labels("decode")
         self._prompt_tokens = self._counter(m.ENGINE_PROMPT_TOKENS)
         self._cached_tokens = self._counter(m.ENGINE_CACHED_TOKENS)
         self._output_tokens = self._counter(m.ENGINE_OUTPUT_TOKENS)
@@ -256,6 +264,13 @@ class WorkerMetrics(ProcessMetrics, WorkerWatch):
             gauge.set(getattr(load.kv, state))
         self._cached_blocks.set(load.kv.cached)
         self._capacity.set(load.kv.total)
+        self._prefill_slowness.set(self._slowness(load.prefill_steps))
+        self._decode_slowness.set(self._slowness(load.decode_steps))
+
+    def _slowness(self, steps: LiveSteps | None) -> float:
+        if steps is None or self.coefficients is None:
+            return 1.0
+        return steps.slowness(self.coefficients) or 1.0
 
 
 class PrefillMetrics(WorkerMetrics, PrefillWatch):

@@ -1,9 +1,11 @@
 """Values to protobuf and back, for workers that register and operators who ask."""
 
+import math
+
 from pdserve.domain import messages as m
 from pdserve.domain.ids import Epoch, WorkerId
 from pdserve.domain.kv_usage import KvUsage
-from pdserve.domain.latency import StepCoefficients
+from pdserve.domain.latency import LiveSteps, StepCoefficients, StepShape
 from pdserve.v1 import membership_pb2 as pb
 
 ROLE_TO_PROTO = {m.Role.PREFILL: pb.ROLE_PREFILL, m.Role.DECODE: pb.ROLE_DECODE}
@@ -25,6 +27,8 @@ _HELLO_FIELDS = (
     "max_num_requests",
     "max_step_tokens",
     "engine",
+    "hardware",
+    "is_measured",
 )
 _LOAD_FIELDS = (
     "sequence",
@@ -40,6 +44,8 @@ _LOAD_FIELDS = (
 )
 _USAGE_FIELDS = ("free", "reserved", "held", "pinned", "total", "cached")
 _COEFFICIENT_FIELDS = tuple(StepCoefficients.__dataclass_fields__)
+_SHAPE_FIELDS = tuple(StepShape.__dataclass_fields__)
+_LIVE_FIELDS = ("num_steps", "elapsed_s", "relative_error", "age_s")
 _CLUSTER_FIELDS = (
     "router_id",
     "model_name",
@@ -60,9 +66,7 @@ def hello_to_proto(hello: m.WorkerHello) -> pb.WorkerHello:
         worker_id=hello.worker_id,
         role=ROLE_TO_PROTO[hello.role],
         epoch=hello.epoch,
-        coefficients=pb.StepCoefficients(
-            **{name: getattr(hello.coefficients, name) for name in _COEFFICIENT_FIELDS}
-        ),
+        coefficients=_coefficients_to_proto(hello.coefficients),
         **{name: getattr(hello, name) for name in _HELLO_FIELDS},
     )
 
@@ -74,24 +78,66 @@ def hello_from_proto(message: pb.WorkerHello) -> m.WorkerHello:
         worker_id=WorkerId(message.worker_id),
         role=ROLE_FROM_PROTO[message.role],
         epoch=Epoch(message.epoch),
-        coefficients=StepCoefficients(
-            **{name: getattr(message.coefficients, name) for name in _COEFFICIENT_FIELDS}
-        ),
+        coefficients=_coefficients_from_proto(message.coefficients),
         **{name: getattr(message, name) for name in _HELLO_FIELDS},
     )
 
 
+def _coefficients_to_proto(coefficients: StepCoefficients) -> pb.StepCoefficients:
+    return pb.StepCoefficients(
+        **{name: getattr(coefficients, name) for name in _COEFFICIENT_FIELDS}
+    )
+
+
+def _coefficients_from_proto(message: pb.StepCoefficients) -> StepCoefficients:
+    return StepCoefficients(**{name: getattr(message, name) for name in _COEFFICIENT_FIELDS})
+
+
+def _live_to_proto(steps: LiveSteps | None) -> pb.LiveSteps | None:
+    if steps is None:
+        return None
+    return pb.LiveSteps(
+        **{name: getattr(steps, name) for name in _LIVE_FIELDS},
+        **{name: getattr(steps.shape, name) for name in _SHAPE_FIELDS},
+    )
+
+
+def _live_from_proto(message: pb.LiveSteps) -> LiveSteps:
+    steps = LiveSteps(
+        shape=StepShape(**{name: getattr(message, name) for name in _SHAPE_FIELDS}),
+        **{name: getattr(message, name) for name in _LIVE_FIELDS},
+    )
+    times = (steps.elapsed_s, steps.relative_error, steps.age_s)
+    if steps.num_steps < 1 or steps.elapsed_s <= 0:
+        raise ValueError("live steps must be at least one and take time")
+    if not all(math.isfinite(time) and time >= 0 for time in times):
+        raise ValueError("times of live steps must be finite and not negative")
+    return steps
+
+
 def load_to_proto(load: m.WorkerLoad) -> pb.WorkerLoad:
-    usage = pb.KvUsage(**{name: getattr(load.kv, name) for name in _USAGE_FIELDS})
-    return pb.WorkerLoad(kv=usage, **{name: getattr(load, name) for name in _LOAD_FIELDS})
+    return pb.WorkerLoad(
+        kv=pb.KvUsage(**{name: getattr(load.kv, name) for name in _USAGE_FIELDS}),
+        prefill_steps=_live_to_proto(load.prefill_steps),
+        decode_steps=_live_to_proto(load.decode_steps),
+        **{name: getattr(load, name) for name in _LOAD_FIELDS},
+    )
 
 
 def load_from_proto(message: pb.WorkerLoad) -> m.WorkerLoad:
     kv = message.kv
     if kv.free + kv.reserved + kv.held + kv.pinned != kv.total or kv.cached > kv.free:
         raise ValueError("KV blocks do not add up")
-    usage = KvUsage(**{name: getattr(kv, name) for name in _USAGE_FIELDS})
-    return m.WorkerLoad(kv=usage, **{name: getattr(message, name) for name in _LOAD_FIELDS})
+    return m.WorkerLoad(
+        kv=KvUsage(**{name: getattr(kv, name) for name in _USAGE_FIELDS}),
+        prefill_steps=(
+            _live_from_proto(message.prefill_steps) if message.HasField("prefill_steps") else None
+        ),
+        decode_steps=(
+            _live_from_proto(message.decode_steps) if message.HasField("decode_steps") else None
+        ),
+        **{name: getattr(message, name) for name in _LOAD_FIELDS},
+    )
 
 
 def report_to_proto(report: m.WorkerReport) -> pb.WorkerReport:
@@ -136,6 +182,7 @@ def cluster_to_proto(state: m.ClusterState) -> pb.ClusterState:
             health=worker.health,
             silence_s=worker.silence_s,
             num_assigned=worker.num_assigned,
+            coefficients=_coefficients_to_proto(worker.coefficients),
         )
         for worker in state.workers
     ]
@@ -153,6 +200,11 @@ def cluster_from_proto(message: pb.ClusterState) -> m.ClusterState:
             health=worker.health,
             silence_s=worker.silence_s,
             num_assigned=worker.num_assigned,
+            coefficients=_coefficients_from_proto(
+                worker.coefficients
+                if worker.HasField("coefficients")
+                else worker.hello.coefficients  # a router of an older version
+            ),
         )
         for worker in message.workers
     )

@@ -13,6 +13,7 @@ from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, WorkerId
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import Role, WorkerHello, WorkerLoad
+from pdserve.rpc.hardware import describe_hardware
 from pdserve.rpc.router_names import RouterRegistrations
 
 
@@ -54,6 +55,8 @@ def worker_hello(
         max_step_tokens=settings.max_step_tokens,
         engine=spec.kind,
         coefficients=coefficients,
+        hardware=describe_hardware(settings.engine),
+        is_measured=settings.engine.coefficients is None,
     )
 
 

@@ -25,7 +25,7 @@ class WorkerReport(_message.Message):
     def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "role", "epoch", "protocol_version", "address", "pid", "model_name", "model_hash", "layout_hash", "max_context_tokens", "vocab_size", "block_size", "num_blocks", "block_bytes", "max_num_requests", "coefficients", "engine", "tokenizer_hash", "max_step_tokens")
+    __slots__ = ("worker_id", "role", "epoch", "protocol_version", "address", "pid", "model_name", "model_hash", "layout_hash", "max_context_tokens", "vocab_size", "block_size", "num_blocks", "block_bytes", "max_num_requests", "coefficients", "engine", "tokenizer_hash", "max_step_tokens", "hardware", "is_measured")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +45,8 @@ class WorkerHello(_message.Message):
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_HASH_FIELD_NUMBER: _ClassVar[int]
     MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HARDWARE_FIELD_NUMBER: _ClassVar[int]
+    IS_MEASURED_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: Role
     epoch: int
@@ -64,7 +66,9 @@ class WorkerHello(_message.Message):
     engine: str
     tokenizer_hash: bytes
     max_step_tokens: int
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., model_name: _Optional[str] = ..., model_hash: _Optional[bytes] = ..., layout_hash: _Optional[bytes] = ..., max_context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., max_num_requests: _Optional[int] = ..., coefficients: _Optional[_Union[StepCoefficients, _Mapping]] = ..., engine: _Optional[str] = ..., tokenizer_hash: _Optional[bytes] = ..., max_step_tokens: _Optional[int] = ...) -> None: ...
+    hardware: str
+    is_measured: bool
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., model_name: _Optional[str] = ..., model_hash: _Optional[bytes] = ..., layout_hash: _Optional[bytes] = ..., max_context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., max_num_requests: _Optional[int] = ..., coefficients: _Optional[_Union[StepCoefficients, _Mapping]] = ..., engine: _Optional[str] = ..., tokenizer_hash: _Optional[bytes] = ..., max_step_tokens: _Optional[int] = ..., hardware: _Optional[str] = ..., is_measured: _Optional[bool] = ...) -> None: ...
 
 class StepCoefficients(_message.Message):
     __slots__ = ("fixed_s", "prefill_token_s", "prefill_attention_s", "decode_token_s", "decode_context_token_s", "relative_error")
@@ -81,6 +85,26 @@ class StepCoefficients(_message.Message):
     decode_context_token_s: float
     relative_error: float
     def __init__(self, fixed_s: _Optional[float] = ..., prefill_token_s: _Optional[float] = ..., prefill_attention_s: _Optional[float] = ..., decode_token_s: _Optional[float] = ..., decode_context_token_s: _Optional[float] = ..., relative_error: _Optional[float] = ...) -> None: ...
+
+class LiveSteps(_message.Message):
+    __slots__ = ("num_steps", "num_prefill_tokens", "num_prefill_pairs", "num_decodes", "num_decode_context_tokens", "elapsed_s", "relative_error", "age_s")
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFILL_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODES_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODE_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_ERROR_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    num_steps: int
+    num_prefill_tokens: int
+    num_prefill_pairs: int
+    num_decodes: int
+    num_decode_context_tokens: int
+    elapsed_s: float
+    relative_error: float
+    age_s: float
+    def __init__(self, num_steps: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., num_prefill_pairs: _Optional[int] = ..., num_decodes: _Optional[int] = ..., num_decode_context_tokens: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., relative_error: _Optional[float] = ..., age_s: _Optional[float] = ...) -> None: ...
 
 class KvUsage(_message.Message):
     __slots__ = ("free", "reserved", "held", "pinned", "total", "cached")
@@ -99,7 +123,7 @@ class KvUsage(_message.Message):
     def __init__(self, free: _Optional[int] = ..., reserved: _Optional[int] = ..., held: _Optional[int] = ..., pinned: _Optional[int] = ..., total: _Optional[int] = ..., cached: _Optional[int] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("sequence", "num_waiting", "num_running", "waiting_prompt_tokens", "running_context_tokens", "kv", "is_draining", "num_steps", "num_tokens", "transferred_bytes", "num_corrupt_blocks")
+    __slots__ = ("sequence", "num_waiting", "num_running", "waiting_prompt_tokens", "running_context_tokens", "kv", "is_draining", "num_steps", "num_tokens", "transferred_bytes", "num_corrupt_blocks", "prefill_steps", "decode_steps")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +135,8 @@ class WorkerLoad(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRANSFERRED_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_CORRUPT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_STEPS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     num_waiting: int
     num_running: int
@@ -122,7 +148,9 @@ class WorkerLoad(_message.Message):
     num_tokens: int
     transferred_bytes: int
     num_corrupt_blocks: int
-    def __init__(self, sequence: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., running_context_tokens: _Optional[int] = ..., kv: _Optional[_Union[KvUsage, _Mapping]] = ..., is_draining: _Optional[bool] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., num_corrupt_blocks: _Optional[int] = ...) -> None: ...
+    prefill_steps: LiveSteps
+    decode_steps: LiveSteps
+    def __init__(self, sequence: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., running_context_tokens: _Optional[int] = ..., kv: _Optional[_Union[KvUsage, _Mapping]] = ..., is_draining: _Optional[bool] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., num_corrupt_blocks: _Optional[int] = ..., prefill_steps: _Optional[_Union[LiveSteps, _Mapping]] = ..., decode_steps: _Optional[_Union[LiveSteps, _Mapping]] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
     __slots__ = ("router_id", "epoch", "protocol_version", "heartbeat_s")
@@ -193,15 +221,17 @@ class SloState(_message.Message):
     def __init__(self, name: _Optional[str] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., target: _Optional[float] = ..., num_met: _Optional[int] = ..., num_missed_ttft: _Optional[int] = ..., num_missed_tpot: _Optional[int] = ..., num_missed_both: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_refused: _Optional[int] = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("hello", "load", "health", "silence_s", "num_assigned")
+    __slots__ = ("hello", "load", "health", "silence_s", "num_assigned", "coefficients")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     HEALTH_FIELD_NUMBER: _ClassVar[int]
     SILENCE_S_FIELD_NUMBER: _ClassVar[int]
     NUM_ASSIGNED_FIELD_NUMBER: _ClassVar[int]
+    COEFFICIENTS_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     load: WorkerLoad
     health: str
     silence_s: float
     num_assigned: int
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., health: _Optional[str] = ..., silence_s: _Optional[float] = ..., num_assigned: _Optional[int] = ...) -> None: ...
+    coefficients: StepCoefficients
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., health: _Optional[str] = ..., silence_s: _Optional[float] = ..., num_assigned: _Optional[int] = ..., coefficients: _Optional[_Union[StepCoefficients, _Mapping]] = ...) -> None: ...

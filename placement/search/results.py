@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from placement.search.bursts import allowed_burst
 from placement.search.designs import Design
 from placement.search.judging import Slowdown
 from placement.simulation.summary import clean
@@ -160,6 +161,19 @@ class PlanResult:
     inputs: dict[str, Any] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
     relative_error: float = 0.0
+    burst: int = 0  # of a cell: arrivals of its traces that ran ahead of its highest rate
+    gap_cv: float = 1.0  # of the arrivals
+
+    @property
+    def max_rate(self) -> float:
+        """Requests/s that the cluster is good for."""
+        return max(self.goodput, self.prediction.rate) * self.num_cells
+
+    @property
+    def max_burst(self) -> int:
+        """Requests that may come at once beyond `max_rate`."""
+        simulated = self.burst * self.num_cells
+        return allowed_burst(simulated, rate=self.max_rate, gap_cv=self.gap_cv)
 
     @property
     def total_goodput(self) -> float:

@@ -140,6 +140,8 @@ def test_processes_start_with_the_plans_limits(plan: str, overlay: str) -> None:
     assert replicas == (1 if overlay == "overlays/dev" else 2)
     assert router.max_num_waiting * replicas == limits["max_num_waiting"]
     assert router.max_wait_s == limits["max_wait_s"]
+    assert router.max_rate is not None
+    assert router.max_rate * replicas == pytest.approx(limits["max_rate"])
     assert [each.name for each in router.slo] == [each["name"] for each in planned["slo"]]
     owners = [each for each in objects if each["kind"] in ("StatefulSet", "LeaderWorkerSet")]
     assert sum(owner["spec"]["replicas"] for owner in owners) == sum(

@@ -714,6 +714,27 @@ async def test_predicted_wait_beyond_the_limit_is_refused() -> None:
         await read_all(call)
 
 
+async def test_request_beyond_the_rate_is_refused_and_told_when_to_come_back() -> None:
+    async with run_cluster(max_rate=0.5, max_burst=1) as cluster:
+        worker = await cluster.worker()
+        call = cluster.generate()
+        await worker.say(await soon(worker.submits.get()), 0, 8, end=DONE)
+        await read_all(call)
+        ended = await failure(cluster.generate())
+        assert (ended.code, ended.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+        assert 0 < ended.retry_after_s <= 2.0
+
+
+async def test_without_a_burst_ten_seconds_of_the_rate_are_let_in_at_once() -> None:
+    async with run_cluster(max_rate=0.2) as cluster:
+        worker = await cluster.worker()
+        for _ in range(2):
+            call = cluster.generate()
+            await worker.say(await soon(worker.submits.get()), 0, 8, end=DONE)
+            await read_all(call)
+        assert (await failure(cluster.generate())).reason == "OVERLOADED"
+
+
 async def test_attainment_is_counted_by_the_class_that_a_request_names() -> None:
     classes = [
         {"name": "patient", "ttft_s": 60.0, "tpot_s": 60.0},

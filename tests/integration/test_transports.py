@@ -24,6 +24,7 @@ import uvloop
 
 from kvtransfer.digest import block_digest
 from kvtransfer.receiver import HandoffReceiver
+from kvtransfer.transports import open_transports
 from kvtransfer.transports.base import MayRead, Transport
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
@@ -33,6 +34,7 @@ from kvtransfer.transports.tcp_frames import (
     encode_request,
 )
 from kvtransfer.transports.tcp_server import TcpRegionServer
+from pdserve.config.timers import Timers
 from pdserve.domain.errors import Reason, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import BlocksOffered, RemoteRegion
@@ -43,6 +45,7 @@ SEED = 20
 BLOCK_BYTES = 4096
 NUM_BLOCKS = 64  # of which the first 48 are on offer at a peer process
 NOTICE_S = 3.0  # within which every fault of a peer shows
+SHORT_NOTICE_S = 1.5  # and this where timers are set far below their defaults
 
 MAKERS: dict[str, Callable[[], Transport]] = {"shm": ShmTransport, "tcp": TcpTransport}
 
@@ -474,6 +477,40 @@ async def test_closing_ends_the_reads_that_wait_for_a_connection(target: KvMemor
             async with fails_within(NOTICE_S, "connection to the peer broke"):
                 await read
         await transport.close()
+
+
+@pytest.mark.parametrize(
+    "timers", [Timers(transfer_idle_s=0.2), Timers(transfer_idle_s=1e4, transfer_s=0.2)]
+)
+async def test_timers_say_how_long_a_reader_waits_for_a_silent_peer(
+    target: KvMemory, timers: Timers
+) -> None:
+    async def never(sock: socket.socket) -> None:
+        await asyncio.Event().wait()
+
+    async with raw_server(never) as port:
+        region = RemoteRegion(
+            transport="tcp",
+            address={"host": "127.0.0.1", "port": str(port), "token": "00" * 16},
+            num_blocks=4,
+            block_bytes=BLOCK_BYTES,
+        )
+        (transport,) = open_transports(["tcp"], "127.0.0.1", timers=timers)
+        async with fails_within(SHORT_NOTICE_S):
+            await transport.read(region, blocks(0), target, blocks(0))
+        await transport.close()
+
+
+async def test_timers_say_how_long_a_server_waits_for_a_request() -> None:
+    (transport,) = open_transports(["tcp"], "127.0.0.1", timers=Timers(transfer_idle_s=0.2))
+    with kv_memory(NUM_BLOCKS, BLOCK_BYTES) as source:
+        server = await transport.serve(source, lambda block_ids: True)
+        sock = await connect(server.region)
+        with sock:
+            async with asyncio.timeout(SHORT_NOTICE_S):
+                assert await asyncio.get_running_loop().sock_recv(sock, 1) == b"", "hung up on"
+        await server.close()
+    await transport.close()
 
 
 @pytest.mark.parametrize("field", ["pid", "start", "fd", "host"])

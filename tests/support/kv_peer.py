@@ -10,11 +10,12 @@ import sys
 from dataclasses import asdict
 
 from kvtransfer.transports import open_transports
+from pdserve.config.timers import Timers
 from tests.support.kv_handoff import kv_memory
 
 
 async def serve(transport_name: str, num_blocks: int, block_bytes: int, seed: int) -> None:
-    (transport,) = open_transports([transport_name], "127.0.0.1")
+    (transport,) = open_transports([transport_name], "127.0.0.1", timers=Timers())
     with kv_memory(num_blocks, block_bytes, seed) as memory:
         server = await transport.serve(
             memory, lambda block_ids: all(block < num_blocks * 3 // 4 for block in block_ids)

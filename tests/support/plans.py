@@ -31,6 +31,7 @@ def plan(**changes: object) -> dict[str, Any]:
             "max_num_waiting": 40,
             "max_wait_s": 2.0,
             "max_rate": 20.0,
+            "max_burst": 70,
         },
         "prediction": {
             "rate": 20.0,

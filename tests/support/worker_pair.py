@@ -463,7 +463,10 @@ class WorkerPair:
         )
         await self._stack.enter_async_context(self.links)
         self.decode_loop = DecodeLoop(
-            self.engine, max_step_tokens=sizes.max_step_tokens, clock=clock
+            self.engine,
+            coefficients=COEFFICIENTS,
+            max_step_tokens=sizes.max_step_tokens,
+            clock=clock,
         )
         self.intake = Intake(
             self.pool,

@@ -1,11 +1,13 @@
 import dataclasses
 import io
 import json
+from dataclasses import replace
 
 from rich.console import Console
 
 from pdserve.cli.status_view import render_state, state_as_json
 from pdserve.domain.kv_usage import KvUsage
+from pdserve.domain.latency import LiveSteps, StepShape
 from pdserve.domain.messages import (
     ClusterState,
     Role,
@@ -29,7 +31,14 @@ def worker(worker_id: str, role: Role) -> WorkerState:
         num_running=2,
         kv=KvUsage(free=1, reserved=2, held=3, pinned=4, total=10),
     )
-    return WorkerState(hello=hello, load=load, health="alive", silence_s=0.25, num_assigned=2)
+    return WorkerState(
+        hello=hello,
+        load=load,
+        health="alive",
+        silence_s=0.25,
+        num_assigned=2,
+        coefficients=replace(hello.coefficients, fixed_s=0.0125, decode_token_s=0.00025),
+    )
 
 
 def state(*workers: WorkerState) -> ClusterState:
@@ -107,3 +116,30 @@ def test_attainment_is_shown_by_class_where_there_are_classes() -> None:
     (empty,) = [row.split() for row in rows if row.strip().startswith("[batch]")]
     assert empty[-6:] == ["-", "0", "0", "0", "0", "0"]
     assert "attained" not in rendered(state(worker("d", Role.DECODE)), width=80, is_wide=False)
+
+
+def test_step_times_believed_and_measured_are_shown() -> None:
+    plain = worker("decode-0", Role.DECODE)
+    steps = LiveSteps(
+        num_steps=10,
+        shape=StepShape(num_decodes=20, num_decode_context_tokens=2000),
+        elapsed_s=2
+        * plain.hello.coefficients.steps_s(
+            10, StepShape(num_decodes=20, num_decode_context_tokens=2000)
+        ),
+        relative_error=0.1,
+        age_s=1.0,
+    )
+    busy = dataclasses.replace(plain, load=replace(plain.load, decode_steps=steps))
+    for width, is_wide in ((80, False), (120, True)):
+        lines = rendered(state(plain, busy), width=width, is_wide=is_wide).splitlines()
+        _, idle_row, busy_row = (
+            line.split() for line in lines if "step times" in line or " us" in line
+        )
+        # Each step, a prompt token, a request, 1,000 tokens of context; prefill, decode.
+        assert idle_row[1:] == ["12.50", "ms", "1.00", "ms", "250", "us", "10.00", "ms", "-", "-"]
+        assert busy_row[-3:] == ["-", "2.00", "x"]
+    shown = json.loads(json.dumps(state_as_json(state(busy))))["workers"][0]
+    assert shown["coefficients"]["decode_token_s"] == 0.00025
+    assert shown["load"]["decode_steps"]["num_steps"] == 10
+    assert shown["load"]["prefill_steps"] is None

@@ -13,7 +13,7 @@ from pdserve.engine.contract import StepBatch, StepResult
 from pdserve.engine.step_table import StepTable
 from pdserve.engine.timed_engine import TimedEngine
 from tests.support.virtual_time import virtual
-from tests.support.worker_pair import borrow_engine, give_back
+from tests.support.worker_pair import COEFFICIENTS, borrow_engine, give_back
 from tests.unit.decode_worker.test_intake import request_of
 
 
@@ -61,7 +61,12 @@ def test_cancelled_in_the_turn_of_its_token_neither_stops_the_loop_nor_takes_the
         victims: list[asyncio.Task[None]] = []
         engine = WatchedEngine(inner, lambda: [task.cancel() for task in victims])
         clock = asyncio.get_running_loop().time
-        loop = DecodeLoop(engine, max_step_tokens=8 if is_last_token else 4, clock=clock)
+        loop = DecodeLoop(
+            engine,
+            coefficients=COEFFICIENTS,
+            max_step_tokens=8 if is_last_token else 4,
+            clock=clock,
+        )
         running = asyncio.create_task(loop.run())
         request = reserved(pool)
         victims.append(asyncio.create_task(serve(request, loop)))
@@ -88,7 +93,12 @@ async def test_blocks_of_a_request_that_leaves_during_a_step_wait_for_its_end() 
     pool, inner = BlockPool(4), borrow_engine(4)
     used: list[Any] = []
     engine = WatchedEngine(inner, lambda: used.append(pool.usage().held))
-    loop = DecodeLoop(engine, max_step_tokens=8, clock=asyncio.get_running_loop().time)
+    loop = DecodeLoop(
+        engine,
+        coefficients=COEFFICIENTS,
+        max_step_tokens=8,
+        clock=asyncio.get_running_loop().time,
+    )
     running = asyncio.create_task(loop.run())
     serving = asyncio.create_task(serve(reserved(pool), loop))
     await asyncio.sleep(0.001)

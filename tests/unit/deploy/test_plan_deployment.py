@@ -34,6 +34,7 @@ def test_pools_become_workers_with_the_plans_limits(tmp_path: Path) -> None:
     } == {0}
     router = deployment.router
     assert (router.max_num_waiting, router.max_wait_s) == (40, 2.0)
+    assert (router.max_rate, router.max_burst) == (20.0, 70)
     assert [(item.name, item.ttft_s, item.tpot_s) for item in router.slo] == [
         ("chat", 0.2, 0.05),
         ("batch", 2.0, 0.1),

@@ -1,10 +1,15 @@
 """The measurement finds the coefficients that an engine has."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from random import Random
+
 import pytest
 
 from pdserve.config.processes import CoefficientSettings
 from pdserve.domain.latency import StepCoefficients
 from pdserve.engine.calibration import measure_coefficients
+from pdserve.engine.contract import StepBatch, StepResult
 from pdserve.engine.timed_engine import TimedEngine
 from tests.support.virtual_time import virtual
 from tests.support.worker_pair import LAYOUT, demo_files
@@ -72,4 +77,47 @@ async def test_given_coefficients_are_taken_without_a_step() -> None:
     found = await measure_coefficients(engine, given)
     assert (found.fixed_s, found.prefill_token_s, found.decode_token_s) == (1.0, 2.0, 3.0)
     assert engine._free_at_s == 0.0
+    engine.close()
+
+
+class HinderedEngine:
+    """A timed engine on a busy machine: `delay_s` is asked for what each step takes longer."""
+
+    def __init__(self, inner: TimedEngine, delay_s: Callable[[int], float]) -> None:
+        self.spec, self.kv = inner.spec, inner.kv
+        self._inner = inner
+        self._delay_s = delay_s
+        self._num_steps = 0
+
+    async def step(self, batch: StepBatch) -> StepResult:
+        self._num_steps += 1
+        result = await self._inner.step(batch)
+        return replace(result, elapsed_s=result.elapsed_s + self._delay_s(self._num_steps))
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_request_in_a_batch_never_costs_nothing_however_busy_the_machine(seed: int) -> None:
+    rng = Random(seed)
+
+    @virtual
+    async def run() -> None:
+        engine = HinderedEngine(
+            engine_of(TRUE), lambda number: rng.choice((0.0, 0.0, 0.005, 0.02, 0.05))
+        )
+        found = await measure_coefficients(engine, None)
+        assert found.decode_token_s > 0, f"seed {seed}"
+        engine.close()
+
+    run()
+
+
+@virtual
+async def test_busy_moment_does_not_fall_on_every_run_of_one_batch() -> None:
+    engine = HinderedEngine(engine_of(TRUE), lambda number: 0.1 if 11 <= number < 20 else 0.0)
+    found = await measure_coefficients(engine, None)
+    assert found.decode_token_s == pytest.approx(TRUE.decode_token_s, rel=1e-6)
+    assert found.fixed_s == pytest.approx(TRUE.fixed_s, rel=1e-6)
     engine.close()

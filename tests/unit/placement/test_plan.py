@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pdserve.domain.errors import LocalFault
 from placement.demand import Workload
 from placement.plan import Plan, format_plan, parse_plan, plan_of, read_plan, write_plan
+from placement.search.bursts import burst_above
 from placement.search.results import PlanResult
 from placement.simulate import Simulator
 from placement.simulation.values import PdserveOptions, Rules, SplitwiseOptions
@@ -123,3 +124,27 @@ def test_limits_refuse_nobody_for_whom_the_plan_was_made(ttft_s: float) -> None:
     )
     config = result.design.config(Rules.PDSERVE, (), limits, SplitwiseOptions())
     assert Simulator(config).run(workload.trace()).num_refused <= 0.01 * num
+    assert plan.limits.max_burst is not None
+    assert burst_above(workload.trace().arrival_s, plan.limits.max_rate) <= plan.limits.max_burst
+
+
+def test_rate_limit_lets_in_the_bursts_of_the_trace_that_the_plan_was_made_with(
+    tmp_path: Path,
+) -> None:
+    """All of ten minutes in one: no drawn arrivals would run ahead of their rate so far."""
+    num = 6000
+    minutes = np.repeat(np.arange(10) * 600.0, num // 10)
+    arrivals = np.sort(minutes + np.random.default_rng(3).uniform(0, 60, num))
+    rows = [f"{arrival:.3f},200,50" for arrival in arrivals]
+    trace = tmp_path / "trace.csv"
+    trace.write_text("\n".join(("arrival_s,prompt_tokens,output_tokens", *rows)))
+    workload = {"trace": str(trace), "arrivals": "recorded"}
+    result = solve(small_inputs(workload=workload, search={"duration_s": 120}))
+    assert isinstance(result, PlanResult)
+    limits, at_rate = plan_of(result).limits, result.prediction
+    assert limits.max_burst is not None
+    unit = Workload(
+        arrival_s=arrivals, prompt_tokens=np.full(num, 200), output_tokens=np.full(num, 50)
+    )
+    simulated = unit.head(round(at_rate.rate * at_rate.horizon_s)).trace(at_rate.rate)
+    assert burst_above(simulated.arrival_s, limits.max_rate) <= limits.max_burst

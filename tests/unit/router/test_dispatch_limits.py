@@ -6,6 +6,7 @@ import pytest
 
 from pdserve.domain.errors import BadRequest, PdserveError, Reason, Refused
 from router.dispatch import DispatchLimits
+from router.rate_limit import RateLimit
 from tests.unit.router.bench import DONE, Bench, open_bench, settle
 
 
@@ -52,6 +53,53 @@ async def test_request_that_would_wait_longer_than_max_wait_is_refused() -> None
         refused = await refusal_of(bench.start("c"))  # would wait 16 ms
         assert "longer than 0.015 s" in refused.message
         await cancel(first, second)
+
+
+async def test_request_beyond_the_rate_is_refused_until_its_time_has_come() -> None:
+    limits = DispatchLimits(rate=RateLimit(10.0, 2))
+    async with open_bench("d0", limits=limits) as bench:
+        worker = bench.workers["d0"]
+        tasks = [bench.start("a"), bench.start("b")]
+        await settle()
+        refused = await refusal_of(bench.start("c"))
+        assert "faster than the limit of 10 a second" in refused.message
+        assert 0 < refused.retry_after_s <= 0.1
+        assert bench.watch.ends[-1].outcome == "refused"
+        assert bench.watch.ends[-1].reason == "OVERLOADED"
+        await asyncio.sleep(refused.retry_after_s)
+        tasks.append(bench.start("d"))
+        await settle()
+        assert len(worker.submits) == 3
+        await cancel(*tasks)
+        assert bench.is_idle
+
+
+async def test_request_that_another_limit_refuses_does_not_count_for_the_rate() -> None:
+    limits = DispatchLimits(max_num_waiting=1, rate=RateLimit(1e-3, 2))
+    async with open_bench("d0", limits=limits) as bench:
+        worker = bench.workers["d0"]
+        first = bench.start("a")
+        await settle()
+        for number in range(5):
+            await refusal_of(bench.start(f"r{number}"))
+        worker.say(worker.submits[0], 0, 8, DONE)
+        await first
+        second = bench.start("b")
+        await settle()
+        assert len(worker.submits) == 2
+        await cancel(second)
+
+
+async def test_request_whose_worker_is_lost_is_counted_once_for_the_rate() -> None:
+    limits = DispatchLimits(rate=RateLimit(1e-3, 1))
+    async with open_bench("d0", "d1", limits=limits) as bench:
+        first = bench.start("a")
+        await settle()
+        lost, other = sorted(bench.workers.values(), key=lambda worker: -len(worker.submits))
+        await lost.cut()
+        await settle()
+        other.say(other.submits[0], 0, 8, DONE)
+        await first
 
 
 @pytest.mark.parametrize("off", [None, 0])

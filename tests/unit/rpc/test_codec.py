@@ -10,7 +10,7 @@ from pdserve.domain import messages as m
 from pdserve.domain.errors import Reason
 from pdserve.domain.ids import HandoffId
 from pdserve.domain.kv_usage import KvUsage
-from pdserve.domain.latency import StepCoefficients
+from pdserve.domain.latency import LiveSteps, StepCoefficients, StepShape
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, PhaseTimeline, SampledToken
 from pdserve.rpc import codec, membership_codec
@@ -81,6 +81,20 @@ usage = st.tuples(*[st.integers(0, 1000)] * 4).map(
         free=four[0], reserved=four[1], held=four[2], pinned=four[3], total=sum(four)
     )
 )
+live_steps = st.builds(
+    LiveSteps,
+    num_steps=uint32.filter(bool),
+    shape=st.builds(
+        StepShape,
+        num_prefill_tokens=uint64,
+        num_prefill_pairs=uint64,
+        num_decodes=uint64,
+        num_decode_context_tokens=uint64,
+    ),
+    elapsed_s=duration.filter(bool),
+    relative_error=duration,
+    age_s=duration,
+)
 load = st.builds(
     m.WorkerLoad,
     sequence=uint64,
@@ -89,6 +103,8 @@ load = st.builds(
     waiting_prompt_tokens=uint64,
     running_context_tokens=uint64,
     kv=usage,
+    prefill_steps=st.none() | live_steps,
+    decode_steps=st.none() | live_steps,
 )
 worker_hello = st.builds(
     m.WorkerHello,
@@ -110,6 +126,8 @@ worker_hello = st.builds(
     max_num_requests=uint32,
     max_step_tokens=uint32,
     engine=label,
+    hardware=label,
+    is_measured=st.booleans(),
     coefficients=st.builds(
         StepCoefficients,
         fixed_s=duration,
@@ -215,7 +233,14 @@ def test_cluster_state_survives_the_wire(
         uptime_s=1.5,
         num_completed=7,
         workers=tuple(
-            m.WorkerState(hello=hello, load=load, health="alive", silence_s=0.1, num_assigned=2)
+            m.WorkerState(
+                hello=hello,
+                load=load,
+                health="alive",
+                silence_s=0.1,
+                num_assigned=2,
+                coefficients=hello.coefficients,
+            )
             for hello, load in workers
         ),
     )
@@ -233,6 +258,26 @@ def test_unset_sampling_fields_take_the_documented_defaults() -> None:
     assert params == SamplingParams(seed=9)
 
 
+def load_with_steps(**steps: Any) -> m.WorkerLoad:
+    return membership_codec.load_from_proto(
+        membership_pb2.WorkerLoad(decode_steps=membership_pb2.LiveSteps(**steps))
+    )
+
+
+def test_worker_and_router_of_an_older_version_are_understood() -> None:
+    load = membership_codec.load_from_proto(membership_pb2.WorkerLoad())
+    assert load.prefill_steps is None
+    assert load.decode_steps is None
+    hello = membership_pb2.WorkerHello(
+        role=membership_pb2.ROLE_DECODE,
+        coefficients=membership_pb2.StepCoefficients(fixed_s=0.5),
+    )
+    state = membership_pb2.ClusterState(workers=[membership_pb2.WorkerState(hello=hello)])
+    (worker,) = membership_codec.cluster_from_proto(state).workers
+    assert worker.coefficients.fixed_s == 0.5
+    assert worker.hello.hardware == ""
+
+
 @pytest.mark.parametrize(
     "parse",
     [
@@ -244,8 +289,14 @@ def test_unset_sampling_fields_take_the_documented_defaults() -> None:
         lambda: membership_codec.load_from_proto(
             membership_pb2.WorkerLoad(kv=membership_pb2.KvUsage(free=1, total=2))
         ),
+        lambda: load_with_steps(num_steps=0, elapsed_s=1.0),
+        lambda: load_with_steps(num_steps=1, elapsed_s=0.0),
+        lambda: load_with_steps(num_steps=1, elapsed_s=float("nan")),
+        lambda: load_with_steps(num_steps=1, elapsed_s=float("inf")),
+        lambda: load_with_steps(num_steps=1, elapsed_s=1.0, relative_error=-1.0),
+        lambda: load_with_steps(num_steps=1, elapsed_s=1.0, age_s=float("nan")),
     ],
 )
 def test_nonsense_from_a_peer_is_a_value_error(parse: Any) -> None:
-    with pytest.raises(ValueError, match=r"unknown|not a valid|add up"):
+    with pytest.raises(ValueError, match=r"unknown|not a valid|add up|live steps"):
         parse()

@@ -9,8 +9,14 @@ TIMERS = Timers()
 
 
 def worker(name: str, health: str = "alive") -> WorkerState:
+    hello = make_hello(name)
     return WorkerState(
-        hello=make_hello(name), load=make_load(), health=health, silence_s=0.0, num_assigned=0
+        hello=hello,
+        load=make_load(),
+        health=health,
+        silence_s=0.0,
+        num_assigned=0,
+        coefficients=hello.coefficients,
     )
 
 

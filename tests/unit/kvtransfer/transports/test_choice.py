@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from kvtransfer.transports import choose, open_transports
+from pdserve.config.timers import Timers
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.messages import RemoteRegion
 
@@ -23,26 +24,24 @@ SHM_ELSEWHERE = RemoteRegion(
 
 
 def test_transports_open_in_the_order_they_are_named() -> None:
-    assert [transport.name for transport in open_transports(["tcp", "shm"], "127.0.0.1")] == [
-        "tcp",
-        "shm",
-    ]
+    transports = open_transports(["tcp", "shm"], "127.0.0.1", timers=Timers())
+    assert [transport.name for transport in transports] == ["tcp", "shm"]
 
 
 def test_an_unknown_transport_is_a_fault_of_the_settings() -> None:
     with pytest.raises(LocalFault, match="pigeon"):
-        open_transports(["shm", "pigeon"], "127.0.0.1")
+        open_transports(["shm", "pigeon"], "127.0.0.1", timers=Timers())
 
 
 def test_the_first_transport_that_reaches_the_peer_is_chosen() -> None:
-    transports = open_transports(["shm", "tcp"], "127.0.0.1")
+    transports = open_transports(["shm", "tcp"], "127.0.0.1", timers=Timers())
     chosen = choose(transports, [TCP, SHM_ELSEWHERE])
     assert chosen is not None
     assert (chosen[0].name, chosen[1]) == ("tcp", TCP)
 
 
 def test_no_transport_is_chosen_where_none_reaches() -> None:
-    transports = open_transports(["shm", "tcp"], "127.0.0.1")
+    transports = open_transports(["shm", "tcp"], "127.0.0.1", timers=Timers())
     assert choose(transports, [SHM_ELSEWHERE]) is None
     assert choose(transports, []) is None
     assert choose([], [TCP]) is None
@@ -62,4 +61,5 @@ def test_no_transport_is_chosen_where_none_reaches() -> None:
     ],
 )
 def test_a_tcp_address_that_is_none_is_not_reached(address: dict[str, str]) -> None:
-    assert choose(open_transports(["tcp"], "127.0.0.1"), [replace(TCP, address=address)]) is None
+    tcp = open_transports(["tcp"], "127.0.0.1", timers=Timers())
+    assert choose(tcp, [replace(TCP, address=address)]) is None
