@@ -9,7 +9,7 @@ from typing import Literal
 from deploy.deployment import Deployment, PlacedWorker
 from pdserve.config.base import lay_over, parse_settings
 from pdserve.config.cluster import ClusterSettings
-from pdserve.config.processes import CoefficientSettings, WorkerSettings
+from pdserve.config.processes import CoefficientSettings, ReadsName, WorkerSettings
 from pdserve.domain.errors import LocalFault
 from placement.hardware import Gpu, find_gpu, load_gpus
 from placement.plan import Plan, PlanPool
@@ -17,8 +17,11 @@ from placement.simulation.values import PoolRole, Rules
 
 CPU_NAMES = frozenset({"cpu", "profiled"})
 """What a profile of workers without GPUs calls their type."""
-READS_ITSELF = 1_000_000
-"""Tokens up to which a colocated worker reads prompts itself: all of them."""
+READS: Mapping[PoolRole, ReadsName] = {
+    PoolRole.PREFILL: "others",
+    PoolRole.DECODE: "none",
+    PoolRole.COLOCATED: "own",
+}
 MIN_IN_FLIGHT = 1024
 
 Role = Literal["prefill", "decode"]
@@ -133,10 +136,10 @@ def _of_pool(
     if template.engine.engine == "timed" and pool.step_times and "coefficients" not in given:
         engine["coefficients"] = pool.step_times
     update: dict[str, object] = {"engine": template.engine.model_copy(update=engine)}
+    update["reads"] = READS[pool.role]
     if template.role == "decode" and "decode.max_local_prefill_tokens" not in given:
         # The plan's prediction has each phase in its own pool.
-        reads = pool.role is PoolRole.COLOCATED
-        update["max_local_prefill_tokens"] = READS_ITSELF if reads else 0
+        update["max_local_prefill_tokens"] = 0
     return template.model_copy(update=update)
 
 

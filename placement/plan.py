@@ -15,7 +15,7 @@ from placement.linear_steps import linear_steps
 from placement.search.designs import Design, Worker
 from placement.search.results import PlanResult
 from placement.simulation.settings import SloSettings
-from placement.simulation.values import PoolRole
+from placement.simulation.values import PoolRole, can_serve
 
 PLAN_VERSION = 1
 WAITING_SIGMAS, MIN_WAITING = 6.0, 4
@@ -82,9 +82,8 @@ class Plan(Settings):
 
     @model_validator(mode="after")
     def _can_serve(self) -> "Plan":
-        roles = {pool.role for pool in self.pools}
-        if PoolRole.COLOCATED not in roles and not {PoolRole.PREFILL, PoolRole.DECODE} <= roles:
-            raise ValueError("pools: needs prefill and decode, or colocated")
+        if not can_serve({pool.role for pool in self.pools}):
+            raise ValueError("pools: needs prefill and decode, or colocated alone")
         return self
 
     @property

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from pdserve.domain import latency, pair_cost
 from pdserve.domain.errors import LocalFault
 
 numba: Any
@@ -25,10 +26,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 MISSING = "the planner needs numba, which is not installed: pip install 'pdserve[planner]'"
 
 
+SHARED = (latency, pair_cost)
+"""Modules of plain functions that kernels make part of themselves."""
+
+
 def content_of_kernels() -> str:
-    """A digest of every source file of this package."""
+    """A digest of every source file of this package, and of what it compiles of others."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    shared = [Path(str(module.__file__)) for module in SHARED]
+    for path in (*sorted(Path(__file__).parent.glob("*.py")), *shared):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -8,7 +8,6 @@ import yaml
 
 from deploy.deployment import Deployment
 from deploy.opening import read_deployment
-from deploy.plan_deployment import READS_ITSELF
 from pdserve.domain.errors import LocalFault
 from tests.support.plans import STEP_TIMES, plan, pool
 
@@ -87,10 +86,26 @@ def test_timed_engines_need_step_times_of_every_pool(tmp_path: Path) -> None:
         opened(tmp_path, data, flags={"engine": "timed"})
 
 
-def test_colocated_workers_read_all_prompts_themselves(tmp_path: Path) -> None:
-    deployment = opened(tmp_path, plan(pools=[pool("colocated", 2)]))
-    assert [worker.name for worker in deployment.workers] == ["decode-0", "decode-1"]
-    assert deployment.workers[0].settings.max_local_prefill_tokens == READS_ITSELF
+def test_workers_read_what_the_plan_has_for_their_pool(tmp_path: Path) -> None:
+    mixed = [pool("prefill", 1), pool("decode", 1), pool("colocated", 2)]
+    deployment = opened(tmp_path, plan(pools=mixed))
+    reads = {worker.name: worker.settings.reads for worker in deployment.workers}
+    assert reads == {
+        "prefill-0": "others",
+        "decode-0": "none",
+        "decode-1": "own",
+        "decode-2": "own",
+    }
+    for worker in deployment.of_role("decode"):
+        assert worker.settings.max_local_prefill_tokens == 0
+
+
+@pytest.mark.parametrize(("num_prefill", "reads"), [(1, "none"), (0, "own")])
+def test_decode_workers_of_a_cluster_file_read_their_own_where_it_has_no_prefill_workers(
+    tmp_path: Path, num_prefill: int, reads: str
+) -> None:
+    deployment = opened(tmp_path, {"prefill": {"replicas": num_prefill}})
+    assert [worker.settings.reads for worker in deployment.of_role("decode")] == [reads]
 
 
 def test_gpus_of_the_catalogue_are_asked_for_by_rank(tmp_path: Path) -> None:
