@@ -10,6 +10,7 @@ from deploy.deployment import Deployment, PlacedWorker
 from pdserve.config.base import lay_over, parse_settings
 from pdserve.config.cluster import ClusterSettings
 from pdserve.config.processes import CoefficientSettings, ReadsName, WorkerSettings
+from pdserve.config.timers import Timers
 from pdserve.domain.errors import LocalFault
 from placement.hardware import Gpu, find_gpu, load_gpus
 from placement.plan import Plan, PlanPool
@@ -66,9 +67,10 @@ def _settings(
     pool = {
         "max_step_tokens": limits.max_step_tokens,
         "max_num_requests": limits.max_num_requests,
-        # The router refuses first: a worker's own queue must hold what it lets in.
-        "max_num_waiting": max(limits.max_num_waiting, 1),
     }
+    if limits.max_num_waiting:
+        # The router refuses first: a worker's own queue must hold what it lets in, for as long.
+        pool["max_num_waiting"] = limits.max_num_waiting
     data: dict[str, object] = {
         "model": plan.model,
         "block_size": plan.block_size,
@@ -80,6 +82,7 @@ def _settings(
             "max_wait_s": limits.max_wait_s,
             "slo": [item.model_dump(exclude={"share"}) for item in plan.slo],
         },
+        "timers": {"queue_s": max(Timers().queue_s, limits.max_wait_s)},
         "prefill": pool,
         "decode": pool,
     }
@@ -164,6 +167,8 @@ def _notes(
     is_gpu_plan = settings.device == "cpu" and any(p.gpu not in CPU_NAMES for p in plan.pools)
     if is_gpu_plan and settings.engine == "torch":
         yield "the plan is for GPUs: its prediction does not hold on the CPU"
+    if settings.engine == "timed" and any(pool.pp > 1 for pool in plan.pools):
+        yield "timed engines have one step under way: with several stages they are too slow"
     if plan.rules != Rules.PDSERVE:
         yield f"the plan was made under rules {plan.rules}: the workers here follow rules pdserve"
     roles = {pool.role for pool in plan.pools}

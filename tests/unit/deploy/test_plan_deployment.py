@@ -41,6 +41,29 @@ def test_pools_become_workers_with_the_plans_limits(tmp_path: Path) -> None:
     assert deployment.notes == ()
 
 
+@pytest.mark.parametrize(("max_wait_s", "queue_s"), [(2.0, 10.0), (60.0, 60.0)])
+def test_workers_keep_requests_for_as_long_as_the_router_lets_them_in(
+    tmp_path: Path, max_wait_s: float, queue_s: float
+) -> None:
+    limits = {**plan()["limits"], "max_wait_s": max_wait_s}
+    deployment = opened(tmp_path, plan(limits=limits))
+    settings = [deployment.router, *(worker.settings for worker in deployment.workers)]
+    assert {each.timers.queue_s for each in settings} == {queue_s}
+
+
+def test_plan_that_limits_no_number_leaves_the_workers_their_own_limit(tmp_path: Path) -> None:
+    limits = {**plan()["limits"], "max_num_waiting": 0}
+    deployment = opened(tmp_path, plan(limits=limits))
+    assert deployment.router.max_num_waiting == 0
+    assert {worker.settings.max_num_waiting for worker in deployment.workers} == {256}
+
+
+def test_timed_pipelines_are_said_to_be_slower_than_planned(tmp_path: Path) -> None:
+    pools = [pool("colocated", 1, pp=2, step_times=STEP_TIMES)]
+    deployment = opened(tmp_path, plan(pools=pools), flags={"engine": "timed"})
+    assert "with several stages they are too slow" in deployment.notes[0]
+
+
 def test_cells_multiply_the_pools(tmp_path: Path) -> None:
     deployment = opened(tmp_path, plan(cells=3))
     assert len(deployment.of_role("prefill")) == 6
