@@ -186,10 +186,11 @@ def _sort_in(c: Cluster, reader: int, request: int) -> None:
 def _form_chunks(c: Cluster, instance: int, budget: int) -> tuple[int, float]:
     """Take what the next step reads from the queue; returns its tokens and pairs."""
     row = c.instances[instance]
+    most = min(MAX_PROMPTS_IN_STEP, row[MAX_ACTIVE])
     ring = (row[OLDEST] + row[IN_FLIGHT]) % c.chunks.shape[1]
     chunks, count = c.chunks[instance, ring], 0
     tokens, pairs = 0, 0.0
-    while row[QUEUE] != NONE and tokens < budget and count < MAX_PROMPTS_IN_STEP:
+    while row[QUEUE] != NONE and tokens < budget and count < most:
         request = row[QUEUE]
         if c.requests[request, READ] == 0:
             if not row[WRITES]:

@@ -211,7 +211,8 @@ class PlainCluster:
         budget = worker.max_step_tokens
         if worker.batch:
             budget = max(budget - len(worker.batch), 1)
-        while worker.reads and worker.queue and budget > 0:
+        most = worker.max_num_requests
+        while worker.reads and worker.queue and budget > 0 and len(chunks) < most:
             request = worker.queue[0]
             if request.num_read == 0 and not worker.writes:
                 if self.blocks(request.prompt) > worker.num_free:
