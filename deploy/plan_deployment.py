@@ -9,7 +9,8 @@ from typing import Literal
 from deploy.deployment import Deployment, PlacedWorker
 from pdserve.config.base import lay_over, parse_settings
 from pdserve.config.cluster import ClusterSettings
-from pdserve.config.processes import CoefficientSettings, WorkerSettings
+from pdserve.config.processes import CoefficientSettings, ReadsName, WorkerSettings
+from pdserve.config.timers import Timers
 from pdserve.domain.errors import LocalFault
 from placement.hardware import Gpu, find_gpu, load_gpus
 from placement.plan import Plan, PlanPool
@@ -17,8 +18,11 @@ from placement.simulation.values import PoolRole, Rules
 
 CPU_NAMES = frozenset({"cpu", "profiled"})
 """What a profile of workers without GPUs calls their type."""
-READS_ITSELF = 1_000_000
-"""Tokens up to which a colocated worker reads prompts itself: all of them."""
+READS: Mapping[PoolRole, ReadsName] = {
+    PoolRole.PREFILL: "others",
+    PoolRole.DECODE: "none",
+    PoolRole.COLOCATED: "own",
+}
 MIN_IN_FLIGHT = 1024
 
 Role = Literal["prefill", "decode"]
@@ -63,9 +67,10 @@ def _settings(
     pool = {
         "max_step_tokens": limits.max_step_tokens,
         "max_num_requests": limits.max_num_requests,
-        # The router refuses first: a worker's own queue must hold what it lets in.
-        "max_num_waiting": max(limits.max_num_waiting, 1),
     }
+    if limits.max_num_waiting:
+        # The router refuses first: a worker's own queue must hold what it lets in, for as long.
+        pool["max_num_waiting"] = limits.max_num_waiting
     data: dict[str, object] = {
         "model": plan.model,
         "block_size": plan.block_size,
@@ -79,6 +84,7 @@ def _settings(
             "max_burst": limits.max_burst,
             "slo": [item.model_dump(exclude={"share"}) for item in plan.slo],
         },
+        "timers": {"queue_s": max(Timers().queue_s, limits.max_wait_s)},
         "prefill": pool,
         "decode": pool,
     }
@@ -137,10 +143,10 @@ def _of_pool(
     if template.engine.engine == "timed" and pool.step_times and "coefficients" not in given:
         engine["coefficients"] = pool.step_times
     update: dict[str, object] = {"engine": template.engine.model_copy(update=engine)}
+    update["reads"] = READS[pool.role]
     if template.role == "decode" and "decode.max_local_prefill_tokens" not in given:
         # The plan's prediction has each phase in its own pool.
-        reads = pool.role is PoolRole.COLOCATED
-        update["max_local_prefill_tokens"] = READS_ITSELF if reads else 0
+        update["max_local_prefill_tokens"] = 0
     return template.model_copy(update=update)
 
 
@@ -165,6 +171,8 @@ def _notes(
     is_gpu_plan = settings.device == "cpu" and any(p.gpu not in CPU_NAMES for p in plan.pools)
     if is_gpu_plan and settings.engine == "torch":
         yield "the plan is for GPUs: its prediction does not hold on the CPU"
+    if settings.engine == "timed" and any(pool.pp > 1 for pool in plan.pools):
+        yield "timed engines have one step under way: with several stages they are too slow"
     if plan.rules != Rules.PDSERVE:
         yield f"the plan was made under rules {plan.rules}: the workers here follow rules pdserve"
     roles = {pool.role for pool in plan.pools}

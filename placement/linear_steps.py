@@ -15,7 +15,7 @@ def linear_steps(pool: Pool, *, max_step_tokens: int, max_num_requests: int) -> 
 
     The time of every step counts alike, not in relation to itself, and the fixed part is that of
     the role's own phase. Exact where the curves are lines; `relative_error` is the root mean square
-    of line / curve - 1. With several stages a step passes all of them.
+    of line / curve - 1. With several stages the time is that of the whole pipeline, as the curves'.
     """
     timing = pool.timing
     steps = timing if isinstance(timing, StepTiming) else timing.to_steps(max_num_requests)
@@ -34,11 +34,11 @@ def linear_steps(pool: Pool, *, max_step_tokens: int, max_num_requests: int) -> 
         else (fixed_write_s + decode_token_s * sizes) / write_s - 1
     )
     return StepCoefficients(
-        fixed_s=pool.pp * (fixed_read_s if is_reader else fixed_write_s),
-        prefill_token_s=pool.pp * token_s,
-        prefill_attention_s=pool.pp * float(pair_s.mean()),
-        decode_token_s=pool.pp * decode_token_s,
-        decode_context_token_s=pool.pp * float(context_s.mean()),
+        fixed_s=(fixed_read_s if is_reader else fixed_write_s),
+        prefill_token_s=token_s,
+        prefill_attention_s=float(pair_s.mean()),
+        decode_token_s=decode_token_s,
+        decode_context_token_s=float(context_s.mean()),
         relative_error=float(np.sqrt(np.mean(errors**2))),
     )
 

@@ -15,13 +15,12 @@ from pdserve.config.processes import CoefficientSettings
 from pdserve.domain.errors import LocalFault
 from placement.linear_steps import linear_steps
 from placement.search.designs import Design, Worker
-from placement.search.results import PlanResult
+from placement.search.results import PlanResult, Prediction
 from placement.simulation.settings import SloSettings
-from placement.simulation.values import PoolRole
+from placement.simulation.values import PoolRole, can_serve
 
 PLAN_VERSION = 1
 WAITING_SIGMAS, MIN_WAITING = 6.0, 4
-WAIT_SHARE = 1.0  # of the loosest TTFT: who would wait longer is refused
 
 
 class PlanPool(Settings):
@@ -88,9 +87,8 @@ class Plan(Settings):
 
     @model_validator(mode="after")
     def _can_serve(self) -> "Plan":
-        roles = {pool.role for pool in self.pools}
-        if PoolRole.COLOCATED not in roles and not {PoolRole.PREFILL, PoolRole.DECODE} <= roles:
-            raise ValueError("pools: needs prefill and decode, or colocated")
+        if not can_serve({pool.role for pool in self.pools}):
+            raise ValueError("pools: needs prefill and decode, or colocated alone")
         return self
 
     @property
@@ -137,10 +135,8 @@ def plan_of(result: PlanResult) -> Plan:
         limits=PlanLimits(
             max_step_tokens=design.max_step_tokens,
             max_num_requests=design.max_num_requests,
-            max_num_waiting=_max_num_waiting(
-                prediction.rate * result.num_cells * loosest, _gap_cv(result)
-            ),
-            max_wait_s=loosest * WAIT_SHARE,
+            max_num_waiting=_max_num_waiting(prediction, result.num_cells, loosest),
+            max_wait_s=max(loosest, prediction.longest_wait_s),
             max_rate=_rounded(result.max_rate),
             max_burst=result.max_burst,
         ),
@@ -180,19 +176,18 @@ def _block_size(result: PlanResult) -> int:
     return int(limits.get("block_size", 16)) if isinstance(limits, dict) else 16
 
 
-def _max_num_waiting(mean: float, gap_cv: float) -> int:
-    """Waiting requests beyond which a promise is lost anyway; `mean` come within its TTFT.
+def _max_num_waiting(prediction: Prediction, num_cells: int, loosest_s: float) -> int:
+    """Waiting requests beyond which a promise is lost anyway, and which the prediction never had.
 
     Those who wait longer than their TTFT are lost, so that at most the arrivals of one TTFT are
     worth keeping. They vary with a standard deviation of cv * sqrt(mean): six of them above the
-    mean, plus a few, leave what the prediction holds for untouched.
+    mean, plus a few, leave other draws of the same traffic untouched. What waited at once in the
+    prediction's own runs is let in whatever this says: their bursts need not follow any cv.
     """
-    return math.ceil(mean + WAITING_SIGMAS * max(gap_cv, 1.0) * math.sqrt(mean)) + MIN_WAITING
-
-
-def _gap_cv(result: PlanResult) -> float:
-    workload = result.inputs.get("workload")
-    return float(workload.get("cv", 1.0)) if isinstance(workload, dict) else 1.0
+    mean = prediction.rate * num_cells * loosest_s
+    spread = max(prediction.gap_cv, 1.0) * math.sqrt(mean)
+    usual = math.ceil(mean + WAITING_SIGMAS * spread) + MIN_WAITING
+    return max(usual, prediction.most_waiting * num_cells)
 
 
 def _share(result: PlanResult, name: str) -> float:

@@ -51,7 +51,7 @@ class Assigned:
 
     num_requests: int = 0
     num_blocks: int = 0  # of whole answers
-    num_context_tokens: int = 0  # prompts of requests that decode here
+    num_context_tokens: int = 0  # prompts of requests that decode here, and their tokens so far
     num_unread_tokens: int = 0  # prompts to be read here, first token not seen yet
     num_unread_pairs: int = 0  # their attention pairs
 
@@ -71,8 +71,8 @@ NOTHING = Assigned()
 class Ledger:
     """The account: every attempt's part at its decode worker and at the reader of its prompt.
 
-    Each part is added once and taken back once, whatever the order of `mark_read` and `release`,
-    so an idle router has `NOTHING` on every worker.
+    Each part is added once and taken back once, whatever the order of `hear` and `release`, so an
+    idle router has `NOTHING` on every worker.
     """
 
     def __init__(self) -> None:
@@ -119,6 +119,15 @@ class Ledger:
         self._add(decode, decoding, 1)
         self._add(reader, reading, 1)
 
+    def hear(self, attempt: AttemptId, num_tokens: int) -> None:
+        """Tokens of its answer came: its context has grown, and its prompt is read."""
+        self.mark_read(attempt)
+        if (held := self._decoding.get(attempt)) is not None:
+            worker_id, part = held
+            more = Assigned(num_context_tokens=num_tokens)
+            self._decoding[attempt] = (worker_id, part.plus(more))
+            self._add(worker_id, more, 1)
+
     def mark_read(self, attempt: AttemptId) -> None:
         """Its first token is known: nothing of its prompt is left to read. Idempotent."""
         if part := self._reading.pop(attempt, None):
@@ -142,8 +151,9 @@ class Ledger:
 class WorkerView:
     """One worker: what it is, what it last reported, what this router has on it.
 
-    The report also counts the work of other routers but is up to a heartbeat old, the account is
-    exact but only ours: the larger of the two is the load.
+    The report also counts the work of other routers but is up to a heartbeat old; the account is
+    exact but only ours. So the load is the account, and what the report had beyond the account of
+    its moment: our own work that has ended since does not count until the next report.
     """
 
     hello: WorkerHello
@@ -151,6 +161,7 @@ class WorkerView:
     health: Health
     silence_s: float = 0.0
     assigned: Assigned = NOTHING
+    assigned_at_report: Assigned = NOTHING  # when `load` came
     step_times: StepCoefficients | None = None  # None: those of its hello
 
     @property
@@ -168,21 +179,28 @@ class WorkerView:
 
     @property
     def num_requests(self) -> int:
-        return max(self.assigned.num_requests, self.load.num_running + self.load.num_waiting)
+        reported = self.load.num_running + self.load.num_waiting
+        others = max(0, reported - self.assigned_at_report.num_requests)
+        return self.assigned.num_requests + others
 
     @property
     def num_context_tokens(self) -> int:
-        return max(self.assigned.num_context_tokens, self.load.running_context_tokens)
+        reported = self.load.running_context_tokens
+        others = max(0, reported - self.assigned_at_report.num_context_tokens)
+        return self.assigned.num_context_tokens + others
 
     @property
     def num_unread_tokens(self) -> int:
-        return max(self.assigned.num_unread_tokens, self.load.waiting_prompt_tokens)
+        reported = self.load.waiting_prompt_tokens
+        others = max(0, reported - self.assigned_at_report.num_unread_tokens)
+        return self.assigned.num_unread_tokens + others
 
     @property
     def num_free_blocks(self) -> int:
         """Blocks that no request has or is promised; below 0 where some wait for blocks."""
         in_use = self.load.kv.total - self.load.kv.free
-        return self.hello.num_blocks - max(self.assigned.num_blocks, in_use)
+        others = max(0, in_use - self.assigned_at_report.num_blocks)
+        return self.hello.num_blocks - self.assigned.num_blocks - others
 
     def can_exchange_kv_with(self, other: "WorkerView") -> bool:
         return (self.hello.model_hash, self.hello.layout_hash) == (

@@ -73,10 +73,10 @@ class Encode(Protocol):
 class DispatchLimits:
     """The first three turn away new requests only; None or 0: no such limit.
 
-    They are those of a plan, by the rule of its simulation: the pair is chosen, then the request is
-    refused if so many have no first token yet, or if it would wait longer at its reader. The step
-    that a reader is in counts towards the wait here, since the router hears of it at its end.
-    `rate` is the plan's, too: none of the arrivals that it was made with go beyond it.
+    They are those of a plan, by the rule of its simulation (`pdserve.domain.pair_cost`): the pair
+    is chosen, then the request is refused if so many have no first token yet, or if it would wait
+    longer at every reader. `rate` is the plan's, too: none of the arrivals that it was made with go
+    beyond it.
     """
 
     max_num_waiting: int | None = None
@@ -348,7 +348,7 @@ class Dispatcher:
         if output.end is not None:
             self._ledger.release(attempt_id)
         elif output.tokens:
-            self._ledger.mark_read(attempt_id)
+            self._ledger.hear(attempt_id, len(output.tokens))
 
     async def _pass_on(self, record: Record, output: RequestOutput) -> None:
         if not output.tokens and not output.text:

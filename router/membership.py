@@ -13,10 +13,18 @@ from pdserve.domain.errors import PeerFault, Reason, WorkerLost
 from pdserve.domain.ids import PROTOCOL_VERSION, WorkerId
 from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import StepCoefficients
-from pdserve.domain.messages import Role, WorkerHello, WorkerLoad, WorkerState
+from pdserve.domain.messages import Reads, Role, WorkerHello, WorkerLoad, WorkerState
 from router.admission import ServedModel
 from router.capacity import max_kv_tokens, roomiest
-from router.cluster_view import ClusterView, Health, Ledger, Life, WorkerView
+from router.cluster_view import (
+    NOTHING,
+    Assigned,
+    ClusterView,
+    Health,
+    Ledger,
+    Life,
+    WorkerView,
+)
 from router.decode_links import DecodeLink
 from router.step_times import step_times
 
@@ -32,6 +40,7 @@ class Member:
     heard_s: float
     on_replaced: Callable[[], None]
     link: DecodeLink | None = None  # decode only: while its stream is open
+    assigned_at_report: Assigned = NOTHING
 
     @property
     def life(self) -> Life:
@@ -73,6 +82,7 @@ class Membership:
             return
         member.load = load
         member.heard_s = now_s
+        member.assigned_at_report = self._ledger.assigned(member.hello.worker_id)
 
     def excuse(self, member: Member, now_s: float) -> None:
         """Count silence from now on: the past one was not the worker's."""
@@ -146,6 +156,7 @@ class Membership:
                     silence_s=now_s - member.heard_s,
                     assigned=self._ledger.assigned(worker_id),
                     step_times=self._step_times.get(worker_id),
+                    assigned_at_report=member.assigned_at_report,
                 )
 
     def _refresh_step_times(self, now_s: float) -> None:
@@ -168,6 +179,11 @@ class Membership:
             _refuse(f"protocol version must be {PROTOCOL_VERSION}; got {hello.protocol_version}")
         if not (0 < len(hello.worker_id) <= MAX_WORKER_ID_CHARS and hello.address):
             _refuse("a worker needs an id of at most 64 characters and an address")
+        if (hello.role is Role.PREFILL) is not (hello.reads is Reads.OTHERS):
+            _refuse(
+                "a prefill worker reads the prompts of others, a decode worker its own or none; "
+                f"a {hello.role} worker says {hello.reads}"
+            )
         if not _has_sane_sizes(hello):
             _refuse("sizes must be at least 1 and step times finite and not negative")
         expected = self._tokenizer_hash
@@ -189,6 +205,7 @@ def _has_sane_sizes(hello: WorkerHello) -> bool:
         hello.num_blocks,
         hello.max_num_requests,
         hello.max_step_tokens,
+        hello.num_stages,
     )
     times = [getattr(hello.coefficients, entry.name) for entry in fields(StepCoefficients)]
     return min(sizes) >= 1 and all(math.isfinite(time) and time >= 0 for time in times)

@@ -1,22 +1,30 @@
 """Which workers take a request: the pair with the least predicted time to its last token.
 
     predicted total = ttft + max_tokens * step
-    ttft            = prompts ahead at the reader + this prompt + handoff
+    ttft            = prompts ahead at the reader and this prompt + handoff
     step            = one decode step of the batch that this request joins
 
-Each part comes from the worker's step coefficients (`pdserve.domain.latency`), as its live steps
-correct them (`router.step_times`).
+Each part comes from the worker's step coefficients, as its live steps correct them
+(`router.step_times`), by `pdserve.domain.pair_cost`: the planner's simulator chooses by the same
+functions.
 """
 
 from dataclasses import dataclass
 
-from pdserve.domain.latency import StepShape
+from pdserve.domain.latency import num_attention_pairs
+from pdserve.domain.messages import Reads
+from pdserve.domain.pair_cost import (
+    answer_s,
+    answer_step_s,
+    first_token_s,
+    pair_rank,
+    reader_rank,
+    reading_s,
+)
 from router.capacity import can_read, can_write
 from router.cluster_view import ClusterView, Health, Life, RequestShape, WorkerView
 
 MAX_NUM_PREFILL_TARGETS = 3
-HANDOFF_S = 0.002
-"""What passing KV on adds to TTFT: messages only, since the transfer overlaps the reading."""
 MIN_RETRY_AFTER_S = 0.1
 
 
@@ -32,12 +40,17 @@ class Pair:
     @property
     def wait_s(self) -> float:
         """Until the prompts that are ahead of this one have been read."""
-        return _queue_s(self.reader)
+        return _read_s(self.reader)
 
     @property
     def reader(self) -> WorkerView:
         """The worker that is expected to read the prompt."""
-        return self.prefill_targets[0] if self.prefill_targets else self.decode
+        return self.readers[0]
+
+    @property
+    def readers(self) -> tuple[WorkerView, ...]:
+        """Who may read the prompt, best first."""
+        return self.prefill_targets or (self.decode,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +60,7 @@ class NoWorkers:
 
 @dataclass(frozen=True, slots=True)
 class Overloaded:
-    """Every queue is longer than a request may wait."""
+    """Every queue is longer than a request may wait; the shortest is so long no more by then."""
 
     retry_after_s: float
 
@@ -61,11 +74,14 @@ def choose_pair(
 ) -> Pair | NoWorkers | Overloaded:
     """Pick the workers with the least predicted time to the last token.
 
-    A decode worker where the request would have to wait for blocks or for a place in the batch
-    comes after all where it would not. Pure and total: same view, same answer; ties go to the
-    smallest worker ids. `excluded` has already failed this request. Where no decode worker is
-    healthy a suspect one is taken: on a busy machine it is late, not dead, and if it is dead the
-    request is told so within moments.
+    A worker that reads its own prompts never hands them on; one that reads none has them read by
+    prefill workers, and reads them itself only while no prefill worker is left for it. A reader
+    where the request would have to wait longer than `max_wait_s` comes after all where it would
+    not, and a decode worker where it would have to wait for blocks or for a place in the batch
+    after all where it would not. Pure and total: same view, same answer; ties go to the smallest
+    worker ids. `excluded` has already failed this request. If no decode worker is healthy, a
+    suspect one is taken: on a busy machine it is late, not dead, and if it is dead the request is
+    told so within moments.
     """
     readers = [
         worker for worker in view.prefill if worker.is_usable and worker.life not in excluded
@@ -77,59 +93,69 @@ def choose_pair(
     ]
     usable = [worker for worker in fitting if worker.is_usable]
     suspect = [worker for worker in fitting if worker.health is Health.SUSPECT]
-    candidates = [_pair_at(decode, readers, shape) for decode in usable or suspect]
+    candidates = [_pair_at(decode, readers, shape, max_wait_s) for decode in usable or suspect]
     if not candidates:
         return NoWorkers()
-    best = min(candidates, key=lambda pair: _cost(pair, shape))
+    best = min(candidates, key=lambda pair: _rank(pair, shape, max_wait_s))
     if best.wait_s > max_wait_s:
-        return Overloaded(max(best.wait_s - max_wait_s, MIN_RETRY_AFTER_S))
+        wait_s = min(_read_s(reader) for pair in candidates for reader in pair.readers)
+        return Overloaded(max(wait_s - max_wait_s, MIN_RETRY_AFTER_S))
     return best
 
 
-def _pair_at(decode: WorkerView, readers: list[WorkerView], shape: RequestShape) -> Pair:
-    compatible = [
-        reader
-        for reader in readers
-        if reader.can_exchange_kv_with(decode) and can_read(reader.hello, shape)
-    ]
-    ranked = sorted(compatible, key=lambda reader: (_read_s(reader, shape), reader.life))
-    ttft_s = _read_s(ranked[0], shape) + HANDOFF_S if ranked else _read_s(decode, shape)
+def _pair_at(
+    decode: WorkerView, readers: list[WorkerView], shape: RequestShape, max_wait_s: float
+) -> Pair:
+    def may_read(reader: WorkerView) -> bool:
+        return reader.can_exchange_kv_with(decode) and can_read(reader.hello, shape)
+
+    def rank(reader: WorkerView) -> tuple[tuple[bool, float], Life]:
+        is_late = _read_s(reader) > max_wait_s
+        return (reader_rank(is_late, _read_s(reader, shape)), reader.life)
+
+    others = [] if decode.hello.reads is Reads.OWN else filter(may_read, readers)
+    ranked = sorted(others, key=rank)
     return Pair(
         decode=decode,
         prefill_targets=tuple(ranked[:MAX_NUM_PREFILL_TARGETS]),
-        ttft_s=ttft_s,
+        ttft_s=first_token_s(_read_s(ranked[0] if ranked else decode, shape), bool(ranked)),
         step_s=_step_s(decode, shape),
     )
 
 
-def _cost(pair: Pair, shape: RequestShape) -> tuple[bool, float, int, Life]:
-    num_free_after = pair.decode.num_free_blocks - shape.num_blocks(pair.decode.hello.block_size)
-    is_full = pair.decode.num_requests >= pair.decode.hello.max_num_requests
-    total_s = pair.ttft_s + shape.max_tokens * pair.step_s
-    return (num_free_after < 0 or is_full, total_s, -num_free_after, pair.decode.life)
+def _rank(
+    pair: Pair, shape: RequestShape, max_wait_s: float
+) -> tuple[tuple[bool, bool, float, int], Life]:
+    decode = pair.decode
+    num_free_after = decode.num_free_blocks - shape.num_blocks(decode.hello.block_size)
+    is_full = num_free_after < 0 or decode.num_requests >= decode.hello.max_num_requests
+    is_late = pair.wait_s > max_wait_s
+    seconds = answer_s(pair.ttft_s, shape.max_tokens, pair.step_s)
+    return (pair_rank(is_late, is_full, seconds, num_free_after), decode.life)
 
 
-def _queue_s(reader: WorkerView) -> float:
-    """Time to read the prompts that are ahead."""
-    tokens = reader.num_unread_tokens
-    coefficients = reader.coefficients
-    return (
-        coefficients.fixed_s * -(-tokens // reader.hello.max_step_tokens)
-        + coefficients.prefill_token_s * tokens
-        + coefficients.prefill_attention_s * reader.assigned.num_unread_pairs
+def _read_s(reader: WorkerView, shape: RequestShape | None = None) -> float:
+    """Time to read the prompts that are ahead, and then that of `shape`."""
+    hello, coefficients = reader.hello, reader.coefficients
+    num_tokens = shape.num_prompt_tokens if shape else 0
+    return reading_s(
+        coefficients.fixed_s,
+        coefficients.prefill_token_s,
+        coefficients.prefill_attention_s,
+        hello.max_step_tokens,
+        hello.num_stages,
+        reader.num_unread_tokens + num_tokens,
+        reader.assigned.num_unread_pairs + num_attention_pairs(0, num_tokens),
     )
 
 
-def _read_s(reader: WorkerView, shape: RequestShape) -> float:
-    hello = reader.hello
-    own_s = reader.coefficients.prefill_s(0, shape.num_prompt_tokens, hello.max_step_tokens)
-    return _queue_s(reader) + own_s
-
-
 def _step_s(decode: WorkerView, shape: RequestShape) -> float:
-    return decode.coefficients.step_s(
-        StepShape(
-            num_decodes=decode.num_requests + 1,
-            num_decode_context_tokens=decode.num_context_tokens + shape.num_prompt_tokens,
-        )
+    coefficients = decode.coefficients
+    return answer_step_s(
+        coefficients.fixed_s,
+        coefficients.decode_token_s,
+        coefficients.decode_context_token_s,
+        decode.hello.num_stages,
+        decode.num_requests + 1,
+        decode.num_context_tokens + shape.num_prompt_tokens,
     )

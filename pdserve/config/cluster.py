@@ -22,6 +22,7 @@ from pdserve.config.processes import (
     MaxRate,
     MaxWaitS,
     NumLogFiles,
+    ReadsName,
     RouterSettings,
     SloClasses,
     TransportName,
@@ -190,10 +191,16 @@ class ClusterSettings(Settings):
     def pool(self, role: Role) -> WorkerPool:
         return self.prefill if role == "prefill" else self.decode
 
+    def _reads(self, role: Role) -> ReadsName:
+        if role == "prefill":
+            return "others"
+        return "none" if self.prefill.replicas else "own"
+
     def _worker_settings(self, role: Role, index: int, router: str) -> WorkerSettings:
         pool = self.pool(role)
         return WorkerSettings(
             role=role,
+            reads=self._reads(role),
             worker_id=f"{role}-{index}",
             # Only the router may be open to others: its workers are on this machine.
             host=self.router.host if is_loopback(self.router.host) else "127.0.0.1",

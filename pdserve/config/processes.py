@@ -154,10 +154,23 @@ class RouterSettings(Settings):
         return self
 
 
+ReadsName = Literal["others", "own", "none"]
+
+
+def reads_of_role(earlier: dict[str, Any]) -> ReadsName:
+    """A decode worker that is not told otherwise stands beside prefill workers."""
+    return "others" if earlier.get("role") == "prefill" else "none"
+
+
 class WorkerSettings(Settings):
     """One prefill or decode worker."""
 
     role: Literal["prefill", "decode"]
+    reads: ReadsName = Field(
+        default_factory=reads_of_role,
+        description="whose prompts: others (prefill), own (decode: hands none on), none (decode: "
+        "reads its own only while there is no prefill worker)",
+    )
     worker_id: str = Field(min_length=1, max_length=64)
     host: Host = "127.0.0.1"
     insecure: bool = Field(False, description=INSECURE)
@@ -192,4 +205,13 @@ class WorkerSettings(Settings):
     def _check_binding(self) -> Self:
         check_binding(self.host, insecure=self.insecure)
         check_advertised(self.host)
+        return self
+
+    @model_validator(mode="after")
+    def _check_reads(self) -> Self:
+        if (self.role == "prefill") != (self.reads == "others"):
+            raise ValueError(
+                f"reads: a prefill worker reads others, a decode worker own or none; got "
+                f"{self.reads} for role {self.role}"
+            )
         return self

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from pdserve.domain.pair_cost import reading_s
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
@@ -70,11 +72,14 @@ class StepCoefficients:
 
     def prefill_s(self, start: int, length: int, chunk_tokens: int) -> float:
         """Time to read `length` tokens after `start` cached ones, alone, in chunks."""
-        num_steps = -(-length // chunk_tokens)
-        return (
-            self.fixed_s * num_steps
-            + self.prefill_token_s * length
-            + self.prefill_attention_s * num_attention_pairs(start, length)
+        return reading_s(
+            self.fixed_s,
+            self.prefill_token_s,
+            self.prefill_attention_s,
+            chunk_tokens,
+            1,
+            length,
+            num_attention_pairs(start, length),
         )
 
 

@@ -18,6 +18,14 @@ class Role(StrEnum):
     DECODE = "decode"
 
 
+class Reads(StrEnum):
+    """Whose prompts a worker reads, as its plan or its cluster file says."""
+
+    OTHERS = "others"  # a prefill worker: those that decode workers hand to it
+    OWN = "own"  # a colocated worker: those of the answers that it writes, and no others
+    NONE = "none"  # a decode worker beside prefill workers: its own only while there are none
+
+
 # Router and decode worker -------------------------------------------------------------------------
 
 
@@ -179,6 +187,8 @@ class WorkerHello:
     max_step_tokens: int
     engine: str
     coefficients: StepCoefficients
+    reads: Reads
+    num_stages: int
     hardware: str = ""  # workers whose texts are equal should be equally fast; empty: not known
     is_measured: bool = False  # the coefficients were measured at start, not given
 

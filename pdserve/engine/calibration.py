@@ -81,7 +81,7 @@ def _token(engine: Engine, context: int, place: int) -> SequenceStep:
         token_ids=(place % engine.spec.vocab_size,),
         start=context - 1,
         block_table=tuple(BlockId(first + block) for block in range(num_blocks)),
-        sample=SampleStep(params=SamplingParams(), token_index=0),
+        sample=SampleStep(params=SamplingParams(), token_index=1),  # a decode
     )
 
 

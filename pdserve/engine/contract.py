@@ -17,7 +17,7 @@ class SequenceStep:
 
     `block_table` covers positions 0 to `start + len(token_ids)` in logical order; KV of all
     positions before `start` is already in it. With `sample`, the token after the last of
-    `token_ids` is drawn. A decode step is a chunk of one token with `sample`.
+    `token_ids` is drawn. A decode step is a chunk of one token with a `sample` of index above 0.
 
     `num_tokens` is how many the request has in all: a chunk of a long prompt is computed as the
     whole prompt would be, and not as a short one (see `LengthRule`).
@@ -50,10 +50,14 @@ class StepBatch:
     sequences: tuple[SequenceStep, ...]
 
     def shape(self) -> StepShape:
-        """A one-token chunk that samples counts as decode, all else as prefill."""
+        """A one-token chunk that draws an answer's second or later token counts as decode.
+
+        All else is prefill, a prompt's last token on its own too: so the planner counts it.
+        """
         chunks, contexts = [], []
         for sequence in self.sequences:
-            if len(sequence.token_ids) == 1 and sequence.sample is not None:
+            sample = sequence.sample
+            if len(sequence.token_ids) == 1 and sample is not None and sample.token_index > 0:
                 contexts.append(sequence.start + 1)
             else:
                 chunks.append((sequence.start, len(sequence.token_ids)))

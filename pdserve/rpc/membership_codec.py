@@ -10,6 +10,14 @@ from pdserve.v1 import membership_pb2 as pb
 
 ROLE_TO_PROTO = {m.Role.PREFILL: pb.ROLE_PREFILL, m.Role.DECODE: pb.ROLE_DECODE}
 ROLE_FROM_PROTO = {number: role for role, number in ROLE_TO_PROTO.items()}
+READS_TO_PROTO = {
+    m.Reads.OTHERS: pb.READS_OTHERS,
+    m.Reads.OWN: pb.READS_OWN,
+    m.Reads.NONE: pb.READS_NONE,
+}
+READS_FROM_PROTO = {number: reads for reads, number in READS_TO_PROTO.items()}
+READS_OF_ROLE = {m.Role.PREFILL: m.Reads.OTHERS, m.Role.DECODE: m.Reads.NONE}
+"""What a worker reads that does not say it, since its version is older."""
 
 _HELLO_FIELDS = (
     "protocol_version",
@@ -66,6 +74,8 @@ def hello_to_proto(hello: m.WorkerHello) -> pb.WorkerHello:
         worker_id=hello.worker_id,
         role=ROLE_TO_PROTO[hello.role],
         epoch=hello.epoch,
+        reads=READS_TO_PROTO[hello.reads],
+        num_stages=hello.num_stages,
         coefficients=_coefficients_to_proto(hello.coefficients),
         **{name: getattr(hello, name) for name in _HELLO_FIELDS},
     )
@@ -74,10 +84,18 @@ def hello_to_proto(hello: m.WorkerHello) -> pb.WorkerHello:
 def hello_from_proto(message: pb.WorkerHello) -> m.WorkerHello:
     if message.role not in ROLE_FROM_PROTO:
         raise ValueError(f"unknown role {message.role}")
+    role = ROLE_FROM_PROTO[message.role]
+    reads = READS_OF_ROLE[role]
+    if message.reads != pb.READS_UNSPECIFIED:
+        if message.reads not in READS_FROM_PROTO:
+            raise ValueError(f"unknown reads {message.reads}")
+        reads = READS_FROM_PROTO[message.reads]
     return m.WorkerHello(
         worker_id=WorkerId(message.worker_id),
-        role=ROLE_FROM_PROTO[message.role],
+        role=role,
         epoch=Epoch(message.epoch),
+        reads=reads,
+        num_stages=message.num_stages or 1,
         coefficients=_coefficients_from_proto(message.coefficients),
         **{name: getattr(message, name) for name in _HELLO_FIELDS},
     )

@@ -12,7 +12,7 @@ from pdserve.config.processes import WorkerSettings
 from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, WorkerId
 from pdserve.domain.latency import StepCoefficients
-from pdserve.domain.messages import Role, WorkerHello, WorkerLoad
+from pdserve.domain.messages import Reads, Role, WorkerHello, WorkerLoad
 from pdserve.rpc.hardware import describe_hardware
 from pdserve.rpc.router_names import RouterRegistrations
 
@@ -38,6 +38,8 @@ def worker_hello(
     return WorkerHello(
         worker_id=WorkerId(settings.worker_id),
         role=Role(settings.role),
+        reads=Reads(settings.reads),
+        num_stages=settings.engine.pp,
         epoch=epoch,
         protocol_version=PROTOCOL_VERSION,
         address=address,

@@ -12,9 +12,20 @@ class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLE_UNSPECIFIED: _ClassVar[Role]
     ROLE_PREFILL: _ClassVar[Role]
     ROLE_DECODE: _ClassVar[Role]
+
+class Reads(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    READS_UNSPECIFIED: _ClassVar[Reads]
+    READS_OTHERS: _ClassVar[Reads]
+    READS_OWN: _ClassVar[Reads]
+    READS_NONE: _ClassVar[Reads]
 ROLE_UNSPECIFIED: Role
 ROLE_PREFILL: Role
 ROLE_DECODE: Role
+READS_UNSPECIFIED: Reads
+READS_OTHERS: Reads
+READS_OWN: Reads
+READS_NONE: Reads
 
 class WorkerReport(_message.Message):
     __slots__ = ("hello", "load")
@@ -25,7 +36,7 @@ class WorkerReport(_message.Message):
     def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "role", "epoch", "protocol_version", "address", "pid", "model_name", "model_hash", "layout_hash", "max_context_tokens", "vocab_size", "block_size", "num_blocks", "block_bytes", "max_num_requests", "coefficients", "engine", "tokenizer_hash", "max_step_tokens", "hardware", "is_measured")
+    __slots__ = ("worker_id", "role", "epoch", "protocol_version", "address", "pid", "model_name", "model_hash", "layout_hash", "max_context_tokens", "vocab_size", "block_size", "num_blocks", "block_bytes", "max_num_requests", "coefficients", "engine", "tokenizer_hash", "max_step_tokens", "reads", "num_stages", "hardware", "is_measured")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +56,8 @@ class WorkerHello(_message.Message):
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_HASH_FIELD_NUMBER: _ClassVar[int]
     MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    READS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
     HARDWARE_FIELD_NUMBER: _ClassVar[int]
     IS_MEASURED_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
@@ -66,9 +79,11 @@ class WorkerHello(_message.Message):
     engine: str
     tokenizer_hash: bytes
     max_step_tokens: int
+    reads: Reads
+    num_stages: int
     hardware: str
     is_measured: bool
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., model_name: _Optional[str] = ..., model_hash: _Optional[bytes] = ..., layout_hash: _Optional[bytes] = ..., max_context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., max_num_requests: _Optional[int] = ..., coefficients: _Optional[_Union[StepCoefficients, _Mapping]] = ..., engine: _Optional[str] = ..., tokenizer_hash: _Optional[bytes] = ..., max_step_tokens: _Optional[int] = ..., hardware: _Optional[str] = ..., is_measured: _Optional[bool] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., model_name: _Optional[str] = ..., model_hash: _Optional[bytes] = ..., layout_hash: _Optional[bytes] = ..., max_context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., max_num_requests: _Optional[int] = ..., coefficients: _Optional[_Union[StepCoefficients, _Mapping]] = ..., engine: _Optional[str] = ..., tokenizer_hash: _Optional[bytes] = ..., max_step_tokens: _Optional[int] = ..., reads: _Optional[_Union[Reads, str]] = ..., num_stages: _Optional[int] = ..., hardware: _Optional[str] = ..., is_measured: _Optional[bool] = ...) -> None: ...
 
 class StepCoefficients(_message.Message):
     __slots__ = ("fixed_s", "prefill_token_s", "prefill_attention_s", "decode_token_s", "decode_context_token_s", "relative_error")

@@ -12,6 +12,7 @@ from placement.simulation.values import (
     SimulationConfig,
     SloClass,
     SplitwiseOptions,
+    can_serve,
 )
 
 ROLE_ORDER = {PoolRole.PREFILL: 0, PoolRole.DECODE: 1, PoolRole.COLOCATED: 2}
@@ -127,8 +128,7 @@ class Design:
     @property
     def is_complete(self) -> bool:
         """Whether it can serve: both phases have somebody."""
-        roles = self.roles
-        return PoolRole.COLOCATED in roles or {PoolRole.PREFILL, PoolRole.DECODE} <= roles
+        return can_serve(self.roles)
 
     @property
     def kind(self) -> str:

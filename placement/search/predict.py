@@ -65,6 +65,9 @@ def predict(
         num_seeds=len(runs),
         num_requests=sum(len(trace) for _, trace, _ in runs),
         slowdowns=margins[0].slowdowns,
+        most_waiting=max(_most_waiting(times) for times, _, _ in runs),
+        longest_wait_s=max(times.longest_wait_s for times, _, _ in runs),
+        gap_cv=evaluator.traffic.gap_cv,
     )
 
 
@@ -80,6 +83,16 @@ def economy(design: Design, prediction: Prediction, mean_tokens: float) -> Econo
         usd_per_million_tokens=design.usd_per_hour / million if million else 0.0,
         joules_per_token=design.watts / tokens_per_s if tokens_per_s else 0.0,
     )
+
+
+def _most_waiting(times: Times) -> int:
+    """Requests without a first token, at the arrival that has the most of them."""
+    is_served = np.isfinite(times.ttft_s)
+    arrival_s = np.sort(times.arrival_s[is_served])
+    first_s = np.sort((times.arrival_s + times.ttft_s)[is_served])
+    num_arrived = np.arange(1, len(arrival_s) + 1)
+    num_begun = np.searchsorted(first_s, arrival_s, side="left")
+    return int(np.max(num_arrived - num_begun, initial=0))
 
 
 def _verdict(runs: list[Run]) -> Verdict:

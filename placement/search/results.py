@@ -46,6 +46,9 @@ class Prediction:
     num_seeds: int
     num_requests: int
     slowdowns: tuple[Slowdown, ...] = ()  # of the first seed, under Splitwise's promises
+    most_waiting: int = 0  # requests without a first token at once, in any seed
+    longest_wait_s: float = 0.0  # for the prompts ahead, as the router predicts it, in any seed
+    gap_cv: float = 1.0  # of the arrivals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from pdserve.domain import latency, pair_cost
 from pdserve.domain.errors import LocalFault
 from pdserve.engine.kernel_cache import stamp_of, use_cache
 
@@ -23,8 +24,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 MISSING = "the planner needs numba, which is not installed: pip install 'pdserve[planner]'"
 
 
-STAMP = stamp_of(Path(__file__).parent.glob("*.py")) if numba is not None else ""
-"""Of every source file of this package: a kernel has those that it calls inside it."""
+SHARED = (latency, pair_cost)
+"""Modules of plain functions that kernels make part of themselves."""
+
+
+def content_of_kernels() -> str:
+    """A digest of every source file of this package, and of what it compiles of others."""
+    shared = [Path(str(module.__file__)) for module in SHARED]
+    return stamp_of([*sorted(Path(__file__).parent.glob("*.py")), *shared])
+
+
+STAMP = content_of_kernels() if numba is not None else ""
 
 OPTIONS = {"error_model": "numpy"}
 UNCOUNTED = {**OPTIONS, "_nrt": False}

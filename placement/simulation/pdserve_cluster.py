@@ -4,6 +4,7 @@ The decode side's blocks for prompt and answer are promised before the prompt is
 waits there, first come first served, while they are not free.
 """
 
+from pdserve.domain import pair_cost
 from placement.simulation.compiled import compiled, inlined
 from placement.simulation.event_heap import pop
 from placement.simulation.pdserve_shared import steal
@@ -12,20 +13,18 @@ from placement.simulation.pdserve_state import (
     ARRIVAL_S,
     ARRIVE,
     ASSIGNED,
-    ASSIGNED_PROMPTS,
+    ASSIGNED_BLOCKS,
+    ASSIGNED_TOKENS,
     BUDGET,
     CONTEXT,
     DEADLINE_S,
     DEPTH,
     END_S,
     FIRST_S,
-    FREE_BLOCKS,
-    FULL_PAIR_S,
-    FULL_S,
-    HANDOFF_S,
     IS_CLOSED_LOOP,
     IS_STAGE_BUSY,
     KV_HERE,
+    LONGEST_WAIT_S,
     MAX_ACTIVE,
     MAX_TOKENS_FACTOR,
     MAX_UNREAD_REQUESTS,
@@ -46,6 +45,11 @@ from placement.simulation.pdserve_state import (
     RELEASE,
     STAGE_FREE,
     STEP_DONE,
+    TOLD_ANSWER_S,
+    TOLD_CONTEXT_S,
+    TOLD_FIXED_S,
+    TOLD_PAIR_S,
+    TOLD_PROMPT_S,
     UNREAD,
     UNREAD_PAIRS,
     VERSION,
@@ -55,11 +59,9 @@ from placement.simulation.pdserve_state import (
     WRITER_BLOCKS,
     WRITES,
     Cluster,
-    decode_s,
     enqueue,
     num_blocks,
     num_pairs,
-    prefill_s,
     schedule,
     step_under_way,
 )
@@ -74,75 +76,107 @@ from placement.simulation.pdserve_workers import (
     start_step,
     start_woken,
 )
-from placement.simulation.prefix_cache import cached_tokens
+
+_reading_s = inlined(pair_cost.reading_s)
+_answer_step_s = inlined(pair_cost.answer_step_s)
+_first_token_s = inlined(pair_cost.first_token_s)
+_answer_s = inlined(pair_cost.answer_s)
+_reader_rank = inlined(pair_cost.reader_rank)
+_pair_rank = inlined(pair_cost.pair_rank)
 
 
 @compiled
-def _queue_s(c: Cluster, reader: int, tokens: int, pairs: float) -> float:
-    """Time to read what was sent to a reader, and `tokens` more."""
+def _read_s(c: Cluster, reader: int, tokens: int, pairs: float) -> float:
+    """Time to read what was sent to a reader, and `tokens` more, as the router predicts it."""
     row, clock = c.instances[reader], c.instance_s[reader]
-    budget = row[BUDGET]
-    total = row[UNREAD] + tokens
-    full, rest = total // budget, total % budget
-    seconds = full * clock[FULL_S] + (clock[UNREAD_PAIRS] + pairs) * clock[FULL_PAIR_S]
-    if rest > 0:
-        seconds += prefill_s(c, reader, rest, 0.0)
-    return float(seconds / row[DEPTH])
-
-
-@compiled
-def _read_s(c: Cluster, reader: int, request: int) -> float:
-    prompt = c.requests[request, PROMPT]
-    cached = cached_tokens(c, reader, request)
-    return _queue_s(c, reader, prompt - cached, num_pairs(cached, prompt - cached))
+    return float(
+        _reading_s(
+            clock[TOLD_FIXED_S],
+            clock[TOLD_PROMPT_S],
+            clock[TOLD_PAIR_S],
+            row[BUDGET],
+            row[DEPTH],
+            row[UNREAD] + tokens,
+            clock[UNREAD_PAIRS] + pairs,
+        )
+    )
 
 
 @inlined
-def _choose_pair(c: Cluster, request: int, now: float) -> None:
-    """The pair with the least predicted time to the last token; a full decode side comes last.
+def _is_late(c: Cluster, reader: int) -> bool:
+    """Whether what is ahead at a reader takes longer than a request may wait."""
+    longest = c.rates[MAX_WAIT_S]
+    return bool(longest > 0.0 and _read_s(c, reader, 0, 0.0) > longest)
 
-    Ties go to the most free blocks, then to the smallest numbers.
+
+@inlined
+def _step_s(c: Cluster, writer: int, prompt: int, now: float) -> float:
+    """A step of the batch that a request joins: all who were sent there, by the tokens they have.
+
+    The router has counted what it passed on to clients.
     """
-    best_reader, best_read_s = NONE, NEVER
-    for reader in range(len(c.instances)):
-        if c.instances[reader, READS] and not c.instances[reader, WRITES]:
-            seconds = _read_s(c, reader, request)
-            if seconds < best_read_s:
-                best_reader, best_read_s = reader, seconds
+    row, clock = c.instances[writer], c.instance_s[writer]
+    context = row[CONTEXT] + row[ASSIGNED_TOKENS] + prompt
+    if row[ACTIVE] > 0:
+        context += row[ACTIVE] * (step_under_way(c, writer, now) - 1)
+    return float(
+        _answer_step_s(
+            clock[TOLD_FIXED_S],
+            clock[TOLD_ANSWER_S],
+            clock[TOLD_CONTEXT_S],
+            row[DEPTH],
+            row[ASSIGNED] + 1,
+            context,
+        )
+    )
+
+
+@inlined
+def _choose_pair(c: Cluster, request: int, now: float) -> bool:
+    """`router.policy.choose_pair`; returns whether the request would wait too long everywhere.
+
+    Who writes and reads reads its own prompts only; who only writes has them read by who only
+    reads. Instances are looked at in their order, so that ties go to the smallest numbers.
+    """
     prompt = c.requests[request, PROMPT]
+    pairs = num_pairs(0, prompt)
+    reader, of_reader = NONE, _reader_rank(True, NEVER)
+    for instance in range(len(c.instances)):
+        if c.instances[instance, READS] and not c.instances[instance, WRITES]:
+            rank = _reader_rank(_is_late(c, instance), _read_s(c, instance, prompt, pairs))
+            if reader == NONE or rank < of_reader:
+                reader, of_reader = instance, rank
     max_tokens = c.requests[request, OUTPUT] * c.rates[MAX_TOKENS_FACTOR]
     needed = c.requests[request, WRITER_BLOCKS]
-    best, best_full, best_s, best_free = NONE, True, NEVER, 0
+    best, of_best = NONE, _pair_rank(True, True, NEVER, 0)
     for writer in range(len(c.instances)):
         row = c.instances[writer]
         if not row[WRITES] or needed > row[NUM_BLOCKS]:
             continue
-        read_s = _read_s(c, writer, request) if row[READS] else best_read_s
-        size = row[ASSIGNED] + 1
-        context = row[CONTEXT] + row[ASSIGNED_PROMPTS] + prompt
-        if row[ACTIVE] > 0:
-            context += row[ACTIVE] * (step_under_way(c, writer, now) - 1)
-        part = (size + row[DEPTH] - 1) // row[DEPTH]
-        step_s = decode_s(c, writer, part, context / row[DEPTH])
-        seconds = read_s + c.rates[HANDOFF_S] + max_tokens * step_s
-        free = row[FREE_BLOCKS] - needed
-        is_full = free < 0 or row[ASSIGNED] >= row[MAX_ACTIVE] or row[WAITING] != NONE
-        is_better = best == NONE or (best_full and not is_full)
-        if not is_better and is_full == best_full:
-            is_better = seconds < best_s or (seconds == best_s and free > best_free)
-        if is_better:
-            best, best_full, best_s, best_free = writer, is_full, seconds, free
+        is_late, read_s = of_reader
+        if row[READS]:
+            is_late, read_s = _is_late(c, writer), _read_s(c, writer, prompt, pairs)
+        ttft_s = _first_token_s(read_s, not row[READS])
+        seconds = _answer_s(ttft_s, max_tokens, _step_s(c, writer, prompt, now))
+        free = row[NUM_BLOCKS] - row[ASSIGNED_BLOCKS] - needed
+        is_full = free < 0 or row[ASSIGNED] >= row[MAX_ACTIVE]
+        in_pair = _pair_rank(is_late, is_full, seconds, free)
+        if best == NONE or in_pair < of_best:
+            best, of_best = writer, in_pair
     c.requests[request, WRITER] = best
-    c.requests[request, READER] = best if c.instances[best, READS] else best_reader
+    c.requests[request, READER] = best if c.instances[best, READS] else reader
+    return bool(of_best[0])
 
 
 @inlined
-def _is_refused(c: Cluster, request: int) -> bool:
+def _is_refused(c: Cluster, request: int, is_late: bool) -> bool:
+    """The router's limits for new requests; see `router.dispatch.DispatchLimits`."""
     limit = c.scalars[MAX_UNREAD_REQUESTS]
-    if limit > 0 and c.scalars[NUM_UNREAD_REQUESTS] >= limit:
+    if is_late or (limit > 0 and c.scalars[NUM_UNREAD_REQUESTS] >= limit):
         return True
-    longest = c.rates[MAX_WAIT_S]
-    return bool(longest > 0.0 and _queue_s(c, c.requests[request, READER], 0, 0.0) > longest)
+    wait_s = _read_s(c, c.requests[request, READER], 0, 0.0)
+    c.rates[LONGEST_WAIT_S] = max(c.rates[LONGEST_WAIT_S], wait_s)
+    return False
 
 
 @inlined
@@ -153,8 +187,8 @@ def _arrive(c: Cluster, request: int, now: float) -> None:
     max_tokens = int(c.requests[request, OUTPUT] * c.rates[MAX_TOKENS_FACTOR] + 0.5)
     c.requests[request, WRITER_BLOCKS] = num_blocks(c, prompt + max_tokens)
     c.requests[request, READER_BLOCKS] = num_blocks(c, prompt)
-    _choose_pair(c, request, now)
-    if _is_refused(c, request):
+    is_late = _choose_pair(c, request, now)
+    if _is_refused(c, request, is_late):
         c.scalars[NUM_REFUSED] += 1
         c.request_s[request, FIRST_S], c.request_s[request, END_S] = NEVER, NEVER
         c.requests[request, READER], c.requests[request, WRITER] = NONE, NONE
@@ -169,7 +203,8 @@ def _arrive(c: Cluster, request: int, now: float) -> None:
     steal(c, writer, now)
     row = c.instances[writer]
     row[ASSIGNED] += 1
-    row[ASSIGNED_PROMPTS] += prompt
+    row[ASSIGNED_TOKENS] += prompt
+    row[ASSIGNED_BLOCKS] += c.requests[request, WRITER_BLOCKS]
     if row[WAITING] == NONE and has_room(c, writer, request):
         admit(c, writer, request, now)
     else:
@@ -182,10 +217,6 @@ def run_cluster(c: Cluster, num_at_start: int) -> None:
 
     Fills `request_s` and the instances in `requests`.
     """
-    for instance in range(len(c.instances)):
-        clock, budget = c.instance_s[instance], c.instances[instance, BUDGET]
-        clock[FULL_S] = prefill_s(c, instance, budget, 0.0)
-        clock[FULL_PAIR_S] = prefill_s(c, instance, budget, 1.0) - clock[FULL_S]
     index, num = 0, len(c.requests)
     if c.scalars[IS_CLOSED_LOOP]:
         for request in range(num_at_start):

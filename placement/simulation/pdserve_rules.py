@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from pdserve.domain.errors import LocalFault
+from placement.linear_steps import linear_steps
 from placement.simulation import pdserve_state as state
 from placement.simulation.pdserve_cluster import run_cluster
 from placement.simulation.timing import StepTiming
 from placement.simulation.trace import Floats, Ints, Times, Trace
-from placement.simulation.values import PdserveOptions, Pool, PoolRole, PrefillOrder
+from placement.simulation.values import PdserveOptions, Pool, PoolRole, PrefillOrder, can_serve
 
 UNLIMITED_BLOCKS = 1 << 40
 MIN_TABLE_SIZE = 64
@@ -24,8 +25,7 @@ class PdserveCluster:
         self._pools = [pool for pool in pools for _ in range(pool.replicas)]
         self._options = options
         roles = {pool.role for pool in self._pools}
-        has_pair = {PoolRole.PREFILL, PoolRole.DECODE} <= roles
-        if not has_pair and roles != {PoolRole.COLOCATED}:
+        if not can_serve(roles):
             raise LocalFault(
                 "pools must hold prefill and decode instances, or colocated ones; got "
                 + (", ".join(sorted(roles)) or "none")
@@ -68,6 +68,7 @@ class PdserveCluster:
             busy_s=cluster.instance_s[:, state.BUSY].copy(),
             num_refused=int(is_refused.sum()),
             prefix_hit_tokens=int(cluster.scalars[state.HIT_TOKENS]),
+            longest_wait_s=float(cluster.rates[state.LONGEST_WAIT_S]),
         )
 
     def _scatter(self, num_gaps: Ints) -> Floats:
@@ -86,7 +87,8 @@ class PdserveCluster:
     def _sample_timings(self) -> tuple[Floats, tuple[int, int]]:
         # The router predicts steps of batches that are larger than those that are computed.
         size = max(4 * self._options.max_num_requests, MIN_TABLE_SIZE) + 1
-        timings = [_steps(pool, size - 1) for pool in self._pools]
+        found = {id(pool): _steps(pool, size - 1) for pool in self._pools}
+        timings = [found[id(pool)] for pool in self._pools]
         most = max(len(timing.prefill_tokens) for timing in timings)
         curves = np.zeros((len(timings), 3 * most + 2 * size))
         for row, timing in zip(curves, timings, strict=True):
@@ -107,8 +109,10 @@ class PdserveCluster:
             instances[:, queue : queue + 2] = state.NONE
         instances[:, state.BUDGET] = options.max_step_tokens
         instances[:, state.MAX_ACTIVE] = options.max_num_requests
+        told = {id(pool): self._told_coefficients(pool) for pool in self._pools}
         for number, (pool, timing) in enumerate(zip(self._pools, self._timings, strict=True)):
             row, clock = instances[number], instance_s[number]
+            clock[state.TOLD_FIXED_S : state.STAGES] = told[id(pool)]
             row[state.READS] = pool.role != PoolRole.DECODE
             row[state.WRITES] = pool.role != PoolRole.PREFILL
             row[state.DEPTH] = pool.pp
@@ -125,6 +129,21 @@ class PdserveCluster:
             clock[state.WAKE_S] = pool.wake_s
             clock[state.STOLEN_S] = pool.stolen_s
         return instances, instance_s
+
+    def _told_coefficients(self, pool: Pool) -> tuple[float, ...]:
+        """What the router hears of a worker's step times: lines, whatever the curves are."""
+        found = linear_steps(
+            pool,
+            max_step_tokens=self._options.max_step_tokens,
+            max_num_requests=self._options.max_num_requests,
+        )
+        return (
+            found.fixed_s,
+            found.prefill_token_s,
+            found.prefill_attention_s,
+            found.decode_token_s,
+            found.decode_context_token_s,
+        )
 
     def _check(self, trace: Trace) -> None:
         if len(trace) == 0:
@@ -193,6 +212,7 @@ class PdserveCluster:
                 options.max_tokens_factor,
                 options.max_wait_s,
                 options.busy_handoff_s,
+                0.0,  # LONGEST_WAIT_S
             ]
         )
         starts = trace.prefix_starts

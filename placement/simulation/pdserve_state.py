@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pdserve.domain.latency import num_attention_pairs
 from placement.simulation.compiled import compiled, inlined
 from placement.simulation.event_heap import push
 
@@ -32,7 +33,7 @@ NUM_REQUEST_TIMES = 4
 # Columns of `instances`.
 READS, WRITES, DEPTH, BUDGET, MAX_ACTIVE = 0, 1, 2, 3, 4
 QUEUE = 5  # prompts to read: head, tail, length
-UNREAD = 8  # tokens of prompts that were sent here
+UNREAD = 8  # tokens of prompts that were sent here and have no first token
 IN_FLIGHT, OLDEST = 9, 10  # steps in the pipeline, DEPTH at most; the ring place of the first
 FREE_BLOCKS, NUM_BLOCKS = 11, 12
 WAITING = 13  # for blocks or a place: head, tail, length
@@ -40,24 +41,26 @@ JOINING = 16  # KV is here, next step's batch: head, tail, length
 ACTIVE, CONTEXT, STEP = 19, 20, 21
 RUN_STEPS, IS_CUT, VERSION = 22, 23, 24
 ASSIGNED = 25  # requests that the router sent here to decode
-ASSIGNED_PROMPTS = 26  # tokens of those that are not in the batch yet
+ASSIGNED_TOKENS = 26  # of those that are not in the batch yet: prompts, and first tokens
 NUM_KNOTS = 27
 NUM_CACHED = 28  # prefix blocks
 IS_STAGE_BUSY = 29
 ADMITTED = 30  # requests that hold blocks to decode, read or not: MAX_ACTIVE at most
-NUM_INSTANCE_COLUMNS = 31
+ASSIGNED_BLOCKS = 31  # of the whole answers that the router sent here
+NUM_INSTANCE_COLUMNS = 32
 
 # Columns of `instance_s`.
 RUN_START, RUN_FIRST, RUN_GROWTH, BUSY = 0, 1, 2, 3
-UNREAD_PAIRS = 4
+UNREAD_PAIRS = 4  # of the tokens in UNREAD
 LINK_OUT_FREE, LINK_IN_FREE, SECONDS_PER_TOKEN, LINK_LATENCY = 5, 6, 7, 8
 SHARED_S, PROMPT_S, PROMPT_TOKEN_S = 9, 10, 11
 BESIDE, WAKE_S = 12, 13  # see `Pool.beside` and `.wake_s`
 SLOWED, STEP_END = 14, 15  # of a reader's step under way
 STOLEN_S, OWED_S = 16, 17  # see `Pool.stolen_s`; what the next step takes longer for it
 BESIDE_ANSWER = 18
-FULL_S, FULL_PAIR_S = 19, 20  # of a step that reads as much as it may: alone, and for each pair
-STAGES = 21  # when each stage of the pipeline is free
+# What the router is told of step times: the coefficients of `pdserve.domain.latency`.
+TOLD_FIXED_S, TOLD_PROMPT_S, TOLD_PAIR_S, TOLD_ANSWER_S, TOLD_CONTEXT_S = 19, 20, 21, 22, 23
+STAGES = 24  # when each stage of the pipeline is free
 
 # Kinds of events.
 ARRIVE, STEP_DONE, STAGE_FREE, RUN_DONE, KV_HERE, RELEASE, WAKE, PREPARED = 0, 1, 2, 3, 4, 5, 6, 7
@@ -76,6 +79,7 @@ NUM_SCALARS = 20
 
 # Entries of `rates`.
 HANDOFF_S, MAX_TOKENS_FACTOR, MAX_WAIT_S, BUSY_HANDOFF_S = 0, 1, 2, 3
+LONGEST_WAIT_S = 4  # that was predicted to a request and let in
 
 
 class Cluster(NamedTuple):
@@ -172,10 +176,7 @@ def num_blocks(c: Cluster, tokens: int) -> int:
     return int((tokens + c.scalars[BLOCK_SIZE] - 1) // c.scalars[BLOCK_SIZE])
 
 
-@inlined
-def num_pairs(start: int, length: int) -> float:
-    """`pdserve.domain.latency.num_attention_pairs`."""
-    return float(length * start + length * (length + 1) // 2)
+num_pairs = inlined(num_attention_pairs)
 
 
 @compiled

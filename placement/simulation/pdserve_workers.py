@@ -20,7 +20,8 @@ from placement.simulation.pdserve_state import (
     ADMITTED,
     ARRIVE,
     ASSIGNED,
-    ASSIGNED_PROMPTS,
+    ASSIGNED_BLOCKS,
+    ASSIGNED_TOKENS,
     BUDGET,
     BUSY,
     BUSY_HANDOFF_S,
@@ -185,10 +186,11 @@ def _sort_in(c: Cluster, reader: int, request: int) -> None:
 def _form_chunks(c: Cluster, instance: int, budget: int) -> tuple[int, float]:
     """Take what the next step reads from the queue; returns its tokens and pairs."""
     row = c.instances[instance]
+    most = min(MAX_PROMPTS_IN_STEP, row[MAX_ACTIVE])
     ring = (row[OLDEST] + row[IN_FLIGHT]) % c.chunks.shape[1]
     chunks, count = c.chunks[instance, ring], 0
     tokens, pairs = 0, 0.0
-    while row[QUEUE] != NONE and tokens < budget and count < MAX_PROMPTS_IN_STEP:
+    while row[QUEUE] != NONE and tokens < budget and count < most:
         request = row[QUEUE]
         if c.requests[request, READ] == 0:
             if not row[WRITES]:
@@ -198,8 +200,6 @@ def _form_chunks(c: Cluster, instance: int, budget: int) -> tuple[int, float]:
             cached = cached_tokens(c, instance, request)
             c.requests[request, READ] = cached
             c.scalars[HIT_TOKENS] += cached
-            row[UNREAD] -= cached
-            c.instance_s[instance, UNREAD_PAIRS] -= num_pairs(0, cached)
         start = c.requests[request, READ]
         length = min(budget - tokens, c.requests[request, PROMPT] - start)
         c.requests[request, READ] = start + length
@@ -213,8 +213,6 @@ def _form_chunks(c: Cluster, instance: int, budget: int) -> tuple[int, float]:
     chunks[0, 0] = count
     if count > 0:
         row[IN_FLIGHT] += 1
-        row[UNREAD] -= tokens
-        c.instance_s[instance, UNREAD_PAIRS] -= pairs
     return tokens, pairs
 
 
@@ -269,16 +267,21 @@ def finish_chunks(c: Cluster, instance: int, now: float) -> None:
         if end < c.requests[request, PROMPT]:
             continue
         keep_prefix(c, instance, request)
+        prompt = c.requests[request, PROMPT]
         c.scalars[NUM_UNREAD_REQUESTS] -= 1
+        row[UNREAD] -= prompt
+        c.instance_s[instance, UNREAD_PAIRS] -= num_pairs(0, prompt)
         c.request_s[request, FIRST_S] = now + c.rates[HANDOFF_S]
         if c.instances[writer, RUN_STEPS] > 0:
             c.request_s[request, FIRST_S] += c.rates[BUSY_HANDOFF_S]
         if c.requests[request, OUTPUT] <= 1:
             if writer != instance:
                 row[FREE_BLOCKS] += c.requests[request, READER_BLOCKS]
-            c.instances[writer, ASSIGNED_PROMPTS] -= c.requests[request, PROMPT]
+            c.instances[writer, ASSIGNED_TOKENS] -= prompt
             _finish(c, request, now, c.request_s[request, FIRST_S])
-        elif writer == instance:
+            continue
+        c.instances[writer, ASSIGNED_TOKENS] += 1
+        if writer == instance:
             enqueue(c, writer, JOINING, request)
         else:
             schedule(c, ready, KV_HERE, request, 0)
@@ -302,6 +305,7 @@ def _finish(c: Cluster, request: int, now: float, end: float) -> None:
     writer = c.requests[request, WRITER]
     row = c.instances[writer]
     row[ASSIGNED] -= 1
+    row[ASSIGNED_BLOCKS] -= c.requests[request, WRITER_BLOCKS]
     row[ADMITTED] -= 1
     row[FREE_BLOCKS] += c.requests[request, WRITER_BLOCKS]
     if c.scalars[IS_CLOSED_LOOP] and c.scalars[NEXT_REQUEST] < len(c.requests):
@@ -348,7 +352,7 @@ def start_run(c: Cluster, instance: int, now: float) -> None:
         push_int(heap, row[ACTIVE], (last_step << SHIFT) | request)
         row[ACTIVE] += 1
         row[CONTEXT] += c.requests[request, PROMPT] + 1
-        row[ASSIGNED_PROMPTS] -= c.requests[request, PROMPT]
+        row[ASSIGNED_TOKENS] -= c.requests[request, PROMPT] + 1
     size, tokens, pairs = row[ACTIVE], 0, 0.0
     depth = row[DEPTH]
     if row[READS] and row[QUEUE] != NONE:

@@ -38,3 +38,4 @@ class Times:
     busy_s: Floats
     num_refused: int = 0
     prefix_hit_tokens: int = 0
+    longest_wait_s: float = 0.0  # predicted to a request that was let in (rules pdserve)

@@ -1,5 +1,6 @@
 """What a simulation is given and what it gives back."""
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -26,6 +27,15 @@ class PoolRole(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     COLOCATED = "colocated"
+
+
+def can_serve(roles: Set[PoolRole]) -> bool:
+    """Whether pools of these roles have a reader and a writer for every request.
+
+    Prefill and decode workers need each other, since colocated ones take prompts from nobody and
+    hand none on.
+    """
+    return {PoolRole.PREFILL, PoolRole.DECODE} <= roles or roles == {PoolRole.COLOCATED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

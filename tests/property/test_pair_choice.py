@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pdserve.domain.ids import AttemptId, Epoch, RequestId, WorkerId
 from pdserve.domain.latency import StepCoefficients
-from pdserve.domain.messages import Role
+from pdserve.domain.messages import Reads, Role
 from pdserve.domain.tokens import Failed
 from router.capacity import can_read, can_write
 from router.cluster_view import (
@@ -28,6 +28,7 @@ from router.policy import MAX_NUM_PREFILL_TARGETS, NoWorkers, Overloaded, Pair, 
 from tests.unit.router.bench import DONE, Bench, open_bench, settle
 from tests.unit.router.builders import make_load, make_view, make_worker
 
+OF_DECODE = [Reads.OWN, Reads.NONE]
 SMALL = st.floats(0, 0.1)
 COUNT = st.integers(0, 3000)
 SHAPES = st.builds(
@@ -64,6 +65,8 @@ def workers(draw: st.DrawFn, name: str, role: Role) -> WorkerView:
         max_num_requests=draw(st.integers(1, 9)),
         max_step_tokens=512,
         max_context_tokens=draw(st.sampled_from([500, 4000])),
+        reads=Reads.OTHERS if role is Role.PREFILL else draw(st.sampled_from(OF_DECODE)),
+        num_stages=draw(st.sampled_from([1, 1, 3])),
         model_hash=draw(st.sampled_from([b"m", b"n"])),
         layout_hash=draw(st.sampled_from([b"l", b"k"])),
         coefficients=StepCoefficients(
@@ -117,7 +120,9 @@ def test_choice_is_total_deterministic_and_never_an_excluded_worker(
         assert target.life not in excluded
         assert target.can_exchange_kv_with(choice.decode)
         assert can_read(target.hello, shape)
-    if not targets:
+    if choice.decode.hello.reads is Reads.OWN:
+        assert not targets
+    elif not targets:
         assert not any(
             worker.is_usable
             and worker.life not in excluded
@@ -133,9 +138,33 @@ def test_refusal_for_load_names_a_time_and_only_follows_from_the_limit(
     view: ClusterView, shape: RequestShape, max_wait_s: float
 ) -> None:
     choice = choose_pair(view, shape, max_wait_s=max_wait_s)
+    unlimited = choose_pair(view, shape)
     if isinstance(choice, Overloaded):
         assert choice.retry_after_s > 0
-        assert isinstance(choose_pair(view, shape), Pair)
+        assert isinstance(unlimited, Pair)
+        # Whoever comes back when it is told to finds a queue that is short enough.
+        later = choose_pair(view, shape, max_wait_s=max_wait_s + choice.retry_after_s + 1e-9)
+        assert isinstance(later, Pair)
+    elif isinstance(choice, Pair):
+        assert choice.wait_s <= max_wait_s
+        if isinstance(unlimited, Pair) and unlimited.wait_s <= max_wait_s:
+            assert choice == unlimited
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(view=views(), shape=SHAPES, max_wait_s=st.floats(0, 100))
+def test_nobody_is_refused_while_some_reader_meets_the_wait(
+    view: ClusterView, shape: RequestShape, max_wait_s: float
+) -> None:
+    if not isinstance(choose_pair(view, shape, max_wait_s=max_wait_s), Overloaded):
+        return
+    for decode in view.decode:
+        if decode.is_usable:
+            alone = choose_pair(replace(view, decode=(decode,)), shape, max_wait_s=max_wait_s)
+            assert isinstance(alone, Overloaded | NoWorkers)
+    for reader in view.prefill:
+        pair = choose_pair(replace(view, prefill=(reader,)), shape, max_wait_s=max_wait_s)
+        assert not isinstance(pair, Pair) or reader not in pair.prefill_targets
 
 
 @settings(max_examples=100, deadline=None)

@@ -61,6 +61,8 @@ options = st.builds(
     max_step_tokens=st.sampled_from((64, 300, 2_000)),
     max_num_requests=st.sampled_from((1, 4, 64)),
     block_size=st.just(BLOCK_SIZE),
+    max_num_waiting=st.sampled_from((0, 0, 3, 20)),
+    max_wait_s=st.sampled_from((0.0, 0.0, 0.02, 0.3)),
 )
 
 
@@ -98,7 +100,14 @@ def plain_times(
             zip(trace.prompts, trace.outputs, trace.arrival_s, strict=True)
         )
     ]
-    PlainCluster(workers, BLOCK_SIZE).run(requests, concurrency)
+    cluster = PlainCluster(
+        workers,
+        BLOCK_SIZE,
+        max_num_waiting=limits.max_num_waiting,
+        max_wait_s=limits.max_wait_s,
+    )
+    cluster.run(requests, concurrency)
+    assert cluster.ledger.is_empty
     return requests
 
 
@@ -110,10 +119,13 @@ def test_pdserve_rules_equal_plain_workers(
     times = PdserveCluster(given_pools, limits).run(trace, concurrency=loop)
     requests = plain_times(given_pools, trace, limits, loop)
     arrival_s = np.array([request.arrival_s for request in requests])
-    first_s = np.array([request.first_s for request in requests])
-    end_s = np.maximum([request.end_s for request in requests], first_s)
+    is_refused = np.array([request.writer is None for request in requests])
     np.testing.assert_allclose(times.arrival_s, arrival_s, rtol=0, atol=1e-8)
-    np.testing.assert_allclose(times.arrival_s + times.ttft_s, first_s, rtol=0, atol=1e-8)
-    np.testing.assert_allclose(times.arrival_s + times.e2e_s, end_s, rtol=0, atol=1e-8)
-    readers = [request.reader.number for request in requests if request.reader]
+    assert np.isinf(times.e2e_s).tolist() == is_refused.tolist()
+    first_s = np.array([request.first_s for request in requests])[~is_refused]
+    end_s = np.maximum(np.array([request.end_s for request in requests])[~is_refused], first_s)
+    ttft_s, e2e_s = times.ttft_s[~is_refused], times.e2e_s[~is_refused]
+    np.testing.assert_allclose(arrival_s[~is_refused] + ttft_s, first_s, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(arrival_s[~is_refused] + e2e_s, end_s, rtol=0, atol=1e-8)
+    readers = [request.reader.number if request.reader else -1 for request in requests]
     assert times.prefill.tolist() == readers

@@ -1,8 +1,10 @@
-"""Our router and workers (rules pdserve) in plain Python: every step an event, nothing skipped.
+"""Plain Python workers (rules pdserve) behind our own router: every step an event, nothing skipped.
 
-Written for comparison with `placement.simulation.pdserve_rules`: no prefix cache, no refusals.
-Coefficients are the linear ones of `pdserve.domain.latency`. Of `depth` stages each takes its part
-of a prefill step's time, one step after the other; a decode batch goes through in `depth` parts.
+Written for comparison with `placement.simulation.pdserve_rules`: no prefix cache. Who reads and who
+writes is the router's own choice (`router.policy`), by its own account (`router.cluster_view`), of
+workers that never send a report. Coefficients are the linear ones of `pdserve.domain.latency`. Of
+`depth` stages each takes its part of a prefill step's time, one step after the other; a decode
+batch goes through in `depth` parts.
 """
 
 import heapq
@@ -10,7 +12,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from pdserve.domain.ids import PROTOCOL_VERSION, AttemptId, Epoch, RequestId, WorkerId
+from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import StepCoefficients, num_attention_pairs
+from pdserve.domain.messages import Reads, Role, WorkerHello, WorkerLoad
+from router.cluster_view import ClusterView, Health, Ledger, RequestShape, WorkerView
+from router.policy import Pair, choose_pair
 
 HANDOFF_S = 0.002
 
@@ -28,6 +35,10 @@ class PlainRequest:
     end_s: float = -1.0
     reader: "PlainWorker | None" = None
     writer: "PlainWorker | None" = None
+
+    @property
+    def attempt(self) -> AttemptId:
+        return AttemptId(RequestId(str(self.number)), 1)
 
 
 @dataclass(slots=True)
@@ -47,10 +58,7 @@ class PlainWorker:
     waiting: deque[PlainRequest] = field(default_factory=deque)
     joining: deque[PlainRequest] = field(default_factory=deque)
     batch: list[PlainRequest] = field(default_factory=list)
-    sent_here: list[PlainRequest] = field(default_factory=list)  # to decode, not ended
     num_admitted: int = 0  # of those that hold blocks and a place
-    unread_tokens: int = 0
-    unread_pairs: int = 0
     is_busy: bool = False
     link_out_s: float = 0.0
     link_in_s: float = 0.0
@@ -58,14 +66,31 @@ class PlainWorker:
     def context(self, request: PlainRequest) -> int:
         return request.prompt + 1 + request.num_decoded
 
-    def queue_s(self, tokens: int, pairs: int) -> float:
-        total = self.unread_tokens + tokens
-        c = self.coefficients
-        return (
-            c.fixed_s * -(-total // self.max_step_tokens)
-            + c.prefill_token_s * total
-            + c.prefill_attention_s * (self.unread_pairs + pairs)
-        ) / self.depth
+    def hello(self, block_size: int) -> WorkerHello:
+        reads = Reads.OTHERS if not self.writes else Reads.OWN if self.reads else Reads.NONE
+        return WorkerHello(
+            worker_id=WorkerId(f"w{self.number:03}"),
+            role=Role.DECODE if self.writes else Role.PREFILL,
+            reads=reads,
+            num_stages=self.depth,
+            epoch=Epoch(1),
+            protocol_version=PROTOCOL_VERSION,
+            address="",
+            pid=0,
+            model_name="",
+            model_hash=b"",
+            layout_hash=b"",
+            tokenizer_hash=b"",
+            max_context_tokens=1 << 40,
+            vocab_size=2,
+            block_size=block_size,
+            num_blocks=self.num_free,
+            block_bytes=1,
+            max_num_requests=self.max_num_requests,
+            max_step_tokens=self.max_step_tokens,
+            engine="plain",
+            coefficients=self.coefficients,
+        )
 
     def round_s(self, tokens: int, pairs: int, num_decodes: int, context: int) -> float:
         """A step, of which each of the `depth` parts under way computes its share."""
@@ -79,10 +104,25 @@ class PlainWorker:
 
 
 class PlainCluster:
-    """Serves requests at their arrival times, or `concurrency` of them at a time."""
+    """Serves requests at their arrival times, or `concurrency` of them at a time.
 
-    def __init__(self, workers: list[PlainWorker], block_size: int) -> None:
+    `max_num_waiting` and `max_wait_s` are those of `router.dispatch.DispatchLimits`; a request that
+    they turn away has no reader and no writer.
+    """
+
+    def __init__(
+        self,
+        workers: list[PlainWorker],
+        block_size: int,
+        *,
+        max_num_waiting: int = 0,
+        max_wait_s: float = 0.0,
+    ) -> None:
         self.workers, self.block_size = workers, block_size
+        self.hellos = [worker.hello(block_size) for worker in workers]
+        self.ledger = Ledger()
+        self.max_num_waiting = max_num_waiting
+        self.max_wait_s = max_wait_s or float("inf")
         self.heap: list[tuple[float, int, Callable[[], None]]] = []
         self.now_s, self.num_scheduled = 0.0, 0
         self.later: deque[PlainRequest] = deque()
@@ -105,36 +145,41 @@ class PlainCluster:
 
     def arrive(self, request: PlainRequest) -> None:
         request.arrival_s = self.now_s
-        self.choose(request)
-        reader, writer = request.reader, request.writer
-        assert reader is not None
-        assert writer is not None
-        reader.unread_tokens += request.prompt
-        reader.unread_pairs += num_attention_pairs(0, request.prompt)
-        writer.sent_here.append(request)
+        shape = RequestShape(num_prompt_tokens=request.prompt, max_tokens=request.output)
+        pair = choose_pair(self.view(), shape, max_wait_s=self.max_wait_s)
+        limit = self.max_num_waiting
+        if not isinstance(pair, Pair) or (limit and self.ledger.num_unread >= limit):
+            self.send_next(self.now_s)
+            return
+        reader = request.reader = self.workers[self.hellos.index(pair.reader.hello)]
+        writer = request.writer = self.workers[self.hellos.index(pair.decode.hello)]
+        assert reader.reads
+        assert writer.writes
+        self.ledger.assign(
+            request.attempt,
+            shape,
+            decode=pair.decode.hello.worker_id,
+            reader=pair.reader.hello.worker_id,
+            block_size=self.block_size,
+        )
         writer.waiting.append(request)
         if writer.waiting[0] is request:
             self.promise(writer)
 
-    def choose(self, request: PlainRequest) -> None:
-        pairs = num_attention_pairs(0, request.prompt)
-        readers = [worker for worker in self.workers if not worker.writes]
-        by_time = sorted(readers, key=lambda w: (w.queue_s(request.prompt, pairs), w.number))
-
-        def cost(writer: PlainWorker) -> tuple[bool, float, int, int]:
-            reader = writer if writer.reads else by_time[0]
-            context = sum(
-                writer.context(other) if other in writer.batch else other.prompt
-                for other in writer.sent_here
+    def view(self) -> ClusterView:
+        views = [
+            WorkerView(
+                hello=hello,
+                load=_no_report(hello),
+                health=Health.ALIVE,
+                assigned=self.ledger.assigned(hello.worker_id),
             )
-            step_s = writer.round_s(0, 0, len(writer.sent_here) + 1, context + request.prompt)
-            free = writer.num_free - self.blocks(request.prompt + request.output)
-            is_full = free < 0 or len(writer.sent_here) >= writer.max_num_requests
-            total_s = reader.queue_s(request.prompt, pairs) + HANDOFF_S + request.output * step_s
-            return (is_full or bool(writer.waiting), total_s, -free, writer.number)
-
-        request.writer = min((w for w in self.workers if w.writes), key=cost)
-        request.reader = request.writer if request.writer.reads else by_time[0]
+            for hello in self.hellos
+        ]
+        return ClusterView(
+            prefill=tuple(view for view in views if view.hello.role is Role.PREFILL),
+            decode=tuple(view for view in views if view.hello.role is Role.DECODE),
+        )
 
     def promise(self, writer: PlainWorker) -> None:
         """Blocks and a place to whoever waits first, while they last; then the prompt is read."""
@@ -166,7 +211,8 @@ class PlainCluster:
         budget = worker.max_step_tokens
         if worker.batch:
             budget = max(budget - len(worker.batch), 1)
-        while worker.reads and worker.queue and budget > 0:
+        most = worker.max_num_requests
+        while worker.reads and worker.queue and budget > 0 and len(chunks) < most:
             request = worker.queue[0]
             if request.num_read == 0 and not worker.writes:
                 if self.blocks(request.prompt) > worker.num_free:
@@ -176,8 +222,6 @@ class PlainCluster:
             chunks.append((request, request.num_read, length))
             request.num_read += length
             budget -= length
-            worker.unread_tokens -= length
-            worker.unread_pairs -= num_attention_pairs(chunks[-1][1], length)
             if request.num_read == request.prompt:
                 worker.queue.popleft()
         worker.is_busy = bool(chunks or worker.batch)
@@ -219,6 +263,7 @@ class PlainCluster:
     def end_step(self, worker: PlainWorker, chunks: list[tuple[PlainRequest, int, int]]) -> None:
         for request in list(worker.batch):
             request.num_decoded += 1
+            self.ledger.hear(request.attempt, 1)
             if request.num_decoded == request.output - 1:
                 worker.batch.remove(request)
                 self.end(request, self.now_s)
@@ -239,6 +284,7 @@ class PlainCluster:
         if end < request.prompt:
             return
         request.first_s = self.now_s + HANDOFF_S
+        self.ledger.hear(request.attempt, 1)
         if request.output == 1:
             if writer is not worker:
                 worker.num_free += self.blocks(request.prompt)
@@ -261,10 +307,25 @@ class PlainCluster:
         request.end_s = end_s
         writer = request.writer
         assert writer is not None
-        writer.sent_here.remove(request)
+        self.ledger.release(request.attempt)
         writer.num_admitted -= 1
         writer.num_free += self.blocks(request.prompt + request.output)
+        self.send_next(end_s)
+        self.at(self.now_s, lambda: self.promise(writer))
+
+    def send_next(self, time_s: float) -> None:
         if self.later:
             following = self.later.popleft()
-            self.at(end_s, lambda: self.arrive(following))
-        self.at(self.now_s, lambda: self.promise(writer))
+            self.at(time_s, lambda: self.arrive(following))
+
+
+def _no_report(hello: WorkerHello) -> WorkerLoad:
+    num = hello.num_blocks
+    return WorkerLoad(
+        sequence=0,
+        num_waiting=0,
+        num_running=0,
+        waiting_prompt_tokens=0,
+        running_context_tokens=0,
+        kv=KvUsage(free=num, reserved=0, held=0, pinned=0, total=num),
+    )

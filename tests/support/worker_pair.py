@@ -436,9 +436,11 @@ class WorkerPair:
         self,
         sizes: Sizes | None = None,
         *,
+        name: str = "decode-0",
         timers: Timers | None = None,
         delay_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
+        self.name = name
         self.sizes = sizes or Sizes()
         self.timers = timers or Timers()
         self.delay_s = delay_s
@@ -459,7 +461,7 @@ class WorkerPair:
         self._stack.callback(give_back, self.engine)
         self.pool = BlockPool(sizes.decode_blocks, reuse_prefixes=sizes.reuses_prefixes)
         self.links = PrefillLinks(
-            self._connect, hello_of("decode-0", Epoch(1)), (self.transport,), timers
+            self._connect, hello_of(self.name, Epoch(1)), (self.transport,), timers
         )
         await self._stack.enter_async_context(self.links)
         self.decode_loop = DecodeLoop(
@@ -480,7 +482,7 @@ class WorkerPair:
             self.links, self.engine.kv, vocab_size=self.engine.spec.vocab_size, clock=clock
         )
         self.service = DecodeService(
-            hello=PeerHello(peer_id="decode-0", epoch=Epoch(1), protocol_version=PROTOCOL_VERSION),
+            hello=PeerHello(peer_id=self.name, epoch=Epoch(1), protocol_version=PROTOCOL_VERSION),
             spec=self.engine.spec,
             tokenizer=demo_tokenizer(),
             pool=self.pool,

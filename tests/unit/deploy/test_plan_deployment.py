@@ -8,7 +8,6 @@ import yaml
 
 from deploy.deployment import Deployment
 from deploy.opening import read_deployment
-from deploy.plan_deployment import READS_ITSELF
 from pdserve.domain.errors import LocalFault
 from tests.support.plans import STEP_TIMES, plan, pool
 
@@ -41,6 +40,29 @@ def test_pools_become_workers_with_the_plans_limits(tmp_path: Path) -> None:
     ]
     assert router.max_num_requests >= 3 * 12 + 40
     assert deployment.notes == ()
+
+
+@pytest.mark.parametrize(("max_wait_s", "queue_s"), [(2.0, 10.0), (60.0, 60.0)])
+def test_workers_keep_requests_for_as_long_as_the_router_lets_them_in(
+    tmp_path: Path, max_wait_s: float, queue_s: float
+) -> None:
+    limits = {**plan()["limits"], "max_wait_s": max_wait_s}
+    deployment = opened(tmp_path, plan(limits=limits))
+    settings = [deployment.router, *(worker.settings for worker in deployment.workers)]
+    assert {each.timers.queue_s for each in settings} == {queue_s}
+
+
+def test_plan_that_limits_no_number_leaves_the_workers_their_own_limit(tmp_path: Path) -> None:
+    limits = {**plan()["limits"], "max_num_waiting": 0}
+    deployment = opened(tmp_path, plan(limits=limits))
+    assert deployment.router.max_num_waiting == 0
+    assert {worker.settings.max_num_waiting for worker in deployment.workers} == {256}
+
+
+def test_timed_pipelines_are_said_to_be_slower_than_planned(tmp_path: Path) -> None:
+    pools = [pool("colocated", 1, pp=2, step_times=STEP_TIMES)]
+    deployment = opened(tmp_path, plan(pools=pools), flags={"engine": "timed"})
+    assert "with several stages they are too slow" in deployment.notes[0]
 
 
 def test_cells_multiply_the_pools(tmp_path: Path) -> None:
@@ -88,10 +110,26 @@ def test_timed_engines_need_step_times_of_every_pool(tmp_path: Path) -> None:
         opened(tmp_path, data, flags={"engine": "timed"})
 
 
-def test_colocated_workers_read_all_prompts_themselves(tmp_path: Path) -> None:
-    deployment = opened(tmp_path, plan(pools=[pool("colocated", 2)]))
-    assert [worker.name for worker in deployment.workers] == ["decode-0", "decode-1"]
-    assert deployment.workers[0].settings.max_local_prefill_tokens == READS_ITSELF
+def test_workers_read_what_the_plan_has_for_their_pool(tmp_path: Path) -> None:
+    mixed = [pool("prefill", 1), pool("decode", 1), pool("colocated", 2)]
+    deployment = opened(tmp_path, plan(pools=mixed))
+    reads = {worker.name: worker.settings.reads for worker in deployment.workers}
+    assert reads == {
+        "prefill-0": "others",
+        "decode-0": "none",
+        "decode-1": "own",
+        "decode-2": "own",
+    }
+    for worker in deployment.of_role("decode"):
+        assert worker.settings.max_local_prefill_tokens == 0
+
+
+@pytest.mark.parametrize(("num_prefill", "reads"), [(1, "none"), (0, "own")])
+def test_decode_workers_of_a_cluster_file_read_their_own_where_it_has_no_prefill_workers(
+    tmp_path: Path, num_prefill: int, reads: str
+) -> None:
+    deployment = opened(tmp_path, {"prefill": {"replicas": num_prefill}})
+    assert [worker.settings.reads for worker in deployment.of_role("decode")] == [reads]
 
 
 def test_gpus_of_the_catalogue_are_asked_for_by_rank(tmp_path: Path) -> None:

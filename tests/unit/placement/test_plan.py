@@ -14,8 +14,9 @@ from placement.demand import Workload
 from placement.plan import Plan, format_plan, parse_plan, plan_of, read_plan, write_plan
 from placement.search.bursts import burst_above
 from placement.search.results import PlanResult
+from placement.search.traffic import Traffic
 from placement.simulate import Simulator
-from placement.simulation.values import PdserveOptions, Rules, SplitwiseOptions
+from placement.simulation.values import PdserveOptions, Rules, SloClass, SplitwiseOptions
 from placement.solver import solve
 from tests.support.plan_inputs import small_inputs
 
@@ -148,3 +149,44 @@ def test_rate_limit_lets_in_the_bursts_of_the_trace_that_the_plan_was_made_with(
     )
     simulated = unit.head(round(at_rate.rate * at_rate.horizon_s)).trace(at_rate.rate)
     assert burst_above(simulated.arrival_s, limits.max_rate) <= limits.max_burst
+
+
+def bursts(path: Path, *, num_bursts: int, size: int, gap_s: float) -> None:
+    """`size` requests at once every `gap_s`; the gaps within a burst are a millisecond."""
+    rng = np.random.default_rng(11)
+    lines = ["arrival_s,prompt_tokens,output_tokens"]
+    for burst in range(num_bursts):
+        for number in range(size):
+            prompt, answer = rng.integers(100, 900), rng.integers(20, 200)
+            lines.append(f"{burst * gap_s + number * 1e-3},{prompt},{answer}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("slo", [{"ttft_s": 2.0}, {"ttft_s": 0.5, "attainment": 0.5}])
+def test_limits_refuse_nobody_of_the_recorded_bursts_that_the_plan_was_made_for(
+    tmp_path: Path, slo: dict[str, Any]
+) -> None:
+    path = tmp_path / "bursts.csv"
+    bursts(path, num_bursts=40, size=30, gap_s=30.0)
+    inputs = small_inputs(
+        rules="pdserve",
+        workload={"trace": str(path), "arrivals": "recorded", "rate": 1.0},
+        objective={"goal": "cost"},
+        slo={"tpot_s": 0.2, **slo},
+        search={"duration_s": 300},
+    )
+    result = solve(inputs)
+    assert isinstance(result, PlanResult)
+    plan = plan_of(result)
+    assert plan.limits.max_num_waiting >= 30
+    limits = PdserveOptions(
+        max_step_tokens=plan.limits.max_step_tokens,
+        max_num_requests=plan.limits.max_num_requests,
+        max_num_waiting=plan.limits.max_num_waiting,
+        max_wait_s=plan.limits.max_wait_s,
+    )
+    simulator = Simulator(result.design.config(Rules.PDSERVE, (), limits, SplitwiseOptions()))
+    traffic = Traffic(inputs.workload, (SloClass(ttft_s=slo["ttft_s"], tpot_s=0.2),))
+    for seed in range(result.prediction.num_seeds):
+        trace, _ = traffic.trace(seed, result.prediction.rate, result.prediction.horizon_s)
+        assert simulator.run(trace).num_refused == 0

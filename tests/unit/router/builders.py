@@ -6,7 +6,7 @@ from typing import Any
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, WorkerId
 from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import StepCoefficients
-from pdserve.domain.messages import Role, WorkerHello, WorkerLoad
+from pdserve.domain.messages import Reads, Role, WorkerHello, WorkerLoad
 from router.cluster_view import Assigned, ClusterView, Health, WorkerView
 
 COEFFICIENTS = StepCoefficients(
@@ -39,6 +39,8 @@ def make_hello(name: str = "d0", role: Role = Role.DECODE, /, **changes: Any) ->
         max_step_tokens=512,
         engine="timed",
         coefficients=COEFFICIENTS,
+        reads=Reads.OTHERS if role is Role.PREFILL else Reads.NONE,
+        num_stages=1,
     )
     return replace(hello, **changes)
 

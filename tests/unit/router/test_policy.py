@@ -5,14 +5,16 @@ context 1 ms. So a prompt of 100 tokens alone takes 110 ms, and a first decode s
 10 + 2 + 1 = 13 ms.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from pdserve.domain.messages import Role
+from pdserve.domain.messages import Reads, Role
+from pdserve.domain.pair_cost import HANDOFF_S
 from router.cluster_view import Assigned, ClusterView, Health, RequestShape
-from router.policy import HANDOFF_S, NoWorkers, Overloaded, Pair, choose_pair
-from tests.unit.router.builders import make_hello, make_load, make_view, make_worker
+from router.policy import NoWorkers, Overloaded, Pair, choose_pair
+from tests.unit.router.builders import COEFFICIENTS, make_hello, make_load, make_view, make_worker
 
 SHAPE = RequestShape(num_prompt_tokens=100, max_tokens=10)
 
@@ -31,12 +33,13 @@ def test_ttft_and_step_time_of_an_idle_pair() -> None:
 
 
 def test_queue_ahead_of_the_prefill_worker_counts() -> None:
-    # 600 tokens ahead are two chunks: 2 * 10 ms + 600 ms.
+    # 600 tokens ahead and 100 of its own are two chunks: 2 * 10 ms + 700 ms.
     busy = Assigned(num_requests=2, num_unread_tokens=600)
     view = make_view(make_worker("d0"), make_worker("p0", Role.PREFILL, assigned=busy))
     pair = choose_pair(view, SHAPE)
     assert isinstance(pair, Pair)
-    assert pair.ttft_s == pytest.approx(0.620 + 0.110 + HANDOFF_S)
+    assert pair.wait_s == pytest.approx(0.620)
+    assert pair.ttft_s == pytest.approx(0.720 + HANDOFF_S)
 
 
 def test_prefill_targets_come_in_order_of_ttft_three_at_most() -> None:
@@ -57,6 +60,15 @@ def test_queue_reported_by_the_worker_counts_where_it_is_longer_than_ours() -> N
         make_worker("p1", Role.PREFILL, assigned=Assigned(num_unread_tokens=400)),
     )
     assert chosen(choose_pair(view, SHAPE)) == ("d0", ["p1", "p0"])
+
+
+def test_own_work_that_ended_after_the_report_does_not_count() -> None:
+    # p0's report had 500 tokens when 500 of ours were there; they have been read since.
+    reported = make_load(waiting_prompt_tokens=500)
+    stale = make_worker("p0", Role.PREFILL, load=reported)
+    stale = replace(stale, assigned_at_report=Assigned(num_unread_tokens=500))
+    other = make_worker("p1", Role.PREFILL, assigned=Assigned(num_unread_tokens=100))
+    assert chosen(choose_pair(make_view(make_worker("d0"), stale, other), SHAPE))[1] == ["p0", "p1"]
 
 
 def test_decode_worker_with_the_shorter_step_wins() -> None:
@@ -117,6 +129,38 @@ def test_without_prefill_workers_the_decode_worker_reads_the_prompt() -> None:
     assert pair.prefill_targets == ()
     assert pair.reader is pair.decode
     assert pair.ttft_s == pytest.approx(0.110)
+
+
+def test_colocated_worker_reads_its_own_prompts_beside_idle_prefill_workers() -> None:
+    # c0 has a shorter step than d0, though it has a prompt to read before this one.
+    view = make_view(
+        make_worker("c0", reads=Reads.OWN, assigned=Assigned(num_unread_tokens=10)),
+        make_worker("d0", assigned=Assigned(num_requests=7, num_context_tokens=9000)),
+        make_worker("p0", Role.PREFILL),
+    )
+    pair = choose_pair(view, SHAPE)
+    assert chosen(pair) == ("c0", [])
+    assert isinstance(pair, Pair)
+    assert pair.reader is pair.decode
+
+
+def test_decode_worker_hands_its_prompts_on_beside_idle_colocated_workers() -> None:
+    # d0 has the shorter step; p0 is slow, but no prompt is handed to a colocated worker.
+    view = make_view(
+        make_worker("c0", reads=Reads.OWN, assigned=Assigned(num_requests=7)),
+        make_worker("d0"),
+        make_worker("p0", Role.PREFILL, assigned=Assigned(num_unread_tokens=100)),
+    )
+    shape = RequestShape(num_prompt_tokens=100, max_tokens=100)
+    assert chosen(choose_pair(view, shape)) == ("d0", ["p0"])
+
+
+def test_without_prefill_workers_decode_workers_read_beside_colocated_ones() -> None:
+    view = make_view(
+        make_worker("c0", reads=Reads.OWN, assigned=Assigned(num_unread_tokens=500)),
+        make_worker("d0"),
+    )
+    assert chosen(choose_pair(view, SHAPE)) == ("d0", [])
 
 
 @pytest.mark.parametrize("health", [Health.SUSPECT, Health.DRAINING])
@@ -186,3 +230,40 @@ def test_answer_may_fill_the_decode_worker_but_for_its_last_token() -> None:
     fitting = RequestShape(num_prompt_tokens=100, max_tokens=13)
     assert chosen(choose_pair(view, fitting)) == ("d0", [])
     assert choose_pair(view, RequestShape(num_prompt_tokens=100, max_tokens=14)) == NoWorkers()
+LATE = Assigned(num_unread_tokens=2048)  # 4 chunks: 2.088 s
+
+
+def test_slower_reader_that_meets_the_wait_is_taken_before_a_fast_one_that_does_not() -> None:
+    slow = replace(COEFFICIENTS, prefill_token_s=0.05)  # 5 s for this prompt
+    view = make_view(
+        make_worker("d0"),
+        make_worker("p0", Role.PREFILL, assigned=LATE),
+        make_worker("p1", Role.PREFILL, coefficients=slow),
+    )
+    assert chosen(choose_pair(view, SHAPE)) == ("d0", ["p0", "p1"])
+    assert chosen(choose_pair(view, SHAPE, max_wait_s=2.0)) == ("d0", ["p1", "p0"])
+    assert chosen(choose_pair(view, SHAPE, max_wait_s=2.1)) == ("d0", ["p0", "p1"])
+
+
+def test_pair_that_meets_the_wait_is_taken_before_one_that_does_not_even_if_it_is_full() -> None:
+    view = make_view(
+        make_worker("c0", reads=Reads.OWN, assigned=LATE),
+        make_worker("c1", reads=Reads.OWN, assigned=Assigned(num_requests=8)),
+    )
+    assert chosen(choose_pair(view, SHAPE)) == ("c0", [])
+    assert chosen(choose_pair(view, SHAPE, max_wait_s=2.0)) == ("c1", [])
+
+
+def test_refused_request_is_told_when_the_shortest_queue_is_short_enough() -> None:
+    # By total time p0 is the best reader; p1 has less ahead, but reads slowly.
+    slow = replace(COEFFICIENTS, prefill_token_s=0.02)
+    view = make_view(
+        make_worker("d0"),
+        make_worker("p0", Role.PREFILL, assigned=LATE),
+        make_worker(
+            "p1", Role.PREFILL, assigned=Assigned(num_unread_tokens=100), coefficients=slow
+        ),
+    )
+    refused = choose_pair(view, SHAPE, max_wait_s=1.0)
+    assert isinstance(refused, Overloaded)
+    assert refused.retry_after_s == pytest.approx(2.01 - 1.0)

@@ -1,5 +1,6 @@
 """Every message survives the wire; nonsense from a peer is a ValueError."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -136,6 +137,8 @@ worker_hello = st.builds(
         decode_token_s=duration,
         decode_context_token_s=duration,
     ),
+    reads=st.sampled_from(m.Reads),
+    num_stages=st.integers(1, 2**32 - 1),
 )
 
 to_decode = (
@@ -220,6 +223,25 @@ def test_messages_from_prefill_survive_the_wire(message: m.PrefillToDecode) -> N
 def test_worker_reports_survive_the_wire(report: m.WorkerReport) -> None:
     sent = over_the_wire(membership_codec.report_to_proto(report))
     assert membership_codec.report_from_proto(sent) == report
+
+
+@given(worker_hello)
+def test_worker_that_does_not_say_what_it_reads_reads_as_its_role_has_it(
+    hello: m.WorkerHello,
+) -> None:
+    message = membership_codec.hello_to_proto(hello)
+    message.ClearField("reads")
+    message.ClearField("num_stages")
+    reads = m.Reads.OTHERS if hello.role is m.Role.PREFILL else m.Reads.NONE
+    expected = replace(hello, reads=reads, num_stages=1)
+    assert membership_codec.hello_from_proto(over_the_wire(message)) == expected
+
+
+def test_unknown_reads_are_an_error() -> None:
+    message = membership_pb2.WorkerHello(role=membership_pb2.ROLE_DECODE)
+    message.MergeFromString(b"\xa0\x01\x07")  # field 20: 7
+    with pytest.raises(ValueError, match="unknown reads 7"):
+        membership_codec.hello_from_proto(message)
 
 
 @given(st.lists(st.tuples(worker_hello, load), max_size=2))
