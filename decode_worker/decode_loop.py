@@ -96,7 +96,7 @@ class DecodeLoop:
             self._settle(request, count, drawn)
             if request.finished.done():
                 self.leave(request)
-            elif sampled is not None:
+            elif drawn is not None:
                 request.follow_length()
 
     def _settle(self, request: DecodeRequest, count: int, drawn: Drawn | None) -> None:

@@ -61,7 +61,7 @@ async def run_bench(
     if json_file is not None:
         _write_json(json_file, content)
     if as_json:
-        print(json.dumps(content))
+        print(json_text(content))
     else:
         console = plain_console()
         for table in render_report(report):

@@ -11,7 +11,6 @@ from pdserve.config.override import NO_OVERRIDE, ModelOverride
 from pdserve.domain.errors import LocalFault
 from pdserve.engine.end_tokens import named_end_tokens
 from pdserve.engine.json_files import read_json, read_json_if_there
-from pdserve.engine.model_numbers import check_numbers, end_token_ids
 from pdserve.engine.model_faults import (
     check_no_adapter,
     check_no_pointers,
@@ -21,6 +20,7 @@ from pdserve.engine.model_faults import (
     path_hint,
     shards_of,
 )
+from pdserve.engine.model_numbers import check_numbers, end_token_ids
 from pdserve.engine.model_override import max_context_tokens, override_bytes, with_override
 from pdserve.engine.model_shape import check_decoder_only, first_int, text_config
 from pdserve.models import DEMO_DRAFT_MODEL_DIR, DEMO_MODEL_DIR
@@ -115,7 +115,9 @@ def _eos_token_ids(model_dir: Path, config: Mapping[str, Any], vocab_size: int) 
         source.get("eos_token_id"), vocab_size=vocab_size, field="eos_token_id", path=path
     )
     configured = config.get("eos_token_id")
-    named = named_end_tokens(model_dir, configured if isinstance(configured, list) else [configured])
+    named = named_end_tokens(
+        model_dir, configured if isinstance(configured, list) else [configured]
+    )
     inside = [token_id for token_id in named if token_id < vocab_size]
     return tuple(dict.fromkeys([*decided, *inside]))
 

@@ -113,7 +113,7 @@ def check_same_logits(model: Any, paged: Tensor, plain: Tensor, dtype: str) -> N
     """`LocalFault` if paged attention changed what the model computes; [rows, vocabulary] each."""
     ruled_out = plain == -torch.inf
     if bool(plain.isnan().any()) or bool((plain == torch.inf).any()):
-        raise _refusal(model, f"its logits are NaN or infinite in {dtype}; try another dtype")
+        raise refusal(model, f"its logits are NaN or infinite in {dtype}; try another dtype")
     if torch.equal(ruled_out, paged == -torch.inf):
         plain, paged = plain.masked_fill(ruled_out, 0), paged.masked_fill(ruled_out, 0)
     difference = torch.linalg.vector_norm(paged.float() - plain.float())

@@ -132,9 +132,8 @@ async def test_prompts_of_others_pass_huge_ones_and_no_worker_seems_lost() -> No
 async def test_prompt_of_a_million_token_ids_holds_up_nothing() -> None:
     ids = [index % 2000 for index in range(1_400_000)]
     async with served() as (cluster, worker):
-        request = {"token_ids": {"ids": ids}}
         is_over = asyncio.Event()
-        message = cluster.generate(**request)
+        message = cluster.generate(token_ids={"ids": ids})
         watching = asyncio.create_task(longest_stall_s(is_over))
         assert await soon(one_answer(message)) == 1
         is_over.set()

@@ -24,10 +24,9 @@ from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import PeerHello, WorkerLoad
 from pdserve.domain.sampling import SamplingParams
 from pdserve.observe.watch import RouterWatch
-from pdserve.rpc.streams import memory_stream_pair
+from pdserve.rpc.streams import DecodeLink, memory_stream_pair
 from pdserve.rpc.worker_process import worker_hello
 from router.cluster_view import Ledger
-from router.decode_links import DecodeStream
 from router.dispatch import Dispatcher, DispatchLimits
 from router.in_flight import InFlight
 from router.membership import Membership
@@ -127,7 +126,6 @@ class TimedCluster:
             model_name="demo",
             membership=membership,
             ledger=self.ledger,
-            links=self._registrations.links,
             in_flight=InFlight(max_num_requests=router.max_num_requests),
             slo=SloBook(()),
             watch=RouterWatch(),
@@ -202,7 +200,7 @@ class TimedCluster:
         for work in (serve_like_grpc(self._registrations.serve, theirs), report()):
             stack.push_async_callback(_end, asyncio.create_task(work))
 
-    async def _connect_decode(self, address: str, timers: Timers) -> DecodeStream:
+    async def _connect_decode(self, address: str, timers: Timers) -> DecodeLink:
         ours, theirs = memory_stream_pair("router", address)
         serving = asyncio.create_task(serve_like_grpc(self._decode[address].service.handle, theirs))
         self._tasks.push_async_callback(_end, serving)
@@ -248,7 +246,7 @@ def _outcome(finished: Finished, ttft_s: float, total_s: float) -> Outcome:
     )
 
 
-async def _no_text(text: str) -> tuple[int, ...]:
+async def _no_text(text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
     raise NotImplementedError(text)
 
 

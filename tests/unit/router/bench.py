@@ -18,7 +18,7 @@ from router.cluster_view import Ledger
 from router.decode_links import DecodeLink, LinkTarget
 from router.dispatch import Dispatcher, DispatchLimits
 from router.in_flight import InFlight
-from router.membership import Membership
+from router.membership import Member, Membership
 from router.requests import Chunk, GenerateCall
 from router.slo import SloBook, SloClass
 from tests.unit.router.builders import make_hello
@@ -91,6 +91,18 @@ class PlayedWorker:
         elif isinstance(message, Cancel):
             self.cancels.append(message)
             self.open.pop((message.request_id, message.attempt), None)
+
+
+def open_link(member: Member) -> DecodeLink:
+    """What a registration sets once the stream to a decode worker is open."""
+    return DecodeLink(
+        LinkTarget(life=member.life, address=member.hello.address),
+        me=ME,
+        connect=PlayedWorker(member.hello.worker_id, {}).connect,
+        timers=TIMERS,
+        rng=Random(1),
+        on_change=lambda is_open: None,
+    )
 
 
 class HeardEnds(RouterWatch):

@@ -1,7 +1,6 @@
 """Who is registered, in whose view, and when; time is a number here."""
 
 from dataclasses import replace
-from random import Random
 from typing import Any
 
 import pytest
@@ -12,9 +11,8 @@ from pdserve.domain.ids import AttemptId, Epoch, RequestId, WorkerId
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import Role
 from router.cluster_view import Health, Ledger, RequestShape
-from router.decode_links import DecodeLink, LinkTarget
-from router.membership import Member, Membership
-from tests.unit.router.bench import ME, PlayedWorker
+from router.membership import Membership
+from tests.unit.router.bench import open_link
 from tests.unit.router.builders import COEFFICIENTS, make_hello, make_load
 
 TIMERS = Timers(suspect_s=1.5, dead_s=3.0)
@@ -22,18 +20,6 @@ TIMERS = Timers(suspect_s=1.5, dead_s=3.0)
 
 def make_membership(tokenizer_hash: bytes = b"") -> Membership:
     return Membership(timers=TIMERS, ledger=Ledger(), tokenizer_hash=tokenizer_hash)
-
-
-def open_link(member: Member) -> DecodeLink:
-    """What a registration sets once the stream to a decode worker is open."""
-    return DecodeLink(
-        LinkTarget(life=member.life, address=member.hello.address),
-        me=ME,
-        connect=PlayedWorker(member.hello.worker_id, {}).connect,
-        timers=TIMERS,
-        rng=Random(1),
-        on_change=lambda is_open: None,
-    )
 
 
 async def test_silent_worker_is_suspect_then_dead_and_a_heartbeat_clears_it() -> None:

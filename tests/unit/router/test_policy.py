@@ -230,6 +230,8 @@ def test_answer_may_fill_the_decode_worker_but_for_its_last_token() -> None:
     fitting = RequestShape(num_prompt_tokens=100, max_tokens=13)
     assert chosen(choose_pair(view, fitting)) == ("d0", [])
     assert choose_pair(view, RequestShape(num_prompt_tokens=100, max_tokens=14)) == NoWorkers()
+
+
 LATE = Assigned(num_unread_tokens=2048)  # 4 chunks: 2.088 s
 
 

@@ -121,7 +121,7 @@ class Cluster:
     async def _connect(self, address: str, timers: Timers) -> MemoryStream[Any, Any]:
         return await self.workers[address].connect(address, timers)
 
-    async def _encode(self, text: str) -> tuple[int, ...]:
+    async def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         return tuple(text.encode())
 
 

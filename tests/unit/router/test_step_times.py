@@ -19,6 +19,7 @@ from router.cluster_view import Ledger, RequestShape
 from router.membership import Member, Membership
 from router.policy import Pair, choose_pair
 from router.step_times import step_times
+from tests.unit.router.bench import open_link
 from tests.unit.router.builders import make_hello, make_load
 
 TRUE = StepCoefficients(
@@ -69,7 +70,7 @@ class Cluster:
         sizes = {"num_blocks": 4096, "max_num_requests": 64}
         hello = make_hello(name, role, coefficients=measured, **sizes, **given)
         member = self.membership.admit(hello, self.now_s)
-        member.is_linked = True
+        member.link = open_link(member)
         self.members[hello.worker_id] = member
         self.live[hello.worker_id] = LiveStepTimes(measured, lambda: self.now_s)
         self.true[hello.worker_id] = true
