@@ -241,8 +241,12 @@ class TcpTransport:
         memory: KvMemory,
         local_blocks: Sequence[BlockId],
     ) -> None:
-        async with asyncio.timeout(self._connect_timeout_s):
-            sock = await peer.take()
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                sock = await peer.take()
+        except TimeoutError:
+            limit_s = self._connect_timeout_s
+            raise TransferFailed(f"the peer took no connection within {limit_s:g} s") from None
         try:
             request = encode_request(peer.address.token, remote_blocks)
             await send_all(sock, [request], self._idle_timeout_s)
