@@ -4,6 +4,7 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model with an embedding that is NaN."""
     path = tmp_path_factory.mktemp("model")
     shutil.copytree(DEMO_MODEL_DIR, path, dirs_exist_ok=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    loader: Any = transformers.AutoModelForCausalLM
+    model = loader.from_pretrained(path, dtype=torch.float32)
     untied = torch.nn.Parameter(model.get_output_embeddings().weight.detach().clone())
     model.get_output_embeddings().weight = untied
     model.config.tie_word_embeddings = False
@@ -54,7 +56,7 @@ async def test_unusable_logits_end_their_request_and_no_other_one(cluster: TaskC
     expected = await ask(cluster, GOOD, plain)
     for options in ({}, {"logprobs": 2}, {"temperature": 0.7}, {"temperature": 1, "top_p": 0.9}):
         others = [asyncio.create_task(ask(cluster, GOOD, plain)) for _ in range(3)]
-        sampling = Sampling(max_tokens=8, **options)  # type: ignore[arg-type]
+        sampling = Sampling(max_tokens=8, **options)
         with pytest.raises(PdserveError, match="token 0 are NaN or infinite") as caught:
             await ask(cluster, BAD, sampling)
         assert caught.value.reason is Reason.UNUSABLE_LOGITS
