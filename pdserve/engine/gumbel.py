@@ -46,10 +46,11 @@ def _least_bits(noise: float) -> np.uint64:
 
 
 def _random_bits(seed: int, token_index: int, token_ids: npt.NDArray[np.intp]) -> Words:
-    state = np.uint64(mix_ints(seed, token_index))
-    with np.errstate(over="ignore"):
-        words = mix(state + (token_ids.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN))
-    return words >> np.uint64(64 - _NUM_BITS)
+    words = token_ids.astype(np.uint64)
+    words += np.uint64(1)
+    words *= np.uint64(GOLDEN)
+    words += np.uint64(mix_ints(seed, token_index))
+    return mix(words) >> np.uint64(64 - _NUM_BITS)
 
 
 def _noise(bits: Words) -> Floats:

@@ -12,6 +12,18 @@ _NUM_SLOTS = 2048
 _NUM_GROUPS = 2048
 
 
+class Work:
+    """Memory for the rows of a step, one row at a time.
+
+    A megabyte for each intermediate result would be mapped and cleared anew each time, which takes
+    as long as what is computed in it.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.scores, self.masses, self.depths = np.empty((3, size))
+        self.slots = np.empty(size, dtype=np.intp)
+
+
 def largest(values: Logits, count: int) -> Places:
     """Places of the `count` largest, in no order; of equals those of the lowest places."""
     if count == 0:
@@ -45,7 +57,7 @@ def _lower_bound(values: Logits, count: int) -> np.float32:
     return least
 
 
-def nucleus(scores: Floats, top_p: float) -> Places:
+def nucleus(scores: Floats, top_p: float, work: Work) -> Places:
     """The fewest likeliest tokens whose probabilities reach `top_p` (Holtzman et al., 2020).
 
     `scores` are at most 0, which one of them is; probabilities go with exp(score). Of equals the
@@ -53,21 +65,21 @@ def nucleus(scores: Floats, top_p: float) -> Places:
     2**53, so that sums are exact and do not depend on the order of adding: a token that is less
     than 2**-36 times as likely as the likeliest one, of a vocabulary of 2**17, counts as none.
     """
-    masses = np.exp(scores)
+    masses = np.exp(scores, out=work.masses[: len(scores)])
     masses *= 2.0 ** (52 - len(scores).bit_length())
     np.rint(masses, out=masses)
     limit = max(1.0, np.ceil(top_p * masses.sum()))
     if len(scores) <= _NUM_SORTED:
         order = np.argsort(-scores, kind="stable")
         return order[: _first_reaching(masses[order], limit) + 1]
-    last, num_equals = _last_kept(scores, masses, limit)
+    last, num_equals = _last_kept(scores, masses, limit, work)
     equals = np.flatnonzero(scores == last)
     if len(equals) == num_equals:
         return np.flatnonzero(scores >= last)
     return np.concatenate((np.flatnonzero(scores > last), equals[:num_equals]))
 
 
-def _last_kept(scores: Floats, masses: Floats, limit: float) -> tuple[float, int]:
+def _last_kept(scores: Floats, masses: Floats, limit: float, work: Work) -> tuple[float, int]:
     """The smallest score of the nucleus, and how many of its equals belong to it.
 
     Divides the scores by size into slots, goes on with the slot in which the masses reach
@@ -77,9 +89,10 @@ def _last_kept(scores: Floats, masses: Floats, limit: float) -> tuple[float, int
         high, low = scores.max(), scores.min()
         if high == low:
             return float(high), int(np.ceil(limit / masses[0]))
-        depths = high - scores
+        depths, slots = work.depths[: len(scores)], work.slots[: len(scores)]
+        np.subtract(high, scores, out=depths)
         depths *= (_NUM_SLOTS - 1) / (high - low)
-        slots = depths.astype(np.intp)
+        np.copyto(slots, depths, casting="unsafe")  # cuts the fraction off
         sums = np.bincount(slots, masses, minlength=_NUM_SLOTS).astype(np.float64)
         slot = _first_reaching(sums, limit)
         limit -= float(sums[:slot].sum())

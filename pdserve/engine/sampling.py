@@ -19,7 +19,7 @@ from pdserve.domain.errors import Reason
 from pdserve.domain.tokens import Failed, SampledToken
 from pdserve.engine.contract import Drawn, SampleStep
 from pdserve.engine.gumbel import MAX_NOISE_GAP, noisiest
-from pdserve.engine.ranking import Floats, Logits, Places, largest, nucleus, ranked
+from pdserve.engine.ranking import Floats, Logits, Places, Work, largest, nucleus, ranked
 
 log = structlog.get_logger(__name__)
 
@@ -33,19 +33,22 @@ def draw_tokens(
     +infinity, or all are ruled out) and for one whose drawing raised (INTERNAL).
     """
     best = logits.argmax(axis=1)  # of a row with NaN a place of NaN, so that one look finds any
+    work = Work(logits.shape[1])
     return [
-        _draw_guarded(row, int(top), step, eos_token_ids)
+        _draw_guarded(row, int(top), step, eos_token_ids, work)
         for row, top, step in zip(logits, best, steps, strict=True)
     ]
 
 
-def _draw_guarded(row: Logits, best: int, step: SampleStep, eos_token_ids: Sequence[int]) -> Drawn:
+def _draw_guarded(
+    row: Logits, best: int, step: SampleStep, eos_token_ids: Sequence[int], work: Work
+) -> Drawn:
     if not np.isfinite(row[best]):
         return _unusable(
             f"the model's logits for output token {step.token_index} are NaN or infinite"
         )
     try:
-        return _draw(row, best, step, eos_token_ids)
+        return _draw(row, best, step, eos_token_ids, work)
     except Exception as error:
         log.error("row.failed", token_index=step.token_index, exc_info=error)
         return Failed(reason=Reason.INTERNAL, message="the engine failed to draw a token")
@@ -55,7 +58,9 @@ def _unusable(message: str) -> Failed:
     return Failed(reason=Reason.UNUSABLE_LOGITS, message=message)
 
 
-def _draw(row: Logits, best: int, step: SampleStep, eos_token_ids: Sequence[int]) -> Drawn:
+def _draw(
+    row: Logits, best: int, step: SampleStep, eos_token_ids: Sequence[int], work: Work
+) -> Drawn:
     params, token_id, allowed = step.params, best, row
     if step.token_index < params.min_tokens:
         allowed = row.copy()
@@ -64,17 +69,19 @@ def _draw(row: Logits, best: int, step: SampleStep, eos_token_ids: Sequence[int]
         if allowed[token_id] == -np.inf:
             return _unusable("min_tokens rules out every token that the model allows")
     if not params.is_greedy:
-        token_id = _sample(allowed, float(allowed[token_id]), step)
+        token_id = _sample(allowed, float(allowed[token_id]), step, work)
     if params.logprobs is None:
         return SampledToken(token_id)
     return _with_logprobs(row, float(row[best]), token_id, params.logprobs)
 
 
-def _sample(logits: Logits, top: float, step: SampleStep) -> int:
+def _sample(logits: Logits, top: float, step: SampleStep, work: Work) -> int:
     """Scores are relative to the largest logit, `top`, so that no temperature overflows them."""
     params = step.params
     places = largest(logits, params.top_k) if 0 < params.top_k < len(logits) else None
-    scores: Floats = (logits if places is None else logits[places]).astype(np.float64)
+    chosen = logits if places is None else logits[places]
+    scores: Floats = work.scores[: len(chosen)]
+    scores[:] = chosen
     scores -= top
     scores /= params.temperature
     # Whatever is so far below the likeliest token can neither win nor be in a nucleus.
@@ -82,7 +89,7 @@ def _sample(logits: Logits, top: float, step: SampleStep) -> int:
         near = np.flatnonzero(scores >= -MAX_NOISE_GAP)
         places, scores = _among(places, near), scores[near]
     if params.top_p < 1:
-        kept = nucleus(scores, params.top_p)
+        kept = nucleus(scores, params.top_p, work)
         places, scores = _among(places, kept), scores[kept]
     if places is None:
         places = np.arange(len(logits))

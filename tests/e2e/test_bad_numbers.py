@@ -25,7 +25,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model with an embedding that is NaN."""
     path = tmp_path_factory.mktemp("model")
     shutil.copytree(DEMO_MODEL_DIR, path, dirs_exist_ok=True)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    loader: Any = transformers.AutoModelForCausalLM
+    model = loader.from_pretrained(path, dtype=torch.float32)
     untied = torch.nn.Parameter(model.get_output_embeddings().weight.detach().clone())
     model.get_output_embeddings().weight = untied
     model.config.tie_word_embeddings = False

@@ -14,7 +14,7 @@ from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import SampledToken
 from pdserve.engine.contract import SampleStep
 from pdserve.engine.gumbel import gumbel_noise
-from pdserve.engine.ranking import nucleus, ranked
+from pdserve.engine.ranking import Work, nucleus, ranked
 from pdserve.engine.sampling import draw_tokens
 
 Logits = npt.NDArray[np.float32]
@@ -94,7 +94,7 @@ def test_nucleus_is_that_of_a_full_sort(
     row = logits_of(shape, size, seed).astype(np.float64)
     row = row[row > -np.inf]
     scores = np.maximum((row - row.max()) / temperature, -42.0)
-    kept = nucleus(scores, top_p)
+    kept = nucleus(scores, top_p, Work(size))
     assert len(set(kept.tolist())) == len(kept)
     assert set(kept.tolist()) == nucleus_by_sorting(scores, top_p)
 
