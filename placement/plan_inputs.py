@@ -24,6 +24,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 EXAMPLE = """\
 # What pdserve plan is asked: pdserve plan inputs.yaml --output plan.yaml
 model: meta-llama/Llama-3.1-70B   # a config.json, its folder, or a name of the catalogue
+# override_config: {max_context_tokens: 8192}   # or rope scaling; see docs/models.md
 weights: null          # bf16, fp8, int8, int4, mxfp4, nvfp4; left out: as the config says
 kv: null               # bf16 or fp8; left out: as the config says
 rules: pdserve         # whose queues are simulated: pdserve; distserve, splitwise: published ones

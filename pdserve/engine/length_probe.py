@@ -146,13 +146,17 @@ def _recomputes(model: Any, switch: int) -> bool:
     cache = DynamicCache()
     for layer in range(model.config.get_text_config().num_hidden_layers):
         cache.update(torch.zeros(1, 1, switch, 1), torch.zeros(1, 1, switch, 1), layer)
-    inputs = model.prepare_inputs_for_generation(
-        torch.zeros(1, switch + 1, dtype=torch.long),
-        next_sequence_length=1,
-        past_key_values=cache,
-        attention_mask=torch.ones(1, switch + 1, dtype=torch.long),
-    )
-    num_tokens = int(inputs["input_ids"].shape[1])
+    try:
+        inputs = model.prepare_inputs_for_generation(
+            torch.zeros(1, switch + 1, dtype=torch.long),
+            next_sequence_length=1,
+            past_key_values=cache,
+            attention_mask=torch.ones(1, switch + 1, dtype=torch.long),
+        )
+        num_tokens = int(inputs["input_ids"].shape[1])
+    except Exception as error:  # any model code may run here
+        reason = f"it does not say how it goes on after {switch} tokens, where it switches"
+        raise refusal(model, reason) from error
     if num_tokens not in (1, switch + 1):
         raise refusal(model, f"it computes {num_tokens} tokens when it passes {switch}")
     return num_tokens > 1

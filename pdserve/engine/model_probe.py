@@ -58,10 +58,15 @@ def plain_logits(model: Any, token_ids: Tensor, length: int) -> Tensor:
 
     They are those of the first tokens of a request of `length`: beside them its last is computed.
     """
-    if length == len(token_ids):
-        return run_packed(model, token_ids, torch.arange(length))
-    positions = torch.cat([torch.arange(len(token_ids)), torch.tensor([length - 1])])
-    return run_packed(model, torch.cat([token_ids, token_ids[:1]]), positions)[:-1]
+    num_rows = len(token_ids)
+    positions = torch.arange(num_rows)
+    if length > num_rows:
+        positions = torch.cat([positions, torch.tensor([length - 1])])
+        token_ids = torch.cat([token_ids, token_ids[:1]])
+    try:
+        return run_packed(model, token_ids, positions)[:num_rows]
+    except Exception as error:  # any model code may run here
+        raise refusal(model, f"it does not compute a token at position {length - 1}") from error
 
 
 def probe_tokens(vocab_size: int, switches: Sequence[int] = ()) -> Tensor:

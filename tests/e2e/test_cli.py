@@ -216,6 +216,12 @@ def test_port_in_use_is_told_before_anything_starts(start: Start) -> None:
         (("--set", "decode.replica=2"), "decode.replica: unknown field; did you mean replicas?"),
         (("--log-dir", "/dev/null/logs"), "log_dir /dev/null/logs"),
         (("--num-blocks", "100000000"), "lower num_blocks"),
+        (
+            ("--override-config", '{"max_context_tokens": 2000}'),
+            "override_config.max_context_tokens: must be at most 1024",
+        ),
+        (("--override-config", '{"layers": 1}'), "override_config.layers: unknown field"),
+        (("--override-config", "4096"), "--override-config 4096: expected an object"),
         (("/no/such/cluster.yaml",), "/no/such/cluster.yaml: no such file"),
     ],
 )

@@ -8,6 +8,7 @@ import yaml
 
 from deploy.deployment import Deployment
 from deploy.opening import read_deployment
+from pdserve.config.override import ModelOverride
 from pdserve.domain.errors import LocalFault
 from tests.support.plans import STEP_TIMES, plan, pool
 
@@ -70,6 +71,17 @@ def test_cells_multiply_the_pools(tmp_path: Path) -> None:
     assert len(deployment.of_role("prefill")) == 6
     assert len(deployment.of_role("decode")) == 9
     assert len({worker.name for worker in deployment.workers}) == 15
+
+
+def test_override_of_the_plan_reaches_every_worker_unless_another_is_given(tmp_path: Path) -> None:
+    short = {"max_context_tokens": 64}
+    deployment = opened(tmp_path, plan(override_config=short))
+    given = {worker.settings.engine.override_config for worker in deployment.workers}
+    assert given == {ModelOverride(max_context_tokens=64)}
+    flags = {"override_config": {"max_context_tokens": 32}}
+    deployment = opened(tmp_path, plan(override_config=short), flags=flags)
+    given = {worker.settings.engine.override_config for worker in deployment.workers}
+    assert given == {ModelOverride(max_context_tokens=32)}
 
 
 def test_scaling_keeps_one_of_each_and_says_so(tmp_path: Path) -> None:

@@ -101,6 +101,13 @@ def test_dependence_on_earlier_steps_is_refused(make: Callable[[], Callable[[int
         rule_of(model)
 
 
+def test_position_that_the_model_cannot_compute_is_named() -> None:
+    model = tiny_model("gpt2")
+    model.config.n_positions = 300  # the table has 256
+    with pytest.raises(LocalFault, match=r"gpt2 cannot be served: .* a token at position 299"):
+        rule_of(model)
+
+
 def test_switch_that_is_not_followed_is_noticed_by_the_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdserve.config.override import ModelOverride
 from pdserve.domain.errors import LocalFault
 from placement.demand import Workload
 from placement.plan import Plan, format_plan, parse_plan, plan_of, read_plan, write_plan
@@ -73,9 +74,11 @@ def test_written_plan_reads_back_equal(pools: list[Any], cells: int, rate: float
 
 
 def test_solved_plan_reads_back_equal(tmp_path: Path) -> None:
-    result = solve(small_inputs())
+    override = {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+    result = solve(small_inputs(override_config=override))
     assert isinstance(result, PlanResult)
     plan = plan_of(result)
+    assert plan.override_config == ModelOverride.model_validate(override)
     write_plan(plan, tmp_path / "plan.yaml")
     assert read_plan(tmp_path / "plan.yaml") == plan
     assert plan.num_gpus == result.design.num_gpus

@@ -215,6 +215,9 @@ def test_requests_beyond_the_models_context_are_noted() -> None:
     outputs = {"output_tokens": {"mean": 50, "cv": 0.6, "max": 600}}
     notes = plan(**changes, workload={**lengths, **outputs}).notes
     assert any("longer than the model's context of 2048 tokens" in note for note in notes)
+    changes["override_config"] = {"max_context_tokens": 1024}
+    notes = plan(**changes, workload={**lengths, **outputs}).notes
+    assert any("longer than the model's context of 1024 tokens" in note for note in notes)
 
 
 def test_cuts_that_no_node_holds_are_named_with_the_nodes() -> None:
