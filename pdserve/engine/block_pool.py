@@ -119,8 +119,8 @@ class BlockTable:
         """All or nothing: every pair is looked up before any block moves."""
         assert not places or 0 <= min(places) <= max(places) < len(self._block_ids), places
         olds = [self._states[place] for place in places]
-        nexts = {old: NEXT.get((old, event)) for old in set(olds)}
-        assert None not in nexts.values(), (event, places, self._states)
+        assert all((old, event) in NEXT for old in set(olds)), (event, places, self._states)
+        nexts = {old: NEXT[old, event] for old in set(olds)}
         for place, old in zip(places, olds, strict=True):
             self._states[place] = nexts[old]
         ids = iter([self._block_ids[place] for place in places])
