@@ -112,7 +112,7 @@ def _router(deployment: Deployment, options: ComposeOptions) -> Service:
         "ports": [f"127.0.0.1:{ROUTER_PORT}:{ROUTER_PORT}"],
         "healthcheck": _healthcheck(f"127.0.0.1:{ROUTER_PORT}", start_s=60),
         "tmpfs": [f"/tmp:size={ROUTER_SCRATCH},mode=1777"],
-        "mem_limit": "1g",
+        "mem_limit": "2g",
         "cpus": 2.0,
     }
 

@@ -49,24 +49,29 @@ class InferenceService:
         self, request: pb.GenerateRequest, context: Context
     ) -> pb.CompleteResponse:
         label = request.request_id or self._dispatcher.draw_label()
-        chunks: list[Chunk] = []
+        # Grows with the answer: made at its end, a long one would hold up all others.
+        response = pb.CompleteResponse()
+        texts: list[str] = []
 
         async def collect(chunk: Chunk) -> None:
-            chunks.append(chunk)
+            response.tokens.extend(map(token_to_proto, chunk.tokens))
+            texts.append(chunk.text)
+
+        def take_back() -> None:
+            response.Clear()
+            texts.clear()
 
         try:
             finished = await self._dispatcher.run(
-                _call_from_proto(request, label, context), collect, take_back=chunks.clear
+                _call_from_proto(request, label, context), collect, take_back=take_back
             )
         except PdserveError as error:
             await abort(context, error, _metadata(label, 0))
             raise
-        return pb.CompleteResponse(
-            request_id=label,
-            tokens=[token_to_proto(token) for chunk in chunks for token in chunk.tokens],
-            text="".join(chunk.text for chunk in chunks),
-            finished=_finished_to_proto(finished),
-        )
+        response.request_id = label
+        response.text = "".join(texts)
+        response.finished.CopyFrom(_finished_to_proto(finished))
+        return response
 
     async def ListModels(  # noqa: N802
         self, request: pb.ListModelsRequest, context: Context

@@ -24,9 +24,10 @@ HOSTNAME = "kubernetes.io/hostname"
 ZONE = "topology.kubernetes.io/zone"
 SPREAD_WEIGHT = 50
 ROUTER_START_S = 120.0
+# Two texts of 2 MB that are tokenised hold 800 MB.
 ROUTER_RESOURCES: Manifest = {
-    "requests": {"cpu": 1, "memory": "1Gi", "ephemeral-storage": "256Mi"},
-    "limits": {"cpu": 2, "memory": "1Gi", "ephemeral-storage": "1Gi"},
+    "requests": {"cpu": 1, "memory": "2Gi", "ephemeral-storage": "256Mi"},
+    "limits": {"cpu": 2, "memory": "2Gi", "ephemeral-storage": "1Gi"},
 }
 ROUTER_SCRATCH_BYTES = 64 * 2**20
 MODULES = {"prefill": "prefill_worker", "decode": "decode_worker"}

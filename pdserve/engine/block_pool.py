@@ -125,12 +125,13 @@ class BlockTable:
         olds = [self._states[place] for place in places]
         is_legal = all((old, event) in NEXT for old in set(olds))
         check_invariant(is_legal, "blocks move by NEXT", event, places, self._states)
+        nexts = {old: NEXT[old, event] for old in set(olds)}
         for place, old in zip(places, olds, strict=True):
-            self._states[place] = NEXT[old, event]
+            self._states[place] = nexts[old]
         ids = iter([self._block_ids[place] for place in places])
         for old, run in itertools.groupby(olds):  # most often one
             blocks = list(itertools.islice(ids, len(list(run))))
-            self._pool._move(blocks, old, NEXT[old, event])
+            self._pool._move(blocks, old, nexts[old])
 
 
 class BlockPool:

@@ -642,6 +642,22 @@ async def test_process_that_answers_in_the_place_of_another_gets_no_requests() -
         await link.close()
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"model": "another"}, "MODEL_NOT_FOUND"),
+        ({"text": "x" * 2_000_001}, "INVALID_FIELD"),
+        ({"max_tokens": 0}, "INVALID_FIELD"),
+    ],
+)
+async def test_what_no_worker_could_change_is_not_put_off_until_one_comes(
+    fields: dict[str, Any], reason: str
+) -> None:
+    async with run_cluster() as cluster:
+        ended = await failure(cluster.generate(**fields))
+        assert (ended.reason, ended.can_retry) == (reason, False)
+
+
 # Bad clients --------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """No text that fits is beyond the bound, whatever its tokenizer does to it."""
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from pdserve.engine.text_bounds import max_chars_per_token
 
-WORDS = ("the", "world", "hello")
+COMPOSED = "ΐΰἒἓἲἳὂὃ"  # each is three characters, decomposed
+WORDS = ("the", "world", "hello", COMPOSED)
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 ALPHABET = {character: i for i, character in enumerate(pre_tokenizers.ByteLevel.alphabet())}
 TEXTS = st.text(max_size=60) | st.text(
@@ -137,6 +139,14 @@ def test_every_text_has_at_least_the_tokens_that_its_length_asks_for(name: str, 
     assert bound is not None
     num_tokens = len(tokenizer.encode(text).ids)
     assert len(text) <= bound * num_tokens, (name, text)
+
+
+def test_characters_that_the_normaliser_joins_count_each() -> None:
+    tokenizer = fallback(normalizers.NFC())
+    text = unicodedata.normalize("NFD", COMPOSED)
+    num_tokens = len(tokenizer.encode(text).ids)
+    longest = max(map(len, tokenizer.get_vocab()))
+    assert longest * num_tokens < len(text) <= (max_chars_per_token(tokenizer) or 0) * num_tokens
 
 
 @pytest.mark.parametrize("name", BOUNDED)
