@@ -115,7 +115,9 @@ def _plan_from(path: Path) -> Plan | None:
 
 def _facts(plan: Plan) -> dict[str, Any]:
     pools = " + ".join(
-        f"{p.replicas} {p.role} {p.gpu} TP{p.tp}" + (f" PP{p.pp}" if p.pp > 1 else "")
+        f"{p.replicas} {p.role} {p.gpu} TP{p.tp}"
+        + (f" PP{p.pp}" if p.pp > 1 else "")
+        + (f" EP{p.ep}" if p.ep > 1 else "")
         for p in plan.pools
     )
     seen = plan.prediction
@@ -125,6 +127,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "GPUs": float(plan.num_gpus),
         "rate, requests/s": seen.rate,
         "attainment": seen.attainment,
+        "attainment, interval of 95 %": "{:.4g} to {:.4g}".format(*seen.attainment_interval),
         "goodput, requests/s": seen.goodput,
         "goodput per GPU": seen.goodput_per_gpu,
         "USD/h": seen.usd_per_hour,
@@ -136,6 +139,11 @@ def _facts(plan: Plan) -> dict[str, Any]:
     for name, values in (("TTFT", seen.ttft_s), ("TPOT", seen.tpot_s)):
         for percentile in ("p50", "p90", "p99"):
             facts[f"{name} {percentile}, ms"] = values.get(percentile, float("nan")) * 1e3
+    facts |= {
+        "simulated": f"{seen.num_seeds} traces of {seen.horizon_s:.4g} s",
+        "step times from": ", ".join(plan.sources),
+        "error of step times": seen.step_time_error,
+    }
     return facts
 
 

@@ -5,13 +5,14 @@ their steps say otherwise, because what two equal workers measure at their start
 times apart on a busy machine:
 
     shape     of their start measurements, each coefficient's median
-    common    the median over them of how much slower live steps are than that shape
+    common    how much slower live steps are than that shape: the median, the surest count most
     own       how far one of them lies from `common`, as far as that cannot be chance:
               nothing within two standard errors, nearly all of it far beyond them
 
 A worker's error grows while it takes no steps: one that was slow is tried again some time.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from pdserve.domain.messages import WorkerHello, WorkerLoad
 NUM_ERRORS = 2.0
 DRIFT_PER_S = 0.3**2 / 60
 """Variance that a speed gains while nobody measures it: 30 % in a minute."""
+MIN_ERROR, MAX_ERROR = 0.01, 1000.0
 MAX_SLOWNESS = 1000.0
 
 Report = tuple[WorkerHello, WorkerLoad]
@@ -77,6 +79,10 @@ class _Evidence:
     slowness: float  # log of measured over predicted
     error: float
 
+    @property
+    def weight(self) -> float:
+        return 1 / self.error**2
+
 
 def _slownesses(
     group: Sequence[Report], shape: StepCoefficients, steps_of: StepsOf
@@ -92,7 +98,7 @@ def _slownesses(
     }
     if not found:
         return {}
-    common = median(each.slowness for each in found.values())
+    common = _common(list(found.values()))
     own = {worker_id: _own(each, common) for worker_id, each in found.items()}
     return {hello.worker_id: math.exp(common + own.get(hello.worker_id, 0.0)) for hello, _ in group}
 
@@ -103,7 +109,22 @@ def _evidence(steps: LiveSteps | None, shape: StepCoefficients) -> _Evidence | N
         return None
     slowness = min(max(slowness, 1 / MAX_SLOWNESS), MAX_SLOWNESS)
     drift = math.sqrt(DRIFT_PER_S * steps.age_s)
-    return _Evidence(slowness=math.log(slowness), error=math.hypot(steps.relative_error, drift))
+    error = min(max(math.hypot(steps.relative_error, drift), MIN_ERROR), MAX_ERROR)
+    return _Evidence(slowness=math.log(slowness), error=error)
+
+
+def _common(found: Sequence[_Evidence]) -> float:
+    """The median, each weighing by how sure it is, interpolated: of two, their weighted mean."""
+    ranked = sorted(found, key=lambda each: (each.slowness, each.error))
+    half = math.fsum(each.weight for each in ranked) / 2
+    below = ranked[0].weight / 2  # the weight up to the middle of `low`
+    for low, high in itertools.pairwise(ranked):
+        between = (low.weight + high.weight) / 2
+        if below + between >= half:
+            share = max(0.0, (half - below) / between)
+            return low.slowness + share * (high.slowness - low.slowness)
+        below += between
+    return ranked[-1].slowness
 
 
 def _own(evidence: _Evidence, common: float) -> float:

@@ -22,7 +22,6 @@ from kvtransfer.transports.tcp_frames import (
     encode_request,
 )
 from kvtransfer.transports.tcp_server import KEEP_ALIVE_S, ServerLimits, TcpRegionServer
-from pdserve.config.timers import Timers
 from pdserve.domain.errors import TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
@@ -32,7 +31,6 @@ log = structlog.get_logger(__name__)
 
 MAX_IDLE_S = KEEP_ALIVE_S / 2
 """A pooled connection is not used after this: below the server's keep-alive."""
-_TIMERS = Timers()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +144,9 @@ class TcpTransport:
         *,
         port: int = 0,
         advertised_host: str | None = None,
-        connect_timeout_s: float = _TIMERS.connect_s,
-        idle_timeout_s: float = _TIMERS.transfer_idle_s,
-        total_timeout_s: float = _TIMERS.transfer_s,
+        connect_timeout_s: float,
+        idle_timeout_s: float,
+        total_timeout_s: float,
         max_num_connections_per_peer: int = 8,
         max_num_served_connections: int = 256,
     ) -> None:

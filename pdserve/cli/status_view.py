@@ -86,7 +86,7 @@ def render_state(state: ClusterState, *, is_wide: bool = True) -> Group:
         if worker.load.num_corrupt_blocks
     ]
     workers = _worker_table(state.workers, is_wide=is_wide)
-    return Group(*lines, *slo, workers, legend, *corrupt, "", _step_table(state.workers))
+    return Group(*lines, *slo, workers, legend, _step_table(state.workers), *corrupt)
 
 
 def _slo_table(classes: tuple[SloState, ...]) -> Table:

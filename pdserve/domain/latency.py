@@ -90,7 +90,7 @@ class LiveSteps:
     num_steps: int
     shape: StepShape  # what they held together
     elapsed_s: float  # what they take together when nothing pauses them
-    relative_error: float  # standard error of `elapsed_s`
+    relative_error: float  # of `elapsed_s`, as a standard deviation
     age_s: float  # since the last of them ended
 
     def slowness(self, coefficients: StepCoefficients) -> float | None:

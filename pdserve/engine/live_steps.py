@@ -1,11 +1,13 @@
 """How long steps take while a worker serves: what corrects the times measured at its start.
 
-    step ─▶ block of 8 to 64 steps ─▶ the last 16 blocks ─▶ `LiveSteps`
-            median of measured / predicted    median over blocks, its standard error
+    step ─▶ block of 8 to 32 steps ─▶ the last 16 blocks ─▶ `LiveSteps`
+            median of measured / predicted    median over blocks
 
 A median of medians: one long pause spoils a block, not the result, and a worker that is slower for
-good is believed after half of the blocks. Steps with prompt tokens and steps without are kept
-apart, since a worker may be wrong about one of them only.
+good is believed after half of the blocks. How sure it is follows from how well the median foretold
+each next block: on a machine where others compute, too, a worker is slower for seconds and then is
+not, and no number of steps within one of these seconds tells more. Steps with prompt tokens and
+steps without are kept apart, since a worker may be wrong about one of them only.
 """
 
 import math
@@ -16,14 +18,17 @@ from statistics import median
 
 from pdserve.domain.latency import LiveSteps, StepCoefficients, StepShape
 
-MIN_BLOCK_STEPS, MAX_BLOCK_STEPS = 8, 64
-MIN_BLOCK_S = 0.05
+MIN_BLOCK_STEPS, MAX_BLOCK_STEPS = 8, 32
+MIN_BLOCK_S = 0.25
 """Of steps together: a hiccup of the machine lasts longer than many steps of a small model."""
 MAX_NUM_BLOCKS = 16
-BLOCK_DEVIATION = 0.3
-"""Of a block's ratio, before there are others to compare it with."""
-DEVIATION_OF_MEDIAN = 1.2533 * 1.4826
-"""From the median absolute deviation of normal values to the standard error of their median."""
+FIRST_ERROR = 0.25
+"""Relative, of the first block: nothing has been foretold yet. Counts as one error of many."""
+LEAST_ERROR = 0.075
+"""Smaller differences come and go whatever the last blocks say."""
+MAX_NUM_ERRORS = 32
+DEVIATION_OF_MEDIAN = 1.4826
+"""From the median absolute value of normal errors to their standard deviation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,7 @@ class StepKind:
     def __init__(self, coefficients: StepCoefficients) -> None:
         self._coefficients = coefficients
         self._blocks: deque[_Block] = deque(maxlen=MAX_NUM_BLOCKS)
+        self._errors: deque[float] = deque(maxlen=MAX_NUM_ERRORS)  # of what was foretold
         self._ended_s = -math.inf
         self._start_block()
 
@@ -73,8 +79,21 @@ class StepKind:
             num_decodes=self._decodes,
             num_decode_context_tokens=self._context,
         )
-        self._blocks.append(_Block(num_steps=num_steps, shape=shape, ratio=median(self._ratios)))
+        ratio = median(self._ratios)
+        if self._blocks:
+            self._errors.append(abs(math.log(ratio / self._typical())))
+        self._blocks.append(_Block(num_steps=num_steps, shape=shape, ratio=ratio))
         self._start_block()
+
+    def _typical(self) -> float:
+        return median(block.ratio for block in self._blocks)
+
+    def _error(self) -> float:
+        """A lasting change makes half a window of errors, which their median leaves out."""
+        num = len(self._errors)
+        deviation = DEVIATION_OF_MEDIAN * median(self._errors) if num else 0.0
+        error = math.sqrt((FIRST_ERROR**2 + num * deviation**2) / (1 + num))
+        return max(error, LEAST_ERROR)
 
     def summary(self, now_s: float) -> LiveSteps | None:
         """The last blocks together; None before the first is whole."""
@@ -88,15 +107,11 @@ class StepKind:
             num_decodes=sum(each.num_decodes for each in shapes),
             num_decode_context_tokens=sum(each.num_decode_context_tokens for each in shapes),
         )
-        ratios = [block.ratio for block in self._blocks]
-        typical = median(ratios)
-        spread = median(abs(ratio - typical) for ratio in ratios) / typical
         return LiveSteps(
             num_steps=num_steps,
             shape=shape,
-            elapsed_s=typical * self._coefficients.steps_s(num_steps, shape),
-            relative_error=math.hypot(DEVIATION_OF_MEDIAN * spread, BLOCK_DEVIATION)
-            / math.sqrt(len(ratios)),
+            elapsed_s=self._typical() * self._coefficients.steps_s(num_steps, shape),
+            relative_error=self._error(),
             age_s=max(now_s - self._ended_s, 0.0),
         )
 

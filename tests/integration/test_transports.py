@@ -47,7 +47,24 @@ NUM_BLOCKS = 64  # of which the first 48 are on offer at a peer process
 NOTICE_S = 3.0  # within which every fault of a peer shows
 SHORT_NOTICE_S = 1.5  # and this where timers are set far below their defaults
 
-MAKERS: dict[str, Callable[[], Transport]] = {"shm": ShmTransport, "tcp": TcpTransport}
+
+def tcp_transport(
+    *,
+    idle_timeout_s: float = 2.0,
+    total_timeout_s: float = 30.0,
+    max_num_connections_per_peer: int = 8,
+    max_num_served_connections: int = 256,
+) -> TcpTransport:
+    return TcpTransport(
+        connect_timeout_s=2.0,
+        idle_timeout_s=idle_timeout_s,
+        total_timeout_s=total_timeout_s,
+        max_num_connections_per_peer=max_num_connections_per_peer,
+        max_num_served_connections=max_num_served_connections,
+    )
+
+
+MAKERS: dict[str, Callable[[], Transport]] = {"shm": ShmTransport, "tcp": tcp_transport}
 
 
 pytestmark = pytest.mark.filterwarnings('ignore:Overriding the "event_loop_policy"')
@@ -403,7 +420,7 @@ async def test_a_peer_that_trickles_fails_by_the_total_timeout(target: KvMemory)
             await asyncio.sleep(0.01)
 
     async with raw_server(trickle) as port:
-        transport = TcpTransport(idle_timeout_s=0.2, total_timeout_s=0.4)
+        transport = tcp_transport(idle_timeout_s=0.2, total_timeout_s=0.4)
         async with fails_within(NOTICE_S, r"longer than 0\.4 s"):
             await transport.read(region_at(port), blocks(0), target, blocks(0))
         await transport.close()
@@ -436,7 +453,7 @@ async def test_waiting_for_ones_own_other_reads_is_not_the_silence_of_the_peer(
     target: KvMemory,
 ) -> None:
     """Six reads of 0.2 s through one connection; the peer may be silent for 0.4 s, or take 0.5."""
-    transport = TcpTransport(
+    transport = tcp_transport(
         idle_timeout_s=0.4, total_timeout_s=0.5, max_num_connections_per_peer=1
     )
     with structlog.testing.capture_logs() as logs:
@@ -452,7 +469,7 @@ async def test_waiting_for_ones_own_other_reads_is_not_the_silence_of_the_peer(
 async def test_wait_for_a_connection_ends_with_the_callers_deadline_and_takes_none(
     target: KvMemory,
 ) -> None:
-    transport = TcpTransport(idle_timeout_s=5.0, max_num_connections_per_peer=1)
+    transport = tcp_transport(idle_timeout_s=5.0, max_num_connections_per_peer=1)
     async with slow_peer(0.5) as region:
         first = asyncio.create_task(transport.read(region, blocks(0), target, blocks(0)))
         await asyncio.sleep(0)
@@ -465,7 +482,7 @@ async def test_wait_for_a_connection_ends_with_the_callers_deadline_and_takes_no
 
 
 async def test_closing_ends_the_reads_that_wait_for_a_connection(target: KvMemory) -> None:
-    transport = TcpTransport(idle_timeout_s=5.0, max_num_connections_per_peer=1)
+    transport = tcp_transport(idle_timeout_s=5.0, max_num_connections_per_peer=1)
     async with slow_peer(60.0) as region:
         reads = [
             asyncio.create_task(transport.read(region, blocks(0), target, blocks(block)))
@@ -684,7 +701,7 @@ async def test_a_bit_flipped_in_both_reads_fails_the_landing(target: KvMemory) -
 async def tcp_server(
     may_read: MayRead = lambda block_ids: True, max_num_connections: int = 256
 ) -> AsyncIterator[tuple[TcpTransport, TcpRegionServer, KvMemory]]:
-    transport = TcpTransport(idle_timeout_s=0.3, max_num_served_connections=max_num_connections)
+    transport = tcp_transport(idle_timeout_s=0.3, max_num_served_connections=max_num_connections)
     with kv_memory(NUM_BLOCKS, BLOCK_BYTES, seed=SEED) as source:
         server = await transport.serve(source, may_read)
         try:
@@ -736,7 +753,7 @@ async def test_blocks_taken_back_while_they_are_sent_end_the_reply() -> None:
         return len(calls) == 1
 
     with kv_memory(4, 1 << 20, seed=1) as source, kv_memory(4, 1 << 20) as target:
-        transport = TcpTransport()
+        transport = tcp_transport()
         server = await transport.serve(source, only_once)
         async with fails_within(NOTICE_S):
             await transport.read(server.region, blocks(0, 1, 2), target, blocks(0, 1, 2))
@@ -799,7 +816,7 @@ async def test_a_request_that_trickles_in_is_dropped_by_one_deadline() -> None:
 
 async def test_a_reader_that_stops_reading_is_dropped(target: KvMemory) -> None:
     with kv_memory(16, 8 << 20) as source:
-        transport = TcpTransport(idle_timeout_s=0.3)
+        transport = tcp_transport(idle_timeout_s=0.3)
         server = await transport.serve(source, lambda block_ids: True)
         sock = await connect(server.region)
         token = bytes.fromhex(server.region.address["token"])
@@ -867,7 +884,7 @@ async def test_connections_are_reused_and_limited(target: KvMemory) -> None:
 
 
 async def test_a_connection_that_the_server_closed_is_replaced(target: KvMemory) -> None:
-    transport = TcpTransport()
+    transport = tcp_transport()
     with kv_memory(NUM_BLOCKS, BLOCK_BYTES, seed=SEED) as source:
         server = await transport.serve(source, lambda block_ids: True)
         wanted = blocks(*range(8))
@@ -914,7 +931,7 @@ async def test_closing_while_reads_run_ends_them_and_frees_everything(name: str)
 
 
 async def test_closing_the_server_ends_its_readers(target: KvMemory) -> None:
-    transport = TcpTransport()
+    transport = tcp_transport()
     with kv_memory(NUM_BLOCKS, BLOCK_BYTES, seed=SEED) as source:
         server = await transport.serve(source, lambda block_ids: True)
         await transport.read(server.region, blocks(0), target, blocks(0))

@@ -104,9 +104,7 @@ def test_request_in_a_batch_never_costs_nothing_however_busy_the_machine(seed: i
 
     @virtual
     async def run() -> None:
-        engine = HinderedEngine(
-            engine_of(TRUE), lambda number: rng.choice((0.0, 0.0, 0.005, 0.02, 0.05))
-        )
+        engine = HinderedEngine(engine_of(TRUE), lambda number: rng.choice((0.0, 0.02, 0.1, 0.3)))
         found = await measure_coefficients(engine, None)
         assert found.decode_token_s > 0, f"seed {seed}"
         engine.close()

@@ -135,15 +135,15 @@ def test_limits_refuse_nobody_for_whom_the_plan_was_made(ttft_s: float) -> None:
 def test_rate_limit_lets_in_the_bursts_of_the_trace_that_the_plan_was_made_with(
     tmp_path: Path,
 ) -> None:
-    """All of ten minutes in one: no drawn arrivals would run ahead of their rate so far."""
-    num = 6000
-    minutes = np.repeat(np.arange(10) * 600.0, num // 10)
-    arrivals = np.sort(minutes + np.random.default_rng(3).uniform(0, 60, num))
+    """Hours that are busy and hours that are not: chance alone would not run ahead so far."""
+    num = 20_000
+    gaps = np.random.default_rng(3).exponential(1.0, num)
+    arrivals = np.cumsum(gaps * np.where(np.arange(num) % 10_000 < 5_000, 0.5, 1.5))
     rows = [f"{arrival:.3f},200,50" for arrival in arrivals]
     trace = tmp_path / "trace.csv"
     trace.write_text("\n".join(("arrival_s,prompt_tokens,output_tokens", *rows)))
     workload = {"trace": str(trace), "arrivals": "recorded"}
-    result = solve(small_inputs(workload=workload, search={"duration_s": 120}))
+    result = solve(small_inputs(workload=workload, search={"duration_s": 2000, "seeds": 2}))
     assert isinstance(result, PlanResult)
     limits, at_rate = plan_of(result).limits, result.prediction
     assert limits.max_burst is not None

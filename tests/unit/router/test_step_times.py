@@ -147,10 +147,9 @@ def test_worker_that_is_three_times_slower_gets_less(measured: StepCoefficients,
     cluster = Cluster(seed)
     cluster.add("d0", measured=measured, true=scaled(TRUE, 3.0))
     cluster.add("d1", measured=TRUE)
-    cluster.burst()
-    for number in range(5):
-        taken = cluster.burst()
-        assert taken["d0"] <= 16, f"seed {seed}, burst {number}: {taken}"
+    bursts = [cluster.burst()["d0"] for _ in range(8)][2:]
+    assert max(bursts) <= 23, f"seed {seed}: {bursts} of {NUM_BURST}"
+    assert sum(bursts) <= 18.5 * len(bursts), f"seed {seed}: {bursts} of {NUM_BURST}"
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -160,14 +159,11 @@ def test_worker_that_has_become_slower_gets_less_and_then_its_share_again(seed: 
         cluster.add(name, measured=TRUE)
     cluster.burst()
     cluster.true[WorkerId("d0")] = scaled(TRUE, 3.0)
-    cluster.burst(), cluster.burst()
-    slow = cluster.burst()
-    assert slow["d0"] <= 16, f"seed {seed}: {slow}"
+    slow = [cluster.burst()["d0"] for _ in range(8)][4:]
+    assert sum(slow) <= 19.5 * len(slow), f"seed {seed}: {slow} of {NUM_BURST}"
     cluster.true[WorkerId("d0")] = TRUE
-    for _ in range(6):
-        cluster.burst()
-    again = cluster.burst()
-    assert again["d0"] >= 18, f"seed {seed}: {again}"
+    again = [cluster.burst()["d0"] for _ in range(12)][8:]
+    assert sum(again) >= 20 * len(again), f"seed {seed}: {again} of {NUM_BURST}"
 
 
 def test_worker_that_was_slow_is_tried_again_when_that_is_long_ago() -> None:
@@ -199,7 +195,7 @@ def test_workers_that_need_not_be_alike_keep_what_they_measured(other: dict[str,
     found = step_times(reports(cluster))
     assert found[WorkerId("d0")] == scaled(TRUE, 3.0)
     assert found[WorkerId("d1")] == TRUE
-    assert cluster.burst()["d0"] <= 16
+    assert cluster.burst()["d0"] <= 12
 
 
 def test_given_times_are_not_doubted_but_corrected() -> None:
