@@ -149,15 +149,15 @@ def _become(
         _run_worker(request["role"])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1 if end.code else 0
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
     except BaseException:  # noqa: BLE001  the server's loop must not run in the worker
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # the log's disk may be full
+            traceback.print_exc()
         code = 1
     else:
         code = 0
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

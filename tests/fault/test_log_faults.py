@@ -23,6 +23,7 @@ from pdserve.client.values import Sampling
 from pdserve.config.cluster import ClusterSettings
 from pdserve.domain.errors import PdserveError, Reason
 from tests.support.clusters import ANY_COEFFICIENTS
+from tests.support.up_runs import START_S, wait_readable
 from tests.support.waiting import wait_until
 
 NUM_REQUESTS = 20
@@ -196,7 +197,8 @@ async def containers(stderr: int) -> AsyncIterator[list[dict[str, Any]]]:
         assert process.stdout is not None
         process.stdin.write(told.encode())
         process.stdin.close()
-        line = await asyncio.to_thread(process.stdout.readline)
+        await asyncio.to_thread(wait_readable, process.stdout, START_S)
+        line = process.stdout.readline()
         process.stdout.close()  # whoever started it has seen enough
         ready.append(json.loads(line))
 
