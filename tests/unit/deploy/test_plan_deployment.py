@@ -47,8 +47,8 @@ def test_workers_keep_requests_for_as_long_as_the_router_lets_them_in(
 ) -> None:
     limits = {**plan()["limits"], "max_wait_s": max_wait_s}
     deployment = opened(tmp_path, plan(limits=limits))
-    settings = [deployment.router, *(worker.settings for worker in deployment.workers)]
-    assert {each.timers.queue_s for each in settings} == {queue_s}
+    assert deployment.router.timers.queue_s == queue_s
+    assert {worker.settings.timers.queue_s for worker in deployment.workers} == {queue_s}
 
 
 def test_plan_that_limits_no_number_leaves_the_workers_their_own_limit(tmp_path: Path) -> None:
