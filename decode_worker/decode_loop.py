@@ -43,6 +43,14 @@ class DecodeLoop:
     def num_context_tokens(self) -> int:
         return sum(request.num_computed_tokens for request in self._running)
 
+    @property
+    def num_unread_tokens(self) -> int:
+        """Prompt tokens that are still to be read here."""
+        return sum(
+            max(0, request.num_prompt_tokens - request.num_computed_tokens)
+            for request in self._running
+        )
+
     def join(self, request: DecodeRequest) -> None:
         """Compute this request from the next step on; its reserved blocks become held."""
         assert request.table is not None

@@ -72,7 +72,8 @@ class DecodeService:
             sequence=sequence,
             num_waiting=self._intake.num_waiting,
             num_running=self._num_requests - self._intake.num_waiting,
-            waiting_prompt_tokens=self._intake.num_waiting_prompt_tokens,
+            waiting_prompt_tokens=self._intake.num_waiting_prompt_tokens
+            + self._decode_loop.num_unread_tokens,
             running_context_tokens=self._decode_loop.num_context_tokens,
             kv=self._pool.usage(),
             is_draining=self.is_draining,

@@ -1,5 +1,6 @@
 """`pdserve up plan.yaml`, `smoke` and `down`, with real processes."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,9 @@ import psutil
 import pytest
 import yaml
 
-from tests.support.plans import plan
+from pdserve.client.inference import InferenceClient
+from pdserve.client.values import Sampling
+from tests.support.plans import STEP_TIMES, plan, pool
 from tests.support.up_runs import Up, error_line, pdserve
 
 PORTS = ("--port", "0", "--internal-port", "0")
@@ -74,6 +77,40 @@ def test_a_plan_is_started_with_its_limits_smoked_and_taken_down(
     done = pdserve("down", env=own_runs)
     assert done.returncode == 1
     assert "no cluster of this user is up" in error_line(done)
+
+
+def test_a_mixed_plan_keeps_its_roles(tmp_path: Path, own_runs: dict[str, str]) -> None:
+    times = {"kv_tokens": 8000, "step_times": STEP_TIMES}
+    pools = [pool(role, 1, **times) for role in ("prefill", "decode", "colocated")]
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan(pools=pools)))
+    run = Up(str(path), "--engine", "timed", *PORTS, env=own_runs)
+    try:
+        hellos = [worker["hello"] for worker in status_of(run)["workers"]]
+        assert {hello["worker_id"]: hello["reads"] for hello in hellos} == {
+            "prefill-0": "others",
+            "decode-0": "none",
+            "decode-1": "own",
+        }
+        pairs = asyncio.run(pairs_of(run.said["address"], num=30))
+        assert set(pairs) == {("prefill-0", "decode-0"), ("", "decode-1")}
+        done = pdserve("smoke", "--json", cluster=run)
+        assert done.returncode == 0, done.stdout
+    finally:
+        run.kill_all()
+
+
+async def pairs_of(address: str, *, num: int) -> list[tuple[str, str]]:
+    """Who read and who wrote, of requests that are sent side by side."""
+    async with InferenceClient(address) as client:
+
+        async def ask(number: int) -> tuple[str, str]:
+            prompt = tuple(range(10 + number, 110 + number))
+            answer = await client.complete(prompt, Sampling(max_tokens=8))
+            timeline = answer.finished.timeline
+            return timeline.prefill_worker, timeline.decode_worker
+
+        return await asyncio.gather(*map(ask, range(num)))
 
 
 def test_smoke_fails_on_a_cluster_that_cannot_hand_kv_over(

@@ -39,6 +39,19 @@ async def test_answer_is_that_of_one_correct_worker() -> None:
 
 
 @virtual
+async def test_prompt_that_is_read_here_is_reported_until_it_is_read() -> None:
+    async with WorkerPair(Sizes(max_step_tokens=8, decode_step_s=1.0)) as pair:
+        call = pair.submit(PROMPT, max_tokens=3, targets=[])
+        seen = []
+        for _ in range(4):
+            await asyncio.sleep(0.9)
+            seen.append(pair.service.load(0).waiting_prompt_tokens)
+        assert seen == [30, 22, 14, 6]
+        await call.completed()
+        assert pair.service.load(0).waiting_prompt_tokens == 0
+
+
+@virtual
 async def test_answer_of_one_token_needs_no_step_of_the_decode_worker() -> None:
     async with WorkerPair() as pair:
         call = pair.submit(PROMPT, max_tokens=1)

@@ -49,8 +49,8 @@ def test_workers_keep_requests_for_as_long_as_the_router_lets_them_in(
 ) -> None:
     limits = {**plan()["limits"], "max_wait_s": max_wait_s}
     deployment = opened(tmp_path, plan(limits=limits))
-    timers = [deployment.router.timers, *(each.settings.timers for each in deployment.workers)]
-    assert {each.queue_s for each in timers} == {queue_s}
+    assert deployment.router.timers.queue_s == queue_s
+    assert {worker.settings.timers.queue_s for worker in deployment.workers} == {queue_s}
 
 
 def test_plan_that_limits_no_number_leaves_the_workers_their_own_limit(tmp_path: Path) -> None:
