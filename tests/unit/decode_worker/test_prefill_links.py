@@ -258,7 +258,9 @@ async def test_first_token_that_cannot_be_taken_ends_its_request_and_no_other() 
         tokenizer = pair.service._tokenizer
         detokenizers = iter([BrokenDetokenizer()])
         pair.service._tokenizer = SimpleNamespace(  # type: ignore[assignment]
-            detokenizer=lambda: next(detokenizers, None) or tokenizer.detokenizer()
+            detokenizer=lambda *prompt, **options: (
+                next(detokenizers, None) or tokenizer.detokenizer(*prompt, **options)
+            )
         )
         with structlog.testing.capture_logs():
             failure = await broken.failed()

@@ -238,7 +238,7 @@ MISFITS: dict[str, tuple[Callable[[Path], object], str]] = {
         "no class that generates text from text alone",
     ),
     "config of another kind": (
-        lambda d: edit_config(d, num_attention_heads="many"),
+        lambda d: edit_config(d, hidden_act=["many"]),
         r"config\.json does not fit this type",
     ),
     "shapes": (

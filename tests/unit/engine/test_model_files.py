@@ -79,8 +79,9 @@ def test_end_tokens_that_only_the_tokenizers_files_name_are_added(model_dir: Pat
     assert ModelFiles.open(model_dir).eos_token_ids == (7, 1)  # config and tokenizer name 1
     edit_config(model_dir, eos_token_id=None)
     assert ModelFiles.open(model_dir).eos_token_ids == (7, 1)  # the tokenizer does
+    (model_dir / "generation_config.json").write_text('{"eos_token_id": 0}')
     edit_config(model_dir, vocab_size=1)
-    assert ModelFiles.open(model_dir).eos_token_ids == (7,)  # no token that the model can draw
+    assert ModelFiles.open(model_dir).eos_token_ids == (0,)  # 1 is no token that the model can draw
 
 
 def test_index_names_the_weight_files(model_dir: Path) -> None:
