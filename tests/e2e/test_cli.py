@@ -61,7 +61,7 @@ def test_up_says_what_it_started(cluster: Up) -> None:
         assert host == "127.0.0.1"
         assert int(port) > 0
         assert psutil.pid_exists(each["pid"])
-    assert len(cluster.left()) == 4  # itself, router, two workers
+    assert len(cluster.left()) == 5  # itself, router and its tokenizer, two workers
     assert sorted(path.name for path in Path(said["log_dir"]).iterdir()) == [
         "decode-0.log",
         "prefill-0.log",
@@ -246,7 +246,7 @@ def test_interrupt_drains_and_leaves_nothing(start: Start) -> None:
     before = set(os.listdir("/dev/shm"))
     run = start(*TIMED, "--prefill", "2", "--decode", "2")
     assert run.said["ready"]
-    assert len(run.left()) == 6
+    assert len(run.left()) == 7  # itself, router and its tokenizer, four workers
     code, errors = run.end(signal.SIGINT)
     assert code == 0, errors
     assert "draining" in errors
