@@ -61,7 +61,7 @@ def test_up_says_what_it_started(cluster: Up) -> None:
         assert host == "127.0.0.1"
         assert int(port) > 0
         assert psutil.pid_exists(each["pid"])
-    assert len(cluster.left()) == 5  # itself, router, fork server, two workers
+    assert len(cluster.left()) == 6  # itself, router and its tokenizer, fork server, two workers
     assert sorted(path.name for path in Path(said["log_dir"]).iterdir()) == [
         "decode-0.log",
         "fork-server.log",
@@ -253,7 +253,7 @@ def test_interrupt_drains_and_leaves_nothing(start: Start) -> None:
     before = set(os.listdir("/dev/shm"))
     run = start(*TIMED, "--prefill", "2", "--decode", "2")
     assert run.said["ready"]
-    assert len(run.left()) == 7
+    assert len(run.left()) == 8  # the same, with four workers
     code, errors = run.end(signal.SIGINT)
     assert code == 0, errors
     assert "draining" in errors
