@@ -9,12 +9,14 @@ process for all tokens, stand here; `predict_by_planner` checks one against the 
 - TRTLLM: whole prompts beside decodes in one step, admitted only with room for all their output.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from pdserve.engine.kernel_cache import stamp_of, use_cache
 from placement.latency import LatencyGrid
 
 VLLM, SGLANG, TRTLLM = 0, 1, 2
@@ -45,14 +47,18 @@ def grid_arrays(grid: LatencyGrid) -> tuple[Any, ...]:
     )
 
 
-@numba.njit(cache=True)
+def _kept(function: Any) -> Any:
+    return use_cache(numba.njit(function), stamp_of([Path(__file__)]))
+
+
+@_kept
 def _cell(axis, value):  # type: ignore[no-untyped-def]
     value = max(value, axis[0])
     lower = min(np.searchsorted(axis, value, side="right") - 1, len(axis) - 2)
     return lower, (value - axis[lower]) / (axis[lower + 1] - axis[lower])
 
 
-@numba.njit(cache=True)
+@_kept
 def _plane(xs, ys, values, x, y):  # type: ignore[no-untyped-def]
     i, u = _cell(xs, x)
     j, v = _cell(ys, y)
@@ -61,7 +67,7 @@ def _plane(xs, ys, values, x, y):  # type: ignore[no-untyped-def]
     return low + (high - low) * u
 
 
-@numba.njit(cache=True)
+@_kept
 def step_s(grid, chunk, pairs, decodes, context_sum):  # type: ignore[no-untyped-def]
     """`LatencyGrid.step_s`, compiled."""
     scalars, tokens, linear, chunks, lengths, pair_s, batch, contexts, decode = grid
@@ -75,7 +81,7 @@ def step_s(grid, chunk, pairs, decodes, context_sum):  # type: ignore[no-untyped
     return time
 
 
-@numba.njit(cache=True)
+@_kept
 def serve(grid, rule, limits, prompts, cached, outputs, concurrency):  # type: ignore[no-untyped-def]
     """TTFT and TPOT (seconds) of each request of one colocated instance.
 

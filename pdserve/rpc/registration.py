@@ -31,6 +31,7 @@ class Registration:
         timers: Timers,
         rng: random.Random,
         on_refused: Callable[[str], None] = lambda why: None,
+        is_held_elsewhere: "Callable[[Registration], bool]" = lambda _: False,
     ) -> None:
         self._router_address = router_address
         self._hello = hello
@@ -40,6 +41,9 @@ class Registration:
         self._on_refused = on_refused
         self.is_registered = False
         self.has_registered = False
+        self.router: tuple[str, int] | None = None
+        """Name and epoch of the router that answered last: it may have other addresses."""
+        self._is_held_elsewhere = is_held_elsewhere
         self._is_due = asyncio.Event()
 
     def report_now(self) -> None:
@@ -51,7 +55,7 @@ class Registration:
         backoff_s = FIRST_BACKOFF_S
         while True:
             try:
-                if await self._register():
+                if not self._is_held_elsewhere(self) and await self._register():
                     backoff_s = FIRST_BACKOFF_S
             except Exception as error:  # a worker that stops reporting is as good as dead
                 log.error("registration.crashed", router=self._router_address, exc_info=error)
@@ -76,6 +80,7 @@ class Registration:
             await link.send(self._hello)
             reply = await receive_hello(link, self._timers.connect_s)
             self.is_registered = self.has_registered = True
+            self.router = (reply.router_id, reply.epoch)
             log.info("router.joined", router_id=reply.router_id, router=self._router_address)
             while True:
                 if not link.try_send(self._load()):  # closed, so that it comes back or is dead

@@ -89,9 +89,23 @@ class RouterRegistrations:
 
     def _start(self, address: str) -> None:
         registration = Registration(
-            address, self._hello, self._load, self._timers, self._rng, on_refused=self._on_refused
+            address,
+            self._hello,
+            self._load,
+            self._timers,
+            self._rng,
+            on_refused=self._on_refused,
+            is_held_elsewhere=self._is_held_elsewhere,
         )
         self._running[address] = (registration, asyncio.create_task(registration.run()))
+
+    def _is_held_elsewhere(self, one: Registration) -> bool:
+        """Whether the router at this address has the worker by another: a name may stand for an
+        IPv4 and an IPv6 address, and each new registration would end the one before."""
+        return any(
+            other is not one and other.is_registered and other.router == one.router
+            for other, _ in self._running.values()
+        )
 
     def _on_refused(self, why: str) -> None:
         was_registered = any(each.has_registered for each, _ in self._running.values())

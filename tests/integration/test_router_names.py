@@ -2,13 +2,19 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from random import Random
 
 import pytest
+import structlog
 
+from pdserve.config.processes import RouterSettings
+from pdserve.domain.addresses import join_address, split_address
 from pdserve.domain.errors import LocalFault, PeerFault, Reason
+from pdserve.rpc.registration import MAX_BACKOFF_S
 from pdserve.rpc.router_names import RouterRegistrations, resolve_address
+from router.app import open_router
 from tests.support.registry import TIMERS, Registry
 from tests.support.waiting import wait_until
 from tests.unit.router.builders import make_hello, make_load
@@ -130,3 +136,22 @@ async def test_a_worker_that_one_router_has_stays_whatever_another_says() -> Non
 
 async def test_the_system_resolves_localhost() -> None:
     assert "127.0.0.1:7451" in await resolve_address("localhost:7451")
+
+
+async def test_router_with_two_addresses_is_registered_with_once() -> None:
+    """As `localhost` may be 127.0.0.1 and ::1; each registration would end the other."""
+    names = Names()
+    settings = RouterSettings(
+        host="::", insecure=True, port=0, internal_port=0, metrics_port=None, timers=TIMERS
+    )
+    with structlog.testing.capture_logs() as logs:
+        async with open_router(settings) as router, names.registered() as registrations:
+            port = split_address(router.internal.address)[1]
+            names.found = frozenset({join_address(host, port) for host in ("127.0.0.1", "::1")})
+            await until(lambda: registrations.is_registered)
+            # Long enough for either to have come back many times.
+            until_s = time.monotonic() + 4 * MAX_BACKOFF_S
+            await until(lambda: time.monotonic() > until_s)
+            assert registrations.is_registered
+    num_registered = sum(entry["event"] == "worker.registered" for entry in logs)
+    assert num_registered <= 2, num_registered

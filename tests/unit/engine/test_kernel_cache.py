@@ -25,7 +25,8 @@ stamp, max_file_bytes = sys.argv[1:]
 if max_file_bytes:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(max_file_bytes),) * 2)
 dispatcher = use_cache(numba.njit(double), stamp)
-assert dispatcher(4) == 8
+if dispatcher(4) != 8:
+    raise SystemExit("wrong")
 print(sum(dispatcher.stats.cache_hits.values()))
 """
 
