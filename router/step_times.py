@@ -28,6 +28,8 @@ DRIFT_PER_S = 0.3**2 / 60
 """Variance that a speed gains while nobody measures it: 30 % in a minute."""
 MIN_ERROR, MAX_ERROR = 0.01, 1000.0
 MAX_SLOWNESS = 1000.0
+NUM_DIGITS = 6
+"""Rounded to this many decimals, so that workers as fast as they were said to be are exactly so."""
 
 Report = tuple[WorkerHello, WorkerLoad]
 StepsOf = Callable[[WorkerLoad], LiveSteps | None]
@@ -100,7 +102,10 @@ def _slownesses(
         return {}
     common = _common(list(found.values()))
     own = {worker_id: _own(each, common) for worker_id, each in found.items()}
-    return {hello.worker_id: math.exp(common + own.get(hello.worker_id, 0.0)) for hello, _ in group}
+    return {
+        hello.worker_id: round(math.exp(common + own.get(hello.worker_id, 0.0)), NUM_DIGITS)
+        for hello, _ in group
+    }
 
 
 def _evidence(steps: LiveSteps | None, shape: StepCoefficients) -> _Evidence | None:

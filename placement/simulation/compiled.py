@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from pdserve.domain import latency, pair_cost
+from pdserve.domain import kv_demand, latency, pair_cost
 from pdserve.domain.errors import LocalFault
 from pdserve.engine.kernel_cache import stamp_of, use_cache
 
@@ -24,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 MISSING = "the planner needs numba, which is not installed: pip install 'pdserve[planner]'"
 
 
-SHARED = (latency, pair_cost)
+SHARED = (kv_demand, latency, pair_cost)
 """Modules of plain functions that kernels make part of themselves."""
 
 

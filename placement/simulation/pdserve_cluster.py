@@ -4,7 +4,7 @@ The decode side's blocks for prompt and answer are promised before the prompt is
 waits there, first come first served, while they are not free.
 """
 
-from pdserve.domain import pair_cost
+from pdserve.domain import kv_demand, pair_cost
 from placement.simulation.compiled import compiled, inlined
 from placement.simulation.event_heap import pop
 from placement.simulation.pdserve_shared import steal
@@ -77,6 +77,7 @@ from placement.simulation.pdserve_workers import (
     start_woken,
 )
 
+_num_answer_kv_tokens = inlined(kv_demand.num_answer_kv_tokens)
 _reading_s = inlined(pair_cost.reading_s)
 _answer_step_s = inlined(pair_cost.answer_step_s)
 _first_token_s = inlined(pair_cost.first_token_s)
@@ -185,7 +186,7 @@ def _arrive(c: Cluster, request: int, now: float) -> None:
     c.request_s[request, DEADLINE_S] += now  # which held the class's promise
     prompt = c.requests[request, PROMPT]
     max_tokens = int(c.requests[request, OUTPUT] * c.rates[MAX_TOKENS_FACTOR] + 0.5)
-    c.requests[request, WRITER_BLOCKS] = num_blocks(c, prompt + max_tokens)
+    c.requests[request, WRITER_BLOCKS] = num_blocks(c, _num_answer_kv_tokens(prompt, max_tokens))
     c.requests[request, READER_BLOCKS] = num_blocks(c, prompt)
     is_late = _choose_pair(c, request, now)
     if _is_refused(c, request, is_late):

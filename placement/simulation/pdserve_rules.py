@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pdserve.domain.errors import LocalFault
+from pdserve.domain.kv_demand import num_answer_kv_tokens
 from placement.linear_steps import linear_steps
 from placement.simulation import pdserve_state as state
 from placement.simulation.pdserve_cluster import run_cluster
@@ -154,15 +155,16 @@ class PdserveCluster:
         size = self._options.block_size
         room = self._instances[:, state.NUM_BLOCKS] * size
         writers = self._instances[:, state.WRITES] > 0
-        held = trace.prompts + (trace.outputs * self._options.max_tokens_factor + 0.5).astype(int)
+        max_tokens = (trace.outputs * self._options.max_tokens_factor + 0.5).astype(int)
+        held = num_answer_kv_tokens(trace.prompts, max_tokens)
         for tokens, most, what in (
             (held, int(room[writers].max()), "prompt and answer"),
             (trace.prompts, int(room.min()), "prompt"),
         ):
             if (longest := int(tokens.max())) > most:
                 raise LocalFault(
-                    f"request {int(tokens.argmax())}: {what} of {longest} tokens exceed the KV "
-                    f"memory of an instance, {most} tokens"
+                    f"request {int(tokens.argmax())}: {what} need the KV of {longest} tokens; that "
+                    f"exceeds the memory of an instance, {most} tokens"
                 )
 
     def _new_cluster(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pdserve.domain.ids import PROTOCOL_VERSION, AttemptId, Epoch, RequestId, WorkerId
+from pdserve.domain.kv_demand import num_answer_kv_tokens
 from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import StepCoefficients, num_attention_pairs
 from pdserve.domain.messages import Reads, Role, WorkerHello, WorkerLoad
@@ -185,7 +186,7 @@ class PlainCluster:
         """Blocks and a place to whoever waits first, while they last; then the prompt is read."""
         while writer.waiting:
             request = writer.waiting[0]
-            needed = self.blocks(request.prompt + request.output)
+            needed = self.blocks(num_answer_kv_tokens(request.prompt, request.output))
             if needed > writer.num_free or writer.num_admitted >= writer.max_num_requests:
                 return
             writer.num_free -= needed
@@ -309,7 +310,7 @@ class PlainCluster:
         assert writer is not None
         self.ledger.release(request.attempt)
         writer.num_admitted -= 1
-        writer.num_free += self.blocks(request.prompt + request.output)
+        writer.num_free += self.blocks(num_answer_kv_tokens(request.prompt, request.output))
         self.send_next(end_s)
         self.at(self.now_s, lambda: self.promise(writer))
 

@@ -228,7 +228,7 @@ def test_classes_are_drawn_by_share_and_the_same_each_time() -> None:
 @pytest.mark.parametrize(
     ("load", "message"),
     [
-        (workload((0.0, 200_000, 2)), "request 0: prompt and answer of 200002 tokens exceed"),
+        (workload((0.0, 200_000, 2)), "request 0: prompt and answer need the KV of 200001 tokens"),
         (workload((0.0, 10, 5), (0.0, 10, 0)), "request 1: output_tokens must be at least 1"),
     ],
 )
