@@ -27,6 +27,7 @@ from tests.support.worker_pair import (
     WorkerPair,
     demo_tokenizer,
     oracle,
+    steps_of,
 )
 
 DEADLINE_S = 60.0
@@ -133,8 +134,8 @@ def schedule_of(seed: int) -> Schedule:
             max_num_waiting=rng.randint(1, 12),
             max_local_prefill_tokens=rng.randint(0, 8),
             reuses_prefixes=rng.random() < 0.5,
-            prefill_step_s=rng.choice([0.001, 0.01]),
-            decode_step_s=rng.choice([0.01, 0.05]),
+            prefill_steps=steps_of(rng.choice([0.001, 0.01])),
+            decode_steps=steps_of(rng.choice([0.01, 0.05])),
         ),
         delay_s=rng.choice([0.0, 0.0, 0.001, 0.03]),
         read_s=rng.choice([0.0, 0.0, 0.001, 0.02]),

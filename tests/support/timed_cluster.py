@@ -142,7 +142,6 @@ class TimedCluster:
         self, settings: WorkerSettings, stack: contextlib.AsyncExitStack
     ) -> None:
         node = PrefillNode(settings.worker_id, 1, self._values_for(settings))
-        node.engine.coefficients = _coefficients(settings)
         await node.start()
         stack.push_async_callback(node.kill)
         self._prefill.append(node)
@@ -153,7 +152,6 @@ class TimedCluster:
     ) -> None:
         pair = self._values_for(settings)
         await stack.enter_async_context(pair)
-        pair.engine.coefficients = _coefficients(settings)
         pair.prefill = self._prefill
         self._decode[settings.worker_id] = pair
         self._register(settings, pair.service.load, stack)
@@ -169,6 +167,8 @@ class TimedCluster:
             max_num_waiting=settings.max_num_waiting,
             max_local_prefill_tokens=settings.max_local_prefill_tokens,
             reuses_prefixes=settings.engine.prefix_reuse,
+            prefill_steps=_coefficients(settings),
+            decode_steps=_coefficients(settings),
         )
         pair = WorkerPair(sizes, name=settings.worker_id, timers=settings.timers)
         pair.transport = self._transport

@@ -86,11 +86,16 @@ def demo_tokenizer() -> Tokenizer:
 _SPARE_ENGINES: dict[int, list[TimedEngine]] = {}
 
 
-def borrow_engine(num_blocks: int, fixed_s: float = COEFFICIENTS.fixed_s) -> TimedEngine:
+def steps_of(fixed_s: float) -> StepCoefficients:
+    """Steps that take `fixed_s`, and what tokens add to it."""
+    return replace(COEFFICIENTS, fixed_s=fixed_s)
+
+
+def borrow_engine(num_blocks: int, coefficients: StepCoefficients = COEFFICIENTS) -> TimedEngine:
     """An engine for one event loop; give it back. Its KV is whatever the last user left there."""
     spare = _SPARE_ENGINES.setdefault(num_blocks, [])
     engine = spare.pop() if spare else _open_engine(num_blocks)
-    engine.coefficients = replace(COEFFICIENTS, fixed_s=fixed_s)
+    engine.coefficients = coefficients
     engine._free_at_s = 0.0  # a time of its last event loop
     return engine
 
@@ -231,12 +236,12 @@ class PrefillNode:
         sizes, timers = pair.sizes, pair.timers
         self.name = name
         self.epoch = Epoch(epoch)
-        self.engine = borrow_engine(sizes.prefill_blocks, sizes.prefill_step_s)
+        self.engine = borrow_engine(sizes.prefill_blocks, sizes.prefill_steps)
         self.pool = BlockPool(sizes.prefill_blocks, reuse_prefixes=sizes.reuses_prefixes)
         self.loop = PrefillLoop(
             self.engine,
             self.pool,
-            coefficients=COEFFICIENTS,
+            coefficients=sizes.prefill_steps,
             max_step_tokens=sizes.max_step_tokens,
             max_num_active=sizes.max_num_requests,
             max_num_waiting=sizes.max_num_waiting,
@@ -380,8 +385,8 @@ class Sizes:
     max_num_waiting: int = 16
     max_local_prefill_tokens: int = 4
     reuses_prefixes: bool = True
-    prefill_step_s: float = COEFFICIENTS.fixed_s  # of any step; tokens add to it
-    decode_step_s: float = COEFFICIENTS.fixed_s
+    prefill_steps: StepCoefficients = COEFFICIENTS
+    decode_steps: StepCoefficients = COEFFICIENTS
 
 
 @dataclass(slots=True, eq=False)
@@ -457,7 +462,7 @@ class WorkerPair:
         clock = asyncio.get_running_loop().time
         for index in range(sizes.num_prefill):
             self.prefill.append(await self._start_prefill(f"prefill-{index}"))
-        self.engine = borrow_engine(sizes.decode_blocks, sizes.decode_step_s)
+        self.engine = borrow_engine(sizes.decode_blocks, sizes.decode_steps)
         self._stack.callback(give_back, self.engine)
         self.pool = BlockPool(sizes.decode_blocks, reuse_prefixes=sizes.reuses_prefixes)
         self.links = PrefillLinks(
@@ -466,7 +471,7 @@ class WorkerPair:
         await self._stack.enter_async_context(self.links)
         self.decode_loop = DecodeLoop(
             self.engine,
-            coefficients=COEFFICIENTS,
+            coefficients=sizes.decode_steps,
             max_step_tokens=sizes.max_step_tokens,
             clock=clock,
         )

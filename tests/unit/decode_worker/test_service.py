@@ -16,7 +16,7 @@ from pdserve.domain.tokens import Completed, Failed, FinishReason, SampledToken
 from pdserve.engine.contract import StepBatch, StepResult
 from pdserve.rpc.streams import memory_stream_pair
 from tests.support.virtual_time import VirtualTimeLoop, virtual
-from tests.support.worker_pair import Call, Sizes, WorkerPair, oracle
+from tests.support.worker_pair import Call, Sizes, WorkerPair, oracle, steps_of
 
 PROMPT = tuple(range(10, 40))
 
@@ -40,7 +40,7 @@ async def test_answer_is_that_of_one_correct_worker() -> None:
 
 @virtual
 async def test_prompt_that_is_read_here_is_reported_until_it_is_read() -> None:
-    async with WorkerPair(Sizes(max_step_tokens=8, decode_step_s=1.0)) as pair:
+    async with WorkerPair(Sizes(max_step_tokens=8, decode_steps=steps_of(1.0))) as pair:
         call = pair.submit(PROMPT, max_tokens=3, targets=[])
         seen = []
         for _ in range(4):
