@@ -81,15 +81,17 @@ def choose_pair(
     suspect one is taken: on a busy machine it is late, not dead, and if it is dead the request is
     told so within moments.
     """
-    readers = [
-        worker for worker in view.prefill if worker.is_usable and worker.life not in excluded
-    ]
+    readers = _ranked(
+        [worker for worker in view.prefill if worker.is_usable and worker.life not in excluded],
+        shape,
+        max_wait_s,
+    )
     fitting = [
         worker for worker in view.decode if worker.life not in excluded and _fits(worker, shape)
     ]
     usable = [worker for worker in fitting if worker.is_usable]
     suspect = [worker for worker in fitting if worker.health is Health.SUSPECT]
-    candidates = [_pair_at(decode, readers, shape, max_wait_s) for decode in usable or suspect]
+    candidates = [_pair_at(decode, readers, shape) for decode in usable or suspect]
     if not candidates:
         return NoWorkers()
     best = min(candidates, key=lambda pair: _rank(pair, shape, max_wait_s))
@@ -103,20 +105,23 @@ def _fits(decode: WorkerView, shape: RequestShape) -> bool:
     return shape.num_blocks(decode.hello.block_size) <= decode.hello.num_blocks
 
 
-def _pair_at(
-    decode: WorkerView, readers: list[WorkerView], shape: RequestShape, max_wait_s: float
-) -> Pair:
+def _ranked(readers: list[WorkerView], shape: RequestShape, max_wait_s: float) -> list[WorkerView]:
+    """Prefill workers, best first."""
+
     def rank(reader: WorkerView) -> tuple[tuple[bool, float], Life]:
         is_late = _read_s(reader) > max_wait_s
         return (reader_rank(is_late, _read_s(reader, shape)), reader.life)
 
+    return sorted(readers, key=rank)
+
+
+def _pair_at(decode: WorkerView, readers: list[WorkerView], shape: RequestShape) -> Pair:
     is_reader = decode.hello.reads is Reads.OWN
     others = [] if is_reader else [each for each in readers if each.can_exchange_kv_with(decode)]
-    ranked = sorted(others, key=rank)
     return Pair(
         decode=decode,
-        prefill_targets=tuple(ranked[:MAX_NUM_PREFILL_TARGETS]),
-        ttft_s=first_token_s(_read_s(ranked[0] if ranked else decode, shape), bool(ranked)),
+        prefill_targets=tuple(others[:MAX_NUM_PREFILL_TARGETS]),
+        ttft_s=first_token_s(_read_s(others[0] if others else decode, shape), bool(others)),
         step_s=_step_s(decode, shape),
     )
 

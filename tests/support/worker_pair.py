@@ -520,7 +520,8 @@ class WorkerPair:
         await self.router.send(
             PeerHello(peer_id="router", epoch=Epoch(1), protocol_version=PROTOCOL_VERSION)
         )
-        assert isinstance(await self.router.receive(), PeerHello)
+        reply = await self.router.receive()
+        assert isinstance(reply, PeerHello)
         self._collecting = asyncio.create_task(self._collect(self.router))
 
     def submit(
