@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +46,9 @@ def ray_nodes() -> Iterator[RayNodes]:
     for name, value in QUIET.items():
         patch.setenv(name, value)
     patch.delenv("RAY_ADDRESS", raising=False)
+    # Ray notes the head's address below RAY_TMPDIR/ray, which only an earlier run would have made.
+    patch.setenv("RAY_TMPDIR", folder)
+    (Path(folder) / "ray").mkdir()
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(
