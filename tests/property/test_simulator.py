@@ -58,11 +58,10 @@ def traces(draw: st.DrawFn) -> Trace:
     shape = draw(st.sampled_from((0.1, 1.0, 10.0)))
     prompts = draw(st.sampled_from(((1, 1), (1, 20), (1, 3_999), (2_000, 3_999))))
     outputs = draw(st.sampled_from(((0, 1), (0, 10), (0, 300), (200, 300))))
+    gaps_s = rng.gamma(shape, gap_s / shape, num) if gap_s else np.zeros(num)
     return Trace(
         # Whole microseconds: equal times are equal in the peer's milliseconds, too.
-        arrival_s=np.cumsum(rng.gamma(shape, gap_s / shape, num)).round(6)
-        if gap_s
-        else np.zeros(num),
+        arrival_s=np.cumsum(gaps_s).round(6),
         prompts=rng.integers(prompts[0], prompts[1] + 1, num),
         outputs=rng.integers(outputs[0], outputs[1] + 1, num),
     )
