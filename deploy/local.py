@@ -180,6 +180,8 @@ class LocalCluster:
 
     async def _start_forking(self) -> None:
         """Without a fork server workers begin as programs: only slower."""
+        if not any(_can_fork(each.settings) for each in self.deployment.workers):
+            return
         self._report("importing what workers need")
         with opened_log(self.log_dir / "fork-server.log") as log:
             try:
@@ -190,7 +192,7 @@ class LocalCluster:
     def _worker(self, settings: WorkerSettings) -> LocalProcess:
         told = settings.model_copy(update={"routers": (self.internal_address,)})
         log_path = self.log_dir / f"{told.worker_id}.log"
-        if told.engine.device != "cpu":  # what has used a GPU cannot be forked
+        if not _can_fork(told):
             return LocalProcess(told.worker_id, told.role, told, log_path)
         server = self._fork_server.name
         return ForkedProcess(server, told.worker_id, told.role, told, log_path)
@@ -316,6 +318,11 @@ def _obituary(process: LocalProcess, code: int) -> str:
         f"{process.name} {describe_exit(code)}; the end of {process.log_path}:\n"
         f"{process.last_words()}"
     )
+
+
+def _can_fork(settings: WorkerSettings) -> bool:
+    """What has used a GPU cannot be forked."""
+    return settings.engine.device == "cpu"
 
 
 def _preloaded_engine(deployment: Deployment) -> Literal["torch", "timed"]:
