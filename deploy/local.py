@@ -1,6 +1,7 @@
 """A whole cluster as processes of this machine."""
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from pdserve.domain.errors import LocalFault, PdserveError
 
 KILL_GRACE_S = 5.0
 """A process that takes this much longer to drain than its own limit is killed."""
+JOIN_S = 10.0
 RESTART_S = 120.0
 """A process that does not serve so long after it was started again is tried anew."""
 
@@ -230,6 +232,10 @@ class LocalCluster:
             self._tell(f"{_obituary(process, code)}\nstarting {process.name} again")
             await asyncio.sleep(backoff.after_life(lost_s - born_s))
             ready = await self._revive(place, backoff)
+            names = {each.name for each in self.workers} if place == 0 else {process.name}
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(JOIN_S):  # the router takes it in a moment later
+                    await all_alive(self.internal_address, names)
             gone_s = loop.time() - lost_s
             self._tell(f"{process.name} serves again at {ready.address}, {gone_s:.1f} s later")
 
