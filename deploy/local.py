@@ -25,6 +25,7 @@ from pdserve.domain.errors import LocalFault, PdserveError
 KILL_GRACE_S = 5.0
 """A process that takes this much longer to drain than its own limit is killed."""
 JOIN_S = 10.0
+"""The router has a worker that serves within this time, unless something else is wrong."""
 RESTART_S = 120.0
 """A process that does not serve so long after it was started again is tried anew."""
 
