@@ -24,6 +24,7 @@ from router.tokenizing import (
     LaneSettings,
     TextEncoder,
 )
+from tests.support.loop_turns import longest_s, watch_turns
 
 SOON_S = 60.0
 TOKENIZER = Tokenizer.load(DEMO_MODEL_DIR)
@@ -109,26 +110,13 @@ async def test_text_does_not_wait_for_longer_ones_and_none_of_them_holds_up_the_
     async with open_encoder() as encoder, asyncio.TaskGroup() as tasks:
         huge = [tasks.create_task(encoder.encode(HUGE)) for _ in range(4)]
         await until_at_work(2)
-        stalls: list[float] = []
-        watching = tasks.create_task(watch(stalls))
-        for _ in range(5):
-            for text in (LONG[:20_000], "def f(x):"):
-                assert tuple(await encoder.encode(text)) == TOKENIZER.encode(text)
-            assert not any(task.done() for task in huge)
-        await asyncio.wait(huge)
-        watching.cancel()
-        assert max(stalls) < 0.1, sorted(stalls)[-5:]
-
-
-async def watch(stalls: list[float]) -> None:
-    """Processor time of this process between two turns of the event loop.
-
-    Another thread that holds the interpreter's lock counts, and a busy machine does not.
-    """
-    while True:
-        started_s = time.process_time()
-        await asyncio.sleep(0.001)  # ends in the first turn after a millisecond
-        stalls.append(time.process_time() - started_s)
+        async with watch_turns() as turns_s:
+            for _ in range(5):
+                for text in (LONG[:20_000], "def f(x):"):
+                    assert tuple(await encoder.encode(text)) == TOKENIZER.encode(text)
+                assert not any(task.done() for task in huge)
+            await asyncio.wait(huge)
+        assert longest_s(turns_s) < 0.1
 
 
 async def test_text_that_nobody_waits_for_costs_nothing_more() -> None:
