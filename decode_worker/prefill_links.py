@@ -28,7 +28,7 @@ from pdserve.rpc.streams import PrefillLink, iterate, receive_hello, send_or_abo
 
 log = structlog.get_logger(__name__)
 
-Connect = Callable[[str], Awaitable[PrefillLink]]
+Connect = Callable[[str, Timers], Awaitable[PrefillLink]]
 
 
 class PeerLink:
@@ -170,7 +170,7 @@ class PrefillLinks:
             return WorkerLost(f"prefill worker {target.worker_id} cannot be linked")
 
     async def _open(self, target: PrefillTarget) -> PeerLink:
-        stream = await self._connect(target.address)
+        stream = await self._connect(target.address, self._timers)
         try:
             await stream.send(self._hello)
             theirs = await receive_hello(stream, self._timers.connect_s)

@@ -16,6 +16,7 @@ from pdserve.domain.messages import (
     HandoffHello,
     RenewLeases,
     StartHandoff,
+    WorkerLoad,
 )
 from pdserve.domain.sampling import check_sampling
 from pdserve.domain.tokens import Failed, are_below
@@ -52,6 +53,16 @@ class PrefillService:
         self._hello_s = hello_s
         self._clock = clock
         self.is_draining = False
+
+    def load(self, sequence: int) -> WorkerLoad:
+        return self._loop.load(sequence, is_draining=self.is_draining)
+
+    async def wait_idle(self) -> None:
+        """Until no prompt waits, is read or is offered."""
+        await self._loop.wait_idle()
+
+    async def close(self) -> None:
+        """Peers of an idle worker have nothing more to hear: all its handoffs have ended."""
 
     async def handle(self, stream: PrefillServerLink) -> None:
         """Serve one decode worker until its stream ends."""

@@ -3,14 +3,13 @@
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import structlog
 
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import Reason, WorkerLost
 from pdserve.domain.messages import WorkerHello, WorkerLoad
-from pdserve.rpc.links import connect_membership
 from pdserve.rpc.streams import RegisterLink, receive_hello
 
 log = structlog.get_logger(__name__)
@@ -19,12 +18,16 @@ FIRST_BACKOFF_S = 0.02
 MAX_BACKOFF_S = 0.5
 MIN_HEARTBEAT_S = 0.01  # whatever the router asks for
 
+ConnectRouter = Callable[[str, Timers], Awaitable[RegisterLink]]
+"""Opens the stream to the router at an address; raises `WorkerLost`."""
+
 
 class Registration:
     """Keeps one worker registered with one router until cancelled."""
 
     def __init__(
         self,
+        connect: ConnectRouter,
         router_address: str,
         hello: WorkerHello,
         load: Callable[[], WorkerLoad],
@@ -33,6 +36,7 @@ class Registration:
         on_refused: Callable[[str], None] = lambda why: None,
         is_held_elsewhere: "Callable[[Registration], bool]" = lambda _: False,
     ) -> None:
+        self._connect = connect
         self._router_address = router_address
         self._hello = hello
         self._load = load
@@ -65,7 +69,7 @@ class Registration:
     async def _register(self) -> bool:
         """One registration, from its connection to its end; returns whether there was one."""
         try:
-            link = await connect_membership(self._router_address, self._timers)
+            link = await self._connect(self._router_address, self._timers)
         except WorkerLost:
             log.debug("router.unreachable", router=self._router_address)
             return False

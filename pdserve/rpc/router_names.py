@@ -12,7 +12,7 @@ from pdserve.config.timers import Timers
 from pdserve.domain.addresses import is_ip, join_address, split_address
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.messages import WorkerHello, WorkerLoad
-from pdserve.rpc.registration import Registration
+from pdserve.rpc.registration import ConnectRouter, Registration
 
 log = structlog.get_logger(__name__)
 
@@ -38,10 +38,12 @@ class RouterRegistrations:
         timers: Timers,
         rng: random.Random,
         *,
+        connect: ConnectRouter,
         resolve: Resolve | None = None,
         resolve_s: float = RESOLVE_S,
     ) -> None:
         self.refused: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._connect = connect
         self._hello = hello
         self._load = load
         self._timers = timers
@@ -89,6 +91,7 @@ class RouterRegistrations:
 
     def _start(self, address: str) -> None:
         registration = Registration(
+            self._connect,
             address,
             self._hello,
             self._load,

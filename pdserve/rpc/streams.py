@@ -197,6 +197,11 @@ class MailboxStream(Generic[Out, In]):
             raise self._lost()
         return message
 
+    def explain(self, why: str, reason: Reason | None = None) -> None:
+        """Why the stream is about to be over: `why` goes on from the peer's name."""
+        self._why_over = why
+        self._reason_over = reason if reason is Reason.INCOMPATIBLE_PEER else None
+
     async def close(self) -> None:
         self.abort()
 

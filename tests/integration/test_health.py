@@ -62,17 +62,19 @@ async def test_a_process_is_ready_and_live_until_it_says_otherwise() -> None:
 
 async def test_router_is_ready_from_its_first_decode_worker_on() -> None:
     settings = RouterSettings(port=0, internal_port=0, timers=QUICK_TIMERS, log_level="error")
-    async with open_router(settings) as router:
-        address = router.public.address
+    async with open_router(settings) as served:
+        address = served.public.address
         assert await check(address, READINESS) == NOT_SERVING
         assert await check(address, LIVENESS) == SERVING
         stop = asyncio.Event()
-        worker, _ = await _start_decode(stop, routers=(router.internal.address,))
+        worker, _ = await _start_decode(stop, routers=(served.internal.address,))
         await becomes(address, READINESS, SERVING)
         stop.set()
         await worker
         await wait_until(
-            lambda: not router.membership.view(0).decode, within_s=10, what="the worker is gone"
+            lambda: not served.router.membership.view(0).decode,
+            within_s=10,
+            what="the worker is gone",
         )
         assert await check(address, READINESS) == SERVING
 
@@ -80,8 +82,8 @@ async def test_router_is_ready_from_its_first_decode_worker_on() -> None:
 async def test_worker_is_ready_while_a_router_has_it() -> None:
     stop = asyncio.Event()
     settings = RouterSettings(port=0, internal_port=0, timers=QUICK_TIMERS, log_level="error")
-    async with open_router(settings) as router:
-        worker, address = await _start_decode(stop, routers=(router.internal.address,))
+    async with open_router(settings) as served:
+        worker, address = await _start_decode(stop, routers=(served.internal.address,))
         await becomes(address, READINESS, SERVING)
     await becomes(address, READINESS, NOT_SERVING)
     assert await check(address, LIVENESS) == SERVING
@@ -102,14 +104,14 @@ async def test_worker_in_one_step_for_too_long_is_not_live(
     stop = asyncio.Event()
     settings = RouterSettings(port=0, internal_port=0, timers=QUICK_TIMERS, log_level="error")
     timers = QUICK_TIMERS.model_copy(update={"stuck_s": 0.2})
-    async with open_router(settings) as router:
+    async with open_router(settings) as served:
         worker, address = await _start_decode(
-            stop, routers=(router.internal.address,), timers=timers
+            stop, routers=(served.internal.address,), timers=timers
         )
-        await becomes(router.public.address, READINESS, SERVING)
+        await becomes(served.public.address, READINESS, SERVING)
         assert await check(address, LIVENESS) == SERVING
         monkeypatch.setattr(TimedEngine, "step", held_step)
-        async with InferenceClient(router.public.address) as client:
+        async with InferenceClient(served.public.address) as client:
             answer = asyncio.create_task(client.complete("def", Sampling(max_tokens=4)))
             await becomes(address, LIVENESS, NOT_SERVING)
             assert await check(address, READINESS) == SERVING

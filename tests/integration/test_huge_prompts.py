@@ -66,7 +66,7 @@ async def served() -> AsyncIterator[tuple[Cluster, AnsweringWorker]]:
     async with run_cluster(timers=Timers()) as cluster:
         worker = AnsweringWorker()
         cluster.workers.append(worker)
-        await worker.start(cluster.router)
+        await worker.start(cluster.served)
         tasks = [asyncio.create_task(work) for work in (worker.answer(), worker.report())]
         try:
             async with asyncio.timeout(PATIENCE_S):

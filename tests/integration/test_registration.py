@@ -8,6 +8,7 @@ from random import Random
 import structlog
 
 from pdserve.domain.messages import WorkerLoad
+from pdserve.rpc.links import connect_membership
 from pdserve.rpc.registration import Registration
 from tests.support.registry import TIMERS, Registry
 from tests.unit.router.builders import make_hello, make_load
@@ -18,7 +19,9 @@ SOON_S = 10.0
 @contextlib.asynccontextmanager
 async def registered(address: str, load: object = None) -> AsyncIterator[asyncio.Task[None]]:
     make = load if callable(load) else make_load
-    registration = Registration(address, make_hello("w"), make, TIMERS, Random(1))
+    registration = Registration(
+        connect_membership, address, make_hello("w"), make, TIMERS, Random(1)
+    )
     task = asyncio.create_task(registration.run())
     try:
         async with asyncio.timeout(SOON_S):
@@ -86,7 +89,9 @@ async def test_router_that_asks_for_no_pause_gets_no_flood() -> None:
 async def test_load_that_changed_is_reported_before_the_next_heartbeat() -> None:
     registry = Registry(heartbeat_s=3600.0)
     server = await registry.serve()
-    registration = Registration(server.address, make_hello("w"), make_load, TIMERS, Random(1))
+    registration = Registration(
+        connect_membership, server.address, make_hello("w"), make_load, TIMERS, Random(1)
+    )
     task = asyncio.create_task(registration.run())
     async with asyncio.timeout(SOON_S):
         await registry.loads.get()

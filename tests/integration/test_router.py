@@ -36,7 +36,8 @@ from pdserve.rpc.server import RpcServer
 from pdserve.rpc.streams import DecodeServerLink, RegisterLink, iterate
 from pdserve.v1 import inference_pb2 as pb
 from pdserve.v1 import inference_pb2_grpc, membership_pb2, membership_pb2_grpc, types_pb2
-from router.app import Router, open_router
+from router.app import ServedRouter, open_router
+from router.building import Router
 from tests.unit.router.builders import make_hello, make_load
 
 T = TypeVar("T")
@@ -69,7 +70,7 @@ class ScriptedWorker:
         self.membership: RegisterLink
         self._stream: DecodeServerLink | None = None
 
-    async def start(self, router: Router) -> None:
+    async def start(self, served: ServedRouter) -> None:
         self.server = await RpcServer.start(
             "127.0.0.1",
             0,
@@ -77,15 +78,15 @@ class ScriptedWorker:
             PATIENT,
             max_message_bytes=MAX_INTERNAL_MESSAGE_BYTES,
         )
-        await self.register(router, self.hello())
-        await until(lambda: is_usable(router, self.worker_id))
+        await self.register(served, self.hello())
+        await until(lambda: is_usable(served.router, self.worker_id))
 
     def hello(self, **changes: Any) -> WorkerHello:
         fields = {"epoch": self.epoch, "address": self.server.address, **changes}
         return make_hello(self.worker_id, **fields)
 
-    async def register(self, router: Router, hello: WorkerHello) -> None:
-        self.membership = await connect_membership(router.internal.address, PATIENT)
+    async def register(self, served: ServedRouter, hello: WorkerHello) -> None:
+        self.membership = await connect_membership(served.internal.address, PATIENT)
         await self.membership.send(hello)
         await soon(self.membership.receive())
 
@@ -155,8 +156,9 @@ def settings(**changes: Any) -> RouterSettings:
 class Cluster:
     """A router, its client and the workers that a test starts."""
 
-    def __init__(self, router: Router, channel: grpc.aio.Channel) -> None:
-        self.router = router
+    def __init__(self, served: ServedRouter, channel: grpc.aio.Channel) -> None:
+        self.served = served
+        self.router = served.router
         self.channel = channel
         self.client: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
         self.workers: list[ScriptedWorker] = []
@@ -164,7 +166,7 @@ class Cluster:
     async def worker(self, worker_id: str = "d0", epoch: int = 1) -> ScriptedWorker:
         worker = ScriptedWorker(worker_id, epoch)
         self.workers.append(worker)
-        await worker.start(self.router)
+        await worker.start(self.served)
         return worker
 
     def generate(self, max_tokens: int = 8, timeout: float | None = None, **fields: Any) -> Any:
@@ -177,9 +179,9 @@ class Cluster:
 
 @contextlib.asynccontextmanager
 async def run_cluster(**changes: Any) -> AsyncIterator[Cluster]:
-    async with open_router(settings(**changes)) as router:
-        channel = grpc.aio.insecure_channel(router.public.address)
-        cluster = Cluster(router, channel)
+    async with open_router(settings(**changes)) as served:
+        channel = grpc.aio.insecure_channel(served.public.address)
+        cluster = Cluster(served, channel)
         try:
             yield cluster
             await cluster.assert_nothing_is_held()
@@ -308,7 +310,7 @@ async def test_models_and_cluster_state_are_shown() -> None:
         assert (model.name, model.max_context_tokens, model.vocab_size) == ("demo", 1024, 2048)
         call = cluster.generate()
         submit = await soon(worker.submits.get())
-        async with grpc.aio.insecure_channel(cluster.router.internal.address) as channel:
+        async with grpc.aio.insecure_channel(cluster.served.internal.address) as channel:
             stub: Any = membership_pb2_grpc.MembershipStub(channel)  # type: ignore[no-untyped-call]
             state = await stub.GetCluster(membership_pb2.GetClusterRequest())
             assert state.num_in_flight == 1
@@ -326,7 +328,7 @@ async def test_prefill_workers_are_named_best_first() -> None:
         worker = await cluster.worker()
         links = []
         for name in ("p0", "p1"):
-            link = await connect_membership(cluster.router.internal.address, PATIENT)
+            link = await connect_membership(cluster.served.internal.address, PATIENT)
             await link.send(make_hello(name, Role.PREFILL, address=f"127.0.0.1:{name[1]}"))
             await soon(link.receive())
             links.append(link)
@@ -514,7 +516,7 @@ async def test_attempts_are_bounded() -> None:
 async def test_failed_handoff_is_tried_again_without_its_prefill_workers() -> None:
     async with run_cluster() as cluster:
         worker = await cluster.worker()
-        link = await connect_membership(cluster.router.internal.address, PATIENT)
+        link = await connect_membership(cluster.served.internal.address, PATIENT)
         await link.send(make_hello("p0", Role.PREFILL))
         await soon(link.receive())
         call = cluster.generate()
@@ -621,7 +623,7 @@ async def test_outputs_for_unknown_requests_harm_nobody() -> None:
 @pytest.mark.parametrize("change", [{"protocol_version": 9}, {"tokenizer_hash": b"other"}])
 async def test_incompatible_worker_is_turned_away(change: dict[str, Any]) -> None:
     async with run_cluster() as cluster:
-        link = await connect_membership(cluster.router.internal.address, PATIENT)
+        link = await connect_membership(cluster.served.internal.address, PATIENT)
         await link.send(make_hello("d9", **change))
         with pytest.raises(WorkerLost):
             await soon(link.receive())
@@ -632,7 +634,7 @@ async def test_incompatible_worker_is_turned_away(change: dict[str, Any]) -> Non
 async def test_process_that_answers_in_the_place_of_another_gets_no_requests() -> None:
     async with run_cluster() as cluster:
         worker = await cluster.worker("d0")
-        link = await connect_membership(cluster.router.internal.address, PATIENT)
+        link = await connect_membership(cluster.served.internal.address, PATIENT)
         await link.send(worker.hello(worker_id=WorkerId("d1")))  # d0 answers at d1's address
         await soon(link.receive())
         call = cluster.generate()
@@ -765,7 +767,7 @@ async def test_attainment_is_counted_by_the_class_that_a_request_names() -> None
         ended = await failure(cluster.generate(slo_class=f"{SECRET} class"))
         assert (ended.reason, ended.violations) == ("INVALID_FIELD", ["slo_class"])
         assert "patient, instant" in ended.message
-        async with AdminClient(cluster.router.internal.address) as admin:
+        async with AdminClient(cluster.served.internal.address) as admin:
             patient, instant = (await admin.cluster_state()).slo
         assert (patient.num_met, patient.num_judged, patient.attainment) == (2, 2, 1.0)
         assert (instant.num_missed_ttft, instant.num_judged, instant.target) == (1, 1, 0.5)
@@ -800,7 +802,7 @@ async def test_drain_lets_requests_finish_and_takes_no_new_ones() -> None:
         worker = await cluster.worker()
         call = cluster.generate()
         submit = await soon(worker.submits.get())
-        draining = asyncio.create_task(cluster.router.drain(SOON_S))
+        draining = asyncio.create_task(cluster.served.drain(SOON_S))
         await until(lambda: cluster.router.in_flight.is_draining)
         ended = await failure(cluster.generate())
         assert (ended.code, ended.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
@@ -822,7 +824,7 @@ async def test_requests_that_outlast_the_drain_are_told() -> None:
         await read(started, 2)
         unstarted = cluster.generate()
         await soon(worker.submits.get())
-        await cluster.router.drain(0.0)
+        await cluster.served.drain(0.0)
         assert (await failure(started)).reason == "STREAM_INTERRUPTED"
         assert (await failure(unstarted)).reason == "DRAINING"
 

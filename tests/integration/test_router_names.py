@@ -12,6 +12,7 @@ import structlog
 from pdserve.config.processes import RouterSettings
 from pdserve.domain.addresses import join_address, split_address
 from pdserve.domain.errors import LocalFault, PeerFault, Reason
+from pdserve.rpc.links import connect_membership
 from pdserve.rpc.registration import MAX_BACKOFF_S
 from pdserve.rpc.router_names import RouterRegistrations, resolve_address
 from router.app import open_router
@@ -50,6 +51,7 @@ class Names:
             make_load,
             TIMERS,
             Random(1),
+            connect=connect_membership,
             resolve=self.resolve,
             resolve_s=0.001,
         )
@@ -145,8 +147,8 @@ async def test_router_with_two_addresses_is_registered_with_once() -> None:
         host="::", insecure=True, port=0, internal_port=0, metrics_port=None, timers=TIMERS
     )
     with structlog.testing.capture_logs() as logs:
-        async with open_router(settings) as router, names.registered() as registrations:
-            port = split_address(router.internal.address)[1]
+        async with open_router(settings) as served, names.registered() as registrations:
+            port = split_address(served.internal.address)[1]
             names.found = frozenset({join_address(host, port) for host in ("127.0.0.1", "::1")})
             await until(lambda: registrations.is_registered)
             # Long enough for either to have come back many times.

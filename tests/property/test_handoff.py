@@ -16,6 +16,7 @@ from hypothesis import Phase as Stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deploy.simulated.virtual_time import run_virtual
 from kvtransfer.session import Phase
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import Reason
@@ -34,9 +35,9 @@ from pdserve.domain.messages import (
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, SampledToken
 from pdserve.engine.contract import StepBatch, StepResult
+from pdserve.rpc.memory_network import Wire
 from pdserve.rpc.streams import MemoryStream, iterate
-from tests.support.virtual_time import run_virtual
-from tests.support.worker_pair import Call, Sizes, Wire, WorkerPair, oracle
+from tests.support.worker_pair import Call, Sizes, WorkerPair, oracle
 
 AGREE: dict[Phase, set[Phase | None]] = {
     Phase.COMPLETED: {Phase.COMPLETED, Phase.FAILED, Phase.EXPIRED, Phase.LOST},
@@ -197,9 +198,9 @@ class Run:
         )
         timers = Timers(lease_s=self.lease_s, renew_s=rng.choice([0.05, 3.0]))
         async with WorkerPair(sizes, timers=timers) as self.pair:
-            self.pair.make_wire = lambda left, right: UnrulyWire(left, right, self.weather)
+            self.pair.network.make_wire = lambda left, right: UnrulyWire(left, right, self.weather)
             read_s = rng.choice([0.0, 0.01, 0.05])
-            self.pair.transport.pause_s = lambda: rng.uniform(0, read_s)
+            self.pair.transport.block_s = lambda: rng.uniform(0, read_s)
             self.pair.transport.is_corrupt = lambda: rng.random() < self.corrupt_share
             self.pair.transport.asks = rng.random() < 0.5
             for node in self.pair.prefill:

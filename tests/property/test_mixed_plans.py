@@ -17,6 +17,7 @@ import yaml
 
 from deploy.deployment import Deployment
 from deploy.opening import read_deployment
+from deploy.simulated.virtual_time import run_virtual
 from placement.plan import Plan, PlanPool
 from placement.simulation.pdserve_rules import PdserveCluster
 from placement.simulation.timing import StepTiming
@@ -24,7 +25,6 @@ from placement.simulation.trace import Times, Trace
 from placement.simulation.values import Link, PdserveOptions, Pool
 from tests.support.plans import plan, pool
 from tests.support.timed_cluster import Ask, Outcome, open_timed_cluster
-from tests.support.virtual_time import run_virtual
 from tests.support.worker_pair import BLOCK_SIZE
 
 STEP_TOKENS = 64
@@ -53,7 +53,9 @@ def deployment_of(
             for role, replicas, times in pools
         ],
     )
-    data["limits"] |= {"max_step_tokens": STEP_TOKENS, "max_num_requests": 6, **limits}
+    no_rate = {"max_rate": 0.0}  # these requests come faster than those of the plan
+    sizes = {"max_step_tokens": STEP_TOKENS, "max_num_requests": 6}
+    data["limits"] |= {**no_rate, **sizes, **limits}
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(data), encoding="utf-8")
     return read_deployment(path, {"engine": "timed", "prefix_reuse": False}, [])

@@ -14,12 +14,12 @@ import structlog
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from deploy.simulated.virtual_time import run_virtual
 from pdserve.domain.errors import Reason
 from pdserve.domain.kv_demand import num_answer_kv_tokens
 from pdserve.domain.messages import Submit
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, FinishReason
-from tests.support.virtual_time import run_virtual
 from tests.support.worker_pair import (
     BLOCK_SIZE,
     Call,
@@ -176,7 +176,7 @@ class Run:
         delay_s = self.up_to(schedule.delay_s)
         async with WorkerPair(schedule.sizes, delay_s=delay_s) as self.pair:
             transport = self.pair.transport
-            transport.pause_s = self.up_to(schedule.read_s)
+            transport.block_s = self.up_to(schedule.read_s)
             transport.is_corrupt = lambda: self.rng.random() < schedule.corrupt_share
             transport.asks = schedule.asks
             watching = asyncio.create_task(self.watch())

@@ -4,29 +4,25 @@
                                  ▲                                    │
                                  └───────────── PairTransport ────────┘
 
-Everything but the streams and the transport is the code that serves. Both run on whatever event
-loop the test uses; on a virtual one the timed engines take no time.
+The workers are built by the product's own builders; only the router's side is the
+test's. All run on whatever event loop the test uses; on a virtual one timed engines take no time.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from decode_worker.decode_loop import DecodeLoop
-from decode_worker.handoff import Handoffs
-from decode_worker.intake import Intake
-from decode_worker.prefill_links import PrefillLinks
-from decode_worker.service import DecodeService
+from decode_worker.building import open_decode_worker
 from kvtransfer.digest import block_digest
 from kvtransfer.transports.base import MayRead
-from kvtransfer.transports.block_runs import check_read
+from kvtransfer.transports.memory import MemoryRegionServer, MemoryTransport
+from pdserve.config.processes import CoefficientSettings, EngineSettings, WorkerSettings
 from pdserve.config.timers import Timers
 from pdserve.domain.engine_spec import EngineSpec
-from pdserve.domain.errors import PeerFault, TransferFailed, WorkerLost
 from pdserve.domain.ids import PROTOCOL_VERSION, BlockId, Epoch, RequestId, WorkerId
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.layout import KvLayout, LayerKv
@@ -45,15 +41,15 @@ from pdserve.domain.messages import (
 )
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, SampledToken
-from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
 from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.model_files import ModelFiles, resolve_model_dir
 from pdserve.engine.timed_engine import TimedEngine, timed_tokens
 from pdserve.engine.tokenizer import Tokenizer
+from pdserve.rpc.memory_network import MemoryNetwork, Wire, serve_like_grpc
 from pdserve.rpc.streams import MemoryStream, PrefillLink, iterate, memory_stream_pair
-from prefill_worker.prefill_loop import PrefillLoop
-from prefill_worker.service import PrefillService
+from pdserve.worker.parts import WorkerParts
+from prefill_worker.building import open_prefill_worker
 
 T = TypeVar("T")
 
@@ -92,7 +88,7 @@ def steps_of(fixed_s: float) -> StepCoefficients:
 
 
 def borrow_engine(num_blocks: int, coefficients: StepCoefficients = COEFFICIENTS) -> TimedEngine:
-    """An engine for one event loop; give it back. Its KV is whatever the last user left there."""
+    """An engine for one event loop; close it. Its KV is whatever the last user left there."""
     spare = _SPARE_ENGINES.setdefault(num_blocks, [])
     engine = spare.pop() if spare else _open_engine(num_blocks)
     engine.coefficients = coefficients
@@ -100,12 +96,15 @@ def borrow_engine(num_blocks: int, coefficients: StepCoefficients = COEFFICIENTS
     return engine
 
 
-def give_back(engine: TimedEngine) -> None:
-    _SPARE_ENGINES[engine.kv.num_blocks].append(engine)
+class SpareEngine(TimedEngine):
+    """Used again by other tests: its memory takes longer to make than a test."""
+
+    def close(self) -> None:
+        _SPARE_ENGINES.setdefault(self.kv.num_blocks, []).append(self)
 
 
 def _open_engine(num_blocks: int) -> TimedEngine:
-    return TimedEngine(
+    return SpareEngine(
         demo_files(),
         block_size=BLOCK_SIZE,
         num_blocks=num_blocks,
@@ -126,40 +125,19 @@ def oracle(prompt: Sequence[int], sampling: SamplingParams) -> tuple[int, ...]:
     return timed_tokens(prompt, sampling.max_tokens, spec=timed_spec(), params=sampling)
 
 
-class PairTransport:
-    """Reads the memory of another worker of this process, block by block.
-
-    `pause_s` is asked for the time before each block, and `is_corrupt` whether to damage it. With
-    `asks` the serving side's `may_read` decides, as in tcp; else nobody does, as in shm.
+class PairTransport(MemoryTransport):
+    """Also damages blocks: `is_corrupt` is asked for each. Without `asks` nobody is asked whether
+    a block may be read, as in shm.
     """
 
-    name = "pair"
-
     def __init__(self) -> None:
-        self.pause_s: Callable[[], float] = lambda: 0.0
+        super().__init__()
         self.is_corrupt: Callable[[], bool] = lambda: False
         self.asks = True
         self.num_reads = 0
-        self._num_served = 0
-        self._served: dict[str, tuple[KvMemory, MayRead]] = {}
 
-    async def serve(self, memory: KvMemory, may_read: MayRead) -> "PairServer":
-        self._num_served += 1
-        place = str(self._num_served)
-        self._served[place] = (memory, may_read)
-        region = RemoteRegion(
-            transport=self.name,
-            address={"place": place},
-            num_blocks=memory.num_blocks,
-            block_bytes=memory.layout.block_bytes,
-        )
-        return PairServer(region, self)
-
-    def forget(self, region: RemoteRegion) -> None:
-        self._served.pop(region.address["place"], None)
-
-    def can_reach(self, region: RemoteRegion) -> bool:
-        return region.transport == self.name
+    async def serve(self, memory: KvMemory, may_read: MayRead) -> MemoryRegionServer:
+        return await super().serve(memory, lambda blocks: not self.asks or may_read(blocks))
 
     async def read(
         self,
@@ -168,148 +146,63 @@ class PairTransport:
         memory: KvMemory,
         local_blocks: Sequence[BlockId],
     ) -> None:
-        check_read(region, remote_blocks, memory, local_blocks)
         self.num_reads += 1
-        for remote, local in zip(remote_blocks, local_blocks, strict=True):
-            await asyncio.sleep(self.pause_s())
-            served = self._served.get(region.address["place"])
-            if served is None:
-                raise TransferFailed("the peer is gone")
-            source, may_read = served
-            if self.asks and not may_read([remote]):
-                raise TransferFailed("not on offer")
-            memory.block(local)[:] = source.block(remote)
+        await super().read(region, remote_blocks, memory, local_blocks)
+        for block in local_blocks:
             if self.is_corrupt():
-                memory.block(local)[0] ^= 1
-
-    async def close_peer(self, region: RemoteRegion) -> None: ...
-
-    async def close(self) -> None: ...
-
-
-class PairServer:
-    def __init__(self, region: RemoteRegion, transport: PairTransport) -> None:
-        self.region = region
-        self._transport = transport
-
-    async def close(self) -> None:
-        self._transport.forget(self.region)
-
-
-class Wire:
-    """A stream between two ends that takes `delay_s()` a message, can stall and can be cut.
-
-    Like a connection it loses nothing in the middle: whatever comes, comes in order.
-    """
-
-    def __init__(self, left: str, right: str, delay_s: Callable[[], float]) -> None:
-        self.left, left_inner = memory_stream_pair(left, right)
-        self.right, right_inner = memory_stream_pair(right, left)
-        self.flows = asyncio.Event()
-        self.flows.set()
-        self._delay_s = delay_s
-        self._inner = (left_inner, right_inner)
-
-    async def run(self) -> None:
-        left, right = self._inner
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.carry(left, right))
-            tasks.create_task(self.carry(right, left))
-
-    def cut(self) -> None:
-        for end in (self.left, self.right, *self._inner):
-            end.abort()
-
-    async def carry(self, source: MemoryStream[Any, Any], target: MemoryStream[Any, Any]) -> None:
-        async for message in iterate(source):
-            await self.flows.wait()
-            await asyncio.sleep(self._delay_s())
-            target.try_send(message)
-        self.cut()
+                memory.block(block)[0] ^= 1
 
 
 class PrefillNode:
     """One life of one prefill worker."""
 
     def __init__(self, name: str, epoch: int, pair: "WorkerPair") -> None:
-        clock = asyncio.get_running_loop().time
-        sizes, timers = pair.sizes, pair.timers
         self.name = name
         self.epoch = Epoch(epoch)
-        self.engine = borrow_engine(sizes.prefill_blocks, sizes.prefill_steps)
-        self.pool = BlockPool(sizes.prefill_blocks, reuse_prefixes=sizes.reuses_prefixes)
-        self.loop = PrefillLoop(
-            self.engine,
-            self.pool,
-            coefficients=sizes.prefill_steps,
-            max_step_tokens=sizes.max_step_tokens,
-            max_num_active=sizes.max_num_requests,
-            max_num_waiting=sizes.max_num_waiting,
-            lease_s=timers.lease_s,
-            clock=clock,
-        )
-        self.wires: list[Wire] = []
         self.is_alive = True
-        self.service: PrefillService
         self._pair = pair
-        self._clock = clock
-        self._server: PairServer
-        self._tasks: list[asyncio.Task[None]] = []
+        self._stack = contextlib.AsyncExitStack()
 
     @property
     def target(self) -> PrefillTarget:
         return PrefillTarget(worker_id=WorkerId(self.name), address=self.name, epoch=self.epoch)
 
-    async def start(self) -> None:
-        self._server = await self._pair.transport.serve(self.engine.kv, self.loop.senders.may_read)
-        hello = hello_of(self.name, self.epoch, (self._server.region,))
-        self.service = PrefillService(
-            self.loop,
-            hello,
-            self.engine.spec,
-            num_blocks=self.pool.num_blocks,
-            queue_s=self._pair.timers.queue_s,
-            hello_s=self._pair.timers.connect_s,
-            clock=self._clock,
-        )
-        self._spawn(self.loop.run())
+    @property
+    def wires(self) -> list[Wire]:
+        return self._pair.network.wires[self.name]
 
-    async def connect(self) -> PrefillLink:
-        if not self.is_alive:
-            raise WorkerLost(f"{self.name} is dead")
-        wire = self._pair.make_wire("decode", self.name)
-        self.wires.append(wire)
-        self._spawn(wire.run())
-        self._spawn(serve_like_grpc(self.service.handle, wire.right))
-        return wire.left
+    async def start(self) -> None:
+        pair = self._pair
+        parts = pair.parts("prefill", self.name, self.epoch)
+        self.engine = parts.engine
+        self._stack.callback(self.engine.close)
+        self.worker = await self._stack.enter_async_context(
+            open_prefill_worker(parts, [pair.transport])
+        )
+        self.service, self.loop, self.pool = (
+            self.worker.service,
+            self.worker.loop,
+            self.worker.pool,
+        )
+        pair.network.listen(self.name, self.service.handle)
 
     def cut(self) -> None:
         """Lose every stream; the worker lives on."""
-        for wire in self.wires:
-            wire.cut()
-        self.wires.clear()
+        self._pair.network.cut(self.name)
 
     async def kill(self) -> None:
         """As SIGKILL: nothing is said, the memory is gone. Harmless when called again."""
         if not self.is_alive:
             return
         self.is_alive = False
-        for task in self._tasks:
-            task.cancel()
-        await self._server.close()
-        self.cut()
-        await asyncio.wait(self._tasks)
-        give_back(self.engine)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks.append(asyncio.create_task(work))
+        self._pair.network.leave(self.name)
+        await self._stack.aclose()
 
     def raise_faults(self) -> None:
         """What no worker may do, whatever its peers say: stop by itself."""
-        for task in self._tasks:
-            if task.done() and not task.cancelled():
-                task.result()
-        assert not (self.is_alive and self._tasks[0].done()), f"{self.name} stopped reading"
+        if self.is_alive and self.worker.work.done():
+            self.worker.work.result()
+            raise AssertionError(f"{self.name} stopped reading")
 
     def is_idle(self) -> bool:
         return not self.is_alive or (self.loop.is_idle and self.pool.usage().is_idle)
@@ -326,7 +219,7 @@ class ScriptedPrefill:
         self.stream: MemoryStream[Any, Any]
         self._is_linked = asyncio.Event()
 
-    def connect(self) -> PrefillLink:
+    def connect(self) -> MemoryStream[Any, Any]:
         theirs, self.stream = memory_stream_pair("decode-0", self.name)
         self.stream.try_send(hello_of(self.name, Epoch(1), (self.region,)))
         self._is_linked.set()
@@ -441,15 +334,12 @@ class WorkerPair:
         self,
         sizes: Sizes | None = None,
         *,
-        name: str = "decode-0",
         timers: Timers | None = None,
         delay_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        self.name = name
         self.sizes = sizes or Sizes()
         self.timers = timers or Timers()
-        self.delay_s = delay_s
-        self.make_wire: Callable[[str, str], Wire] = lambda left, right: Wire(left, right, delay_s)
+        self.network = MemoryNetwork(delay_s)
         self.transport = PairTransport()
         self.prefill: list[PrefillNode] = []
         self.scripted: dict[str, ScriptedPrefill] = {}
@@ -457,75 +347,72 @@ class WorkerPair:
         self._epoch = 0
         self._stack = contextlib.AsyncExitStack()
 
-    async def __aenter__(self) -> "WorkerPair":
-        sizes, timers = self.sizes, self.timers
-        clock = asyncio.get_running_loop().time
-        for index in range(sizes.num_prefill):
-            self.prefill.append(await self._start_prefill(f"prefill-{index}"))
-        self.engine = borrow_engine(sizes.decode_blocks, sizes.decode_steps)
-        self._stack.callback(give_back, self.engine)
-        self.pool = BlockPool(sizes.decode_blocks, reuse_prefixes=sizes.reuses_prefixes)
-        self.links = PrefillLinks(
-            self._connect, hello_of(self.name, Epoch(1)), (self.transport,), timers
-        )
-        await self._stack.enter_async_context(self.links)
-        self.decode_loop = DecodeLoop(
-            self.engine,
-            coefficients=sizes.decode_steps,
+    def parts(self, role: Literal["prefill", "decode"], name: str, epoch: Epoch) -> WorkerParts:
+        sizes = self.sizes
+        coefficients = sizes.prefill_steps if role == "prefill" else sizes.decode_steps
+        num_blocks = sizes.prefill_blocks if role == "prefill" else sizes.decode_blocks
+        settings = WorkerSettings(
+            worker_id=name,
+            role=role,
+            engine=EngineSettings(
+                engine="timed",
+                block_size=BLOCK_SIZE,
+                num_blocks=num_blocks,
+                prefix_reuse=sizes.reuses_prefixes,
+                coefficients=CoefficientSettings(**dataclasses.asdict(coefficients)),
+            ),
             max_step_tokens=sizes.max_step_tokens,
-            clock=clock,
-        )
-        self.intake = Intake(
-            self.pool,
-            block_size=BLOCK_SIZE,
             max_num_requests=sizes.max_num_requests,
             max_num_waiting=sizes.max_num_waiting,
-            queue_s=timers.queue_s,
-            clock=clock,
-        )
-        self.handoffs = Handoffs(
-            self.links, self.engine.kv, vocab_size=self.engine.spec.vocab_size, clock=clock
-        )
-        self.service = DecodeService(
-            hello=PeerHello(peer_id=self.name, epoch=Epoch(1), protocol_version=PROTOCOL_VERSION),
-            spec=self.engine.spec,
-            tokenizer=demo_tokenizer(),
-            pool=self.pool,
-            intake=self.intake,
-            handoffs=self.handoffs,
-            decode_loop=self.decode_loop,
             max_local_prefill_tokens=sizes.max_local_prefill_tokens,
-            hello_s=timers.connect_s,
-            clock=clock,
+            timers=self.timers,
         )
-        self._decoding = asyncio.create_task(self.decode_loop.run())
+        return WorkerParts(
+            settings=settings,
+            engine=borrow_engine(num_blocks, coefficients),
+            coefficients=coefficients,
+            epoch=epoch,
+            clock=asyncio.get_running_loop().time,
+        )
+
+    async def __aenter__(self) -> "WorkerPair":
+        await self._stack.enter_async_context(self.network)
+        for index in range(self.sizes.num_prefill):
+            self.prefill.append(await self._start_prefill(f"prefill-{index}"))
+        parts = self.parts("decode", "decode-0", Epoch(1))
+        assert isinstance(parts.engine, TimedEngine)
+        self.engine = parts.engine
+        self._stack.callback(parts.engine.close)
+        self.worker = await self._stack.enter_async_context(
+            open_decode_worker(
+                parts, [self.transport], tokenizer=demo_tokenizer(), connect=self._connect
+            )
+        )
+        self.links, self.pool, self.intake = self.worker.links, self.worker.pool, self.worker.intake
+        self.handoffs, self.decode_loop = self.worker.handoffs, self.worker.loop
+        self.service = self.worker.service
         await self.link_router()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
             await self.assert_quiet()
         self.router.abort()
         await asyncio.wait([self._serving, self._collecting])
-        self._decoding.cancel()
-        await asyncio.wait([self._decoding])
-        await self._stack.aclose()
         for node in self.prefill:
             await node.kill()
+        await self._stack.aclose()
         for peer in self.scripted.values():
-            give_back(peer.engine)
-        if error is None:
+            peer.engine.close()
+        if kind is None:
             self._collecting.result()
 
     async def link_router(self) -> None:
         """A router links, as after the loss of its stream; it knows nothing of what was before."""
         self.router, served = memory_stream_pair("router", "decode-0")
-        self._serving = asyncio.create_task(serve_like_grpc(self.service.handle, served))
+        self._serving = asyncio.create_task(
+            serve_like_grpc(self.service.handle, served, self.router)
+        )
         await self.router.send(
             PeerHello(peer_id="router", epoch=Epoch(1), protocol_version=PROTOCOL_VERSION)
         )
@@ -586,7 +473,7 @@ class WorkerPair:
                 break
             await asyncio.sleep(0.1)
         assert self.is_idle(), self.holdings()
-        assert not self._decoding.done(), "the decode worker stopped decoding"
+        assert not self.worker.work.done(), "the decode worker stopped decoding"
         for node in self.prefill:
             node.raise_faults()
         if self._collecting.done():
@@ -613,14 +500,10 @@ class WorkerPair:
         await node.start()
         return node
 
-    async def _connect(self, address: str) -> PrefillLink:
-        await asyncio.sleep(self.delay_s())
+    async def _connect(self, address: str, timers: Timers) -> PrefillLink:
         if address in self.scripted:
             return self.scripted[address].connect()
-        for node in self.prefill:
-            if node.name == address:
-                return await node.connect()
-        raise WorkerLost(f"nobody at {address}")
+        return await self.network.connect(address)
 
     async def _collect(self, router: MemoryStream[Any, Any]) -> None:
         async for message in iterate(router):
@@ -640,16 +523,3 @@ def hello_of(name: str, epoch: Epoch, regions: tuple[RemoteRegion, ...] = ()) ->
         layout_hash=LAYOUT.digest(),
         regions=regions,
     )
-
-
-async def serve_like_grpc(
-    handle: Callable[[MemoryStream[Any, Any]], Coroutine[Any, Any, None]],
-    stream: MemoryStream[Any, Any],
-) -> None:
-    """As the gRPC server does: a handler and its stream end together."""
-    try:
-        await handle(stream)
-    except PeerFault:
-        return
-    finally:
-        await stream.close()

@@ -8,12 +8,12 @@ import pytest
 
 from decode_worker.decode_loop import DecodeLoop
 from decode_worker.requests import DecodeRequest
+from deploy.simulated.virtual_time import virtual
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.contract import StepBatch, StepResult
 from pdserve.engine.step_table import StepTable
 from pdserve.engine.timed_engine import TimedEngine
-from tests.support.virtual_time import virtual
-from tests.support.worker_pair import COEFFICIENTS, borrow_engine, give_back
+from tests.support.worker_pair import COEFFICIENTS, borrow_engine
 from tests.unit.decode_worker.test_intake import request_of
 
 
@@ -83,7 +83,7 @@ def test_cancelled_in_the_turn_of_its_token_neither_stops_the_loop_nor_takes_the
         assert other.num_output_tokens == 1
         running.cancel()
         await asyncio.wait([running])
-        give_back(inner)
+        inner.close()
 
     run()
 
@@ -109,4 +109,4 @@ async def test_blocks_of_a_request_that_leaves_during_a_step_wait_for_its_end() 
     assert pool.usage().is_idle
     running.cancel()
     await asyncio.wait([running])
-    give_back(inner)
+    inner.close()

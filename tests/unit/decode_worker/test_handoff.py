@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import structlog
 
+from deploy.simulated.virtual_time import virtual
 from pdserve.domain.errors import Reason, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import (
@@ -18,7 +19,6 @@ from pdserve.domain.messages import (
     StartHandoff,
 )
 from pdserve.domain.tokens import Completed, Failed, SampledToken
-from tests.support.virtual_time import virtual
 from tests.support.worker_pair import Call, PairTransport, Sizes, WorkerPair, oracle
 
 PROMPT = tuple(range(10, 40))
@@ -37,7 +37,7 @@ def test_stream_lost_at_any_moment_is_made_good_by_another_worker() -> None:
     @virtual
     async def run(after_s: float) -> None:
         async with WorkerPair(Sizes(num_prefill=2), delay_s=lambda: 0.003) as pair:
-            pair.transport.pause_s = lambda: 0.004
+            pair.transport.block_s = lambda: 0.004
             call = pair.submit(PROMPT, max_tokens=6)
             await asyncio.sleep(after_s)
             pair.prefill[0].cut()
@@ -53,7 +53,7 @@ def test_death_of_the_only_worker_at_any_moment_is_made_good_here() -> None:
     @virtual
     async def run(after_s: float) -> None:
         async with WorkerPair(delay_s=lambda: 0.003) as pair:
-            pair.transport.pause_s = lambda: 0.004
+            pair.transport.block_s = lambda: 0.004
             call = pair.submit(PROMPT, max_tokens=6)
             await asyncio.sleep(after_s)
             await pair.prefill[0].kill()
@@ -292,7 +292,7 @@ def test_lying_worker_ends_only_its_handoff(lie: str) -> None:
 @virtual
 async def test_leases_of_open_handoffs_are_renewed() -> None:
     async with WorkerPair() as pair:
-        pair.transport.pause_s = lambda: 5.0
+        pair.transport.block_s = lambda: 5.0
         call = pair.submit(PROMPT, max_tokens=6)
         end = await call.completed()
         assert_right(call)
@@ -304,7 +304,7 @@ async def test_leases_of_open_handoffs_are_renewed() -> None:
 async def test_handoff_whose_lease_ran_out_is_told_and_read_elsewhere() -> None:
     async with WorkerPair(Sizes(num_prefill=2)) as pair:
         call = pair.submit(PROMPT, max_tokens=6)
-        pair.transport.pause_s = lambda: 0.2
+        pair.transport.block_s = lambda: 0.2
         await call.has_begun.wait()
         for sender in pair.prefill[0].loop.senders._live.values():
             sender.expires_at_s = 0.0

@@ -8,6 +8,7 @@ import pytest
 from decode_worker.intake import Intake
 from decode_worker.requests import DecodeRequest
 from decode_worker.stream import Answer, RouterOutbox
+from deploy.simulated.virtual_time import virtual
 from pdserve.domain.errors import BadRequest, Reason, Refused
 from pdserve.domain.ids import RequestId
 from pdserve.domain.messages import Submit
@@ -15,7 +16,6 @@ from pdserve.domain.prefix import hash_full_blocks
 from pdserve.domain.sampling import SamplingParams
 from pdserve.engine.block_pool import BlockPool
 from pdserve.rpc.streams import memory_stream_pair
-from tests.support.virtual_time import virtual
 from tests.support.worker_pair import BLOCK_SIZE, demo_tokenizer
 
 

@@ -9,6 +9,7 @@ import pytest
 import structlog
 
 from decode_worker.prefill_links import PeerLink, PrefillLinks
+from deploy.simulated.virtual_time import virtual
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import Reason
 from pdserve.domain.ids import Epoch, HandoffId, RequestId, WorkerId
@@ -27,7 +28,6 @@ from pdserve.domain.messages import (
 from pdserve.domain.tokens import Failed, SampledToken
 from pdserve.observe.watch import DecodeWatch
 from pdserve.rpc.streams import PrefillLink, iterate
-from tests.support.virtual_time import virtual
 from tests.support.worker_pair import Sizes, WorkerPair, oracle
 
 PROMPT = tuple(range(10, 40))
@@ -40,7 +40,7 @@ def test_link_that_fails_oddly_is_a_lost_worker(error: Exception) -> None:
     async def run() -> None:
         async with WorkerPair(Sizes(num_prefill=0)) as pair:
 
-            async def fail(address: str) -> PrefillLink:
+            async def fail(address: str, timers: Timers) -> PrefillLink:
                 raise error
 
             pair.links._connect = fail
@@ -71,7 +71,7 @@ async def test_closing_does_not_wait_for_timers_nor_for_links_being_opened() -> 
     async with WorkerPair(Sizes(num_prefill=0)) as pair:
         peer = await pair.script_prefill()
 
-        async def connect(address: str) -> PrefillLink:
+        async def connect(address: str, timers: Timers) -> PrefillLink:
             if address == peer.name:
                 return peer.connect()
             await asyncio.Event().wait()
@@ -158,7 +158,7 @@ async def test_start_that_never_went_out_is_taken_back_without_harm_to_others() 
 async def test_lost_end_leaves_no_block_pinned_at_the_prefill_worker() -> None:
     """Nor does it stay until its lease is out: the end of the stream frees it."""
     async with WorkerPair() as pair:
-        pair.transport.pause_s = lambda: 60.0
+        pair.transport.block_s = lambda: 60.0
         call = pair.submit(PROMPT, max_tokens=4)
         await call.has_begun.wait()
         node = pair.prefill[0]

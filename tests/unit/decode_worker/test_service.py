@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import structlog
 
+from deploy.simulated.virtual_time import VirtualTimeLoop, virtual
 from pdserve.domain.errors import PeerFault, Reason, WorkerLost
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch
 from pdserve.domain.messages import Cancel, PeerHello
@@ -15,7 +16,6 @@ from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, FinishReason, SampledToken
 from pdserve.engine.contract import StepBatch, StepResult
 from pdserve.rpc.streams import memory_stream_pair
-from tests.support.virtual_time import VirtualTimeLoop, virtual
 from tests.support.worker_pair import Call, Sizes, WorkerPair, oracle, steps_of
 
 PROMPT = tuple(range(10, 40))
@@ -63,7 +63,7 @@ async def test_answer_of_one_token_needs_no_step_of_the_decode_worker() -> None:
 @virtual
 async def test_stop_at_the_first_token_abandons_the_transfer() -> None:
     async with WorkerPair() as pair:
-        pair.transport.pause_s = lambda: 1.0
+        pair.transport.block_s = lambda: 1.0
         (first,) = oracle(PROMPT, pair.submit(PROMPT, max_tokens=1).submit.sampling)
         call = pair.submit(PROMPT, max_tokens=9, stop_token_ids=(first,))
         end = await call.completed()
@@ -104,7 +104,7 @@ def test_deadline_ends_a_request_in_every_phase() -> None:
     @virtual
     async def run(deadline_s: float) -> None:
         async with WorkerPair(Sizes(decode_blocks=12)) as pair:
-            pair.transport.pause_s = lambda: 0.01
+            pair.transport.block_s = lambda: 0.01
             holder = pair.submit(PROMPT, max_tokens=12)
             call = pair.submit(PROMPT, max_tokens=12, deadline_s=deadline_s)
             await asyncio.sleep(deadline_s)
@@ -127,7 +127,7 @@ def test_cancel_at_any_moment_gives_everything_back() -> None:
     @virtual
     async def run(after_s: float) -> None:
         async with WorkerPair(Sizes(num_prefill=2), delay_s=lambda: 0.003) as pair:
-            pair.transport.pause_s = lambda: 0.004
+            pair.transport.block_s = lambda: 0.004
             other = pair.submit(PROMPT, max_tokens=5)
             call = pair.submit((*PROMPT, 7), max_tokens=8)
             await asyncio.sleep(after_s)
@@ -153,7 +153,7 @@ async def test_deadline_is_told_after_a_handoff_failed() -> None:
             slow["pauses"] += 1
             return 0.0 if pair.transport.num_reads <= 2 else 100.0
 
-        pair.transport.pause_s = pause_s
+        pair.transport.block_s = pause_s
         pair.transport.is_corrupt = lambda: True
         call = pair.submit(PROMPT, max_tokens=8, deadline_s=5.0)
         failed = await call.failed()
@@ -318,7 +318,7 @@ async def test_draining_worker_ends_what_it_has_and_takes_nothing_new() -> None:
 @virtual
 async def test_close_ends_what_is_left_before_it_returns() -> None:
     async with WorkerPair() as pair:
-        pair.transport.pause_s = lambda: 0.5
+        pair.transport.block_s = lambda: 0.5
         pair.submit(PROMPT, max_tokens=8)
         await asyncio.sleep(0.3)
         assert not pair.pool.usage().is_idle

@@ -6,12 +6,12 @@ from random import Random
 
 import pytest
 
+from deploy.simulated.virtual_time import virtual
 from pdserve.config.processes import CoefficientSettings
 from pdserve.domain.latency import StepCoefficients
 from pdserve.engine.calibration import measure_coefficients
 from pdserve.engine.contract import StepBatch, StepResult
 from pdserve.engine.timed_engine import TimedEngine
-from tests.support.virtual_time import virtual
 from tests.support.worker_pair import LAYOUT, demo_files
 
 TRUE = StepCoefficients(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import structlog
 
+from deploy.simulated.virtual_time import virtual
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import PeerFault, Reason, WorkerLost
 from pdserve.domain.ids import HandoffId, RequestId
@@ -30,15 +31,14 @@ from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Failed
 from pdserve.engine.contract import StepBatch, StepResult
 from pdserve.observe.watch import PrefillWatch
+from pdserve.rpc.memory_network import serve_like_grpc
 from pdserve.rpc.streams import MAX_NUM_BUFFERED_MESSAGES, MemoryStream, memory_stream_pair
-from tests.support.virtual_time import virtual
 from tests.support.worker_pair import (
     PrefillNode,
     Sizes,
     WorkerPair,
     hello_of,
     oracle,
-    serve_like_grpc,
 )
 
 PROMPT = tuple(range(10, 40))
@@ -52,7 +52,9 @@ class Decode:
         self.node = node
         self.stream: MemoryStream[Any, PrefillToDecode]
         self.stream, served = memory_stream_pair("decode", node.name)
-        self.serving = asyncio.create_task(serve_like_grpc(node.service.handle, served))
+        self.serving = asyncio.create_task(
+            serve_like_grpc(node.service.handle, served, self.stream)
+        )
         self.stream.try_send(hello_of("decode", node.epoch))
 
     def start(self, name: str = "r", retry: int = 0, **changes: Any) -> HandoffId:

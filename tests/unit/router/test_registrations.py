@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from deploy.simulated.virtual_time import run_virtual
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import PdserveError, PeerFault, Reason
 from pdserve.domain.ids import Epoch
@@ -20,7 +21,6 @@ from router.membership import Membership
 from router.registrations import Registrations
 from router.requests import Chunk, GenerateCall
 from router.slo import SloBook
-from tests.support.virtual_time import run_virtual
 from tests.unit.router.bench import DONE, ME, HeardEnds, PlayedWorker
 from tests.unit.router.builders import make_load
 

@@ -7,9 +7,9 @@ import grpc.aio
 import pytest
 import structlog
 
+from deploy.simulated.virtual_time import virtual
 from pdserve.domain.errors import WorkerLost
 from pdserve.rpc.grpc_streams import GrpcStream
-from tests.support.virtual_time import virtual
 
 
 class PlayedCall:

@@ -4,15 +4,12 @@ import asyncio
 from random import Random
 from typing import Any
 
-import pytest
-
+from deploy.simulated.virtual_time import run_virtual
 from pdserve.config.timers import Timers
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch
 from pdserve.domain.messages import RegisterReply, WorkerHello
-from pdserve.rpc import registration
 from pdserve.rpc.registration import Registration
 from pdserve.rpc.streams import MemoryStream, memory_stream_pair
-from tests.support.virtual_time import run_virtual
 from tests.unit.router.builders import make_hello, make_load
 
 REPLY = RegisterReply(
@@ -20,7 +17,7 @@ REPLY = RegisterReply(
 )
 
 
-def test_worker_whose_reports_are_not_read_registers_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_whose_reports_are_not_read_registers_again() -> None:
     """Else it waits for ever to send a report that is old, and is dead for that router."""
 
     async def run() -> None:
@@ -35,8 +32,7 @@ def test_worker_whose_reports_are_not_read_registers_again(monkeypatch: pytest.M
                 has_come_back.set()
             return ours
 
-        monkeypatch.setattr(registration, "connect_membership", connect)
-        registering = Registration("r:1", make_hello("w"), make_load, Timers(), Random(1))
+        registering = Registration(connect, "r:1", make_hello("w"), make_load, Timers(), Random(1))
         task = asyncio.create_task(registering.run())
         async with asyncio.timeout(3600):
             await has_come_back.wait()

@@ -8,6 +8,7 @@ import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deploy.simulated.virtual_time import Deadlock, run_virtual, virtual
 from pdserve.domain.errors import WorkerLost
 from pdserve.rpc.streams import (
     MAX_NUM_BUFFERED_MESSAGES,
@@ -17,7 +18,6 @@ from pdserve.rpc.streams import (
     receive_hello,
     send_or_abort,
 )
-from tests.support.virtual_time import Deadlock, run_virtual, virtual
 
 
 @given(

@@ -1,0 +1,96 @@
+"""Builds one decode worker, on whatever engine, clock, transports and streams it is given."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from decode_worker.decode_loop import DecodeLoop
+from decode_worker.handoff import Handoffs
+from decode_worker.intake import Intake
+from decode_worker.prefill_links import Connect, PrefillLinks
+from decode_worker.service import DecodeService
+from kvtransfer.transports.base import Transport
+from pdserve.domain.ids import PROTOCOL_VERSION
+from pdserve.domain.messages import PeerHello
+from pdserve.engine.block_pool import BlockPool
+from pdserve.engine.tokenizer import Tokenizer
+from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
+from pdserve.worker.parts import WorkerParts, running
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeWorker:
+    """A worker at work; `work` is its loop."""
+
+    service: DecodeService
+    loop: DecodeLoop
+    pool: BlockPool
+    intake: Intake
+    handoffs: Handoffs
+    links: PrefillLinks
+    work: asyncio.Task[None]
+
+
+@contextlib.asynccontextmanager
+async def open_decode_worker(
+    parts: WorkerParts,
+    transports: Sequence[Transport],
+    *,
+    tokenizer: Tokenizer,
+    connect: Connect,
+    watch: DecodeWatch = NO_DECODE_WATCH,
+) -> AsyncIterator[DecodeWorker]:
+    """A worker that writes answers until the block ends; `connect` reaches prefill workers."""
+    settings, engine, timers = parts.settings, parts.engine, parts.settings.timers
+    spec = engine.spec
+    pool = parts.new_pool()
+    async with contextlib.AsyncExitStack() as stack:
+        for transport in transports:
+            stack.push_async_callback(transport.close)
+        links = await stack.enter_async_context(
+            PrefillLinks(connect, parts.handoff_hello(), transports, timers, watch)
+        )
+        loop = DecodeLoop(
+            engine,
+            coefficients=parts.coefficients,
+            max_step_tokens=settings.max_step_tokens,
+            clock=parts.clock,
+            watch=watch,
+        )
+        intake = Intake(
+            pool,
+            block_size=spec.layout.block_size,
+            max_num_requests=settings.max_num_requests,
+            max_num_waiting=settings.max_num_waiting,
+            queue_s=timers.queue_s,
+            clock=parts.clock,
+        )
+        handoffs = Handoffs(
+            links, engine.kv, vocab_size=spec.vocab_size, clock=parts.clock, watch=watch
+        )
+        service = DecodeService(
+            hello=PeerHello(
+                peer_id=settings.worker_id, epoch=parts.epoch, protocol_version=PROTOCOL_VERSION
+            ),
+            spec=spec,
+            tokenizer=tokenizer,
+            pool=pool,
+            intake=intake,
+            handoffs=handoffs,
+            decode_loop=loop,
+            max_local_prefill_tokens=settings.max_local_prefill_tokens,
+            hello_s=timers.connect_s,
+            clock=parts.clock,
+            watch=watch,
+        )
+        work = await stack.enter_async_context(running(loop.run()))
+        yield DecodeWorker(
+            service=service,
+            loop=loop,
+            pool=pool,
+            intake=intake,
+            handoffs=handoffs,
+            links=links,
+            work=work,
+        )

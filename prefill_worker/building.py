@@ -1,0 +1,65 @@
+"""Builds one prefill worker, on whatever engine, clock and transports it is given."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from kvtransfer.transports.base import Transport
+from pdserve.engine.block_pool import BlockPool
+from pdserve.observe.watch import NO_PREFILL_WATCH, PrefillWatch
+from pdserve.worker.parts import WorkerParts, running
+from prefill_worker.prefill_loop import PrefillLoop
+from prefill_worker.service import PrefillService
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillWorker:
+    """A worker at work; `work` is its loop."""
+
+    service: PrefillService
+    loop: PrefillLoop
+    pool: BlockPool
+    work: asyncio.Task[None]
+
+
+@contextlib.asynccontextmanager
+async def open_prefill_worker(
+    parts: WorkerParts,
+    transports: Sequence[Transport],
+    *,
+    watch: PrefillWatch = NO_PREFILL_WATCH,
+) -> AsyncIterator[PrefillWorker]:
+    """A worker that reads prompts until the block ends."""
+    settings, engine, timers = parts.settings, parts.engine, parts.settings.timers
+    pool = parts.new_pool()
+    loop = PrefillLoop(
+        engine,
+        pool,
+        coefficients=parts.coefficients,
+        max_step_tokens=settings.max_step_tokens,
+        max_num_active=settings.max_num_requests,
+        max_num_waiting=settings.max_num_waiting,
+        lease_s=timers.lease_s,
+        clock=parts.clock,
+        watch=watch,
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        regions = []
+        for transport in transports:
+            stack.push_async_callback(transport.close)
+            server = await transport.serve(engine.kv, loop.senders.may_read)
+            stack.push_async_callback(server.close)
+            regions.append(server.region)
+        service = PrefillService(
+            loop,
+            parts.handoff_hello(regions),
+            engine.spec,
+            num_blocks=pool.num_blocks,
+            queue_s=timers.queue_s,
+            hello_s=timers.connect_s,
+            clock=parts.clock,
+            watch=watch,
+        )
+        work = await stack.enter_async_context(running(loop.run()))
+        yield PrefillWorker(service=service, loop=loop, pool=pool, work=work)
