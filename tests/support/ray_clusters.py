@@ -3,13 +3,14 @@
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 GPU = "big_gpu"
+PATIENCE_S = 90.0
 MIB = 2**20
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -30,12 +31,23 @@ class RayNodes:
         node = self._cluster.add_node(
             num_cpus=cpus, resources={GPU: gpus}, object_store_memory=80 * MIB
         )
-        self._cluster.wait_for_nodes()
+        self._cluster.wait_for_nodes(PATIENCE_S)
         return node
 
     def kill(self, node: Any) -> None:
         """SIGKILL for the node's own process: nothing is shut down in order."""
         self._cluster.remove_node(node, allow_graceful=False)
+
+    def kill_and_wait(self, node: Any) -> None:
+        """The same, until Ray knows that the node is dead: some seconds later."""
+        self.kill(node)
+        self._cluster.wait_for_nodes(PATIENCE_S)
+
+    def kill_all_but(self, kept: Collection[Any]) -> None:
+        """What one test has added is not there for the next one."""
+        for node in self._cluster.worker_nodes - set(kept):
+            self.kill(node)
+        self._cluster.wait_for_nodes(PATIENCE_S)
 
 
 @contextlib.contextmanager
