@@ -73,7 +73,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
                 epoch=epoch,
                 protocol_version=PROTOCOL_VERSION,
                 model_hash=spec.model_hash,
-                layout_hash=spec.layout.digest(),
+                layout=spec.sharded_layout,
             ),
             transports,
             timers,

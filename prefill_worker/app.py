@@ -82,7 +82,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             epoch=epoch,
             protocol_version=PROTOCOL_VERSION,
             model_hash=engine.spec.model_hash,
-            layout_hash=engine.spec.layout.digest(),
+            layout=engine.spec.sharded_layout,
             regions=tuple(regions),
         )
         service = PrefillService(

@@ -11,6 +11,7 @@ from typing import Any
 from pdserve.domain import messages as m
 from pdserve.domain.errors import Reason
 from pdserve.domain.ids import BlockId, Epoch, HandoffId, RequestId, WorkerId
+from pdserve.domain.layout import ShardedLayout
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import (
     Completed,
@@ -20,6 +21,7 @@ from pdserve.domain.tokens import (
     SampledToken,
     slices,
 )
+from pdserve.rpc.layout_codec import layout_from_proto, layout_to_proto
 from pdserve.v1 import decode_pb2, prefill_pb2, types_pb2
 
 FINISH_TO_PROTO = {
@@ -27,6 +29,7 @@ FINISH_TO_PROTO = {
     FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
 }
 REASONS = frozenset(Reason)
+REGION_FIELDS = tuple(m.RemoteRegion.__dataclass_fields__)
 FINISH_FROM_PROTO = {number: reason for reason, number in FINISH_TO_PROTO.items()}
 
 
@@ -294,36 +297,36 @@ def _hello_to_proto(hello: m.HandoffHello) -> prefill_pb2.HandoffHello:
         epoch=hello.epoch,
         protocol_version=hello.protocol_version,
         model_hash=hello.model_hash,
-        layout_hash=hello.layout_hash,
+        layout=layout_to_proto(hello.layout),
         regions=[
-            prefill_pb2.RemoteRegion(
-                transport=region.transport,
-                address=region.address,
-                num_blocks=region.num_blocks,
-                block_bytes=region.block_bytes,
-            )
+            prefill_pb2.RemoteRegion(**{name: getattr(region, name) for name in REGION_FIELDS})
             for region in hello.regions
         ],
     )
 
 
 def _hello_from_proto(message: prefill_pb2.HandoffHello) -> m.HandoffHello:
+    layout = layout_from_proto(message)
     return m.HandoffHello(
         worker_id=WorkerId(message.worker_id),
         epoch=Epoch(message.epoch),
         protocol_version=message.protocol_version,
         model_hash=message.model_hash,
-        layout_hash=message.layout_hash,
-        regions=tuple(
-            m.RemoteRegion(
-                transport=region.transport,
-                address=dict(region.address),
-                num_blocks=region.num_blocks,
-                block_bytes=region.block_bytes,
-            )
-            for region in message.regions
-        ),
+        layout=layout,
+        regions=tuple(_region_from_proto(region, layout) for region in message.regions),
     )
+
+
+def _region_from_proto(
+    message: prefill_pb2.RemoteRegion, layout: ShardedLayout | None
+) -> m.RemoteRegion:
+    fields = {name: getattr(message, name) for name in REGION_FIELDS}
+    region = m.RemoteRegion(**{**fields, "address": dict(message.address)})
+    if layout is not None:
+        expected = layout.rank(region.rank).layout.block_bytes
+        if region.block_bytes != expected:
+            raise ValueError(f"region: blocks of {region.block_bytes} bytes; they have {expected}")
+    return region
 
 
 def to_prefill_proto(message: m.DecodeToPrefill) -> prefill_pb2.DecodeToPrefill:

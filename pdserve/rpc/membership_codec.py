@@ -6,6 +6,7 @@ from pdserve.domain import messages as m
 from pdserve.domain.ids import Epoch, WorkerId
 from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import LiveSteps, StepCoefficients, StepShape
+from pdserve.rpc.layout_codec import layout_from_proto, layout_to_proto
 from pdserve.v1 import membership_pb2 as pb
 
 ROLE_TO_PROTO = {m.Role.PREFILL: pb.ROLE_PREFILL, m.Role.DECODE: pb.ROLE_DECODE}
@@ -25,7 +26,6 @@ _HELLO_FIELDS = (
     "pid",
     "model_name",
     "model_hash",
-    "layout_hash",
     "tokenizer_hash",
     "max_context_tokens",
     "vocab_size",
@@ -76,6 +76,7 @@ def hello_to_proto(hello: m.WorkerHello) -> pb.WorkerHello:
         epoch=hello.epoch,
         reads=READS_TO_PROTO[hello.reads],
         num_stages=hello.num_stages,
+        layout=layout_to_proto(hello.layout),
         coefficients=_coefficients_to_proto(hello.coefficients),
         **{name: getattr(hello, name) for name in _HELLO_FIELDS},
     )
@@ -96,6 +97,7 @@ def hello_from_proto(message: pb.WorkerHello) -> m.WorkerHello:
         epoch=Epoch(message.epoch),
         reads=reads,
         num_stages=message.num_stages or 1,
+        layout=layout_from_proto(message),
         coefficients=_coefficients_from_proto(message.coefficients),
         **{name: getattr(message, name) for name in _HELLO_FIELDS},
     )

@@ -46,7 +46,7 @@ def worker_hello(
         pid=os.getpid(),
         model_name=spec.model_name,
         model_hash=spec.model_hash,
-        layout_hash=spec.layout.digest(),
+        layout=spec.sharded_layout,
         tokenizer_hash=spec.tokenizer_hash,
         max_context_tokens=spec.max_context_tokens,
         vocab_size=spec.vocab_size,
