@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
-from types import TracebackType
+from typing import Any
 
 import structlog
 
@@ -135,15 +135,10 @@ class PrefillLinks:
         await self._tasks.__aenter__()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: Any) -> None:
         for task in (*self._opening.values(), *self._running):
             task.cancel()
-        await self._tasks.__aexit__(kind, error, trace)
+        await self._tasks.__aexit__(*error)
 
     async def get(self, target: PrefillTarget) -> PeerLink:
         """The open link to this life of the worker; raises `PeerFault` if there can be none."""
