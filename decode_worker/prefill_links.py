@@ -14,7 +14,7 @@ from kvtransfer.transports.base import Transport
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import LocalFault, PeerFault, Reason, WorkerLost
 from pdserve.domain.ids import HandoffId, WorkerId
-from pdserve.domain.layout import exchange_obstacle
+from pdserve.domain.kv_exchange import exchange_obstacle
 from pdserve.domain.messages import (
     DecodeToPrefill,
     HandoffHello,

@@ -8,7 +8,7 @@ from kvtransfer.sender import check_start
 from kvtransfer.session import ProtocolViolation
 from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.errors import BadRequest, PeerFault, Reason
-from pdserve.domain.layout import exchange_obstacle
+from pdserve.domain.kv_exchange import exchange_obstacle
 from pdserve.domain.messages import (
     BlocksPulled,
     DecodeToPrefill,

@@ -6,8 +6,8 @@ from enum import StrEnum
 from pdserve.domain.ids import AttemptId, Epoch, WorkerId
 from pdserve.domain.invariants import check_invariant
 from pdserve.domain.kv_demand import num_answer_kv_tokens, num_blocks_for
+from pdserve.domain.kv_exchange import exchange_obstacle
 from pdserve.domain.latency import StepCoefficients, num_attention_pairs
-from pdserve.domain.layout import exchange_obstacle
 from pdserve.domain.messages import WorkerHello, WorkerLoad
 
 

@@ -1,7 +1,6 @@
 """The shape of KV memory: of a whole model, and of each rank of a worker that divides it."""
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from pdserve.domain.kv_demand import num_blocks_for
 
@@ -117,52 +116,6 @@ class ShardedLayout:
             replace(kv, num_kv_heads=len(own)) for kv, own in zip(whole, heads, strict=True)
         )
         return RankLayout(layers=layers, heads=heads, layout=replace(self.whole, layers=held))
-
-
-class KvPeer(Protocol):
-    """What the hello of a worker says of its KV."""
-
-    @property
-    def protocol_version(self) -> int: ...
-
-    @property
-    def model_hash(self) -> bytes: ...
-
-    @property
-    def layout(self) -> ShardedLayout | None:
-        """None: it is of an older version, which does not say it."""
-        ...
-
-
-def exchange_obstacle(decode: KvPeer, prefill: KvPeer) -> str | None:
-    """Why KV cannot go from the prefill worker to the decode worker; None if it can.
-
-    They must speak one protocol, serve one model and mean the same by a block of it. Of all
-    reshardings, transfers do one: between workers of one rank, which hold the same. Two workers of
-    an older version compare their layouts when they meet.
-    """
-    if decode.protocol_version != prefill.protocol_version:
-        return _differ("protocol version", decode.protocol_version, prefill.protocol_version)
-    if decode.model_hash != prefill.model_hash:
-        return _differ("model", decode.model_hash.hex(), prefill.model_hash.hex())
-    ours, theirs = decode.layout, prefill.layout
-    if ours is None or theirs is None:
-        return None if ours is theirs else "one of them is too old to describe its KV"
-    if ours.whole.dtype != theirs.whole.dtype:
-        return _differ("KV dtype", ours.whole.dtype, theirs.whole.dtype)
-    if ours.whole.block_size != theirs.whole.block_size:
-        return _differ("block size", ours.whole.block_size, theirs.whole.block_size)
-    if ours.whole != theirs.whole:
-        return "their layers differ in number, KV heads or head sizes"
-    if ours.num_ranks > 1 or theirs.num_ranks > 1:
-        return "KV goes between workers of one rank only; " + _differ(
-            "ranks", f"tp {ours.tp} pp {ours.pp}", f"tp {theirs.tp} pp {theirs.pp}"
-        )
-    return None
-
-
-def _differ(what: str, decode: object, prefill: object) -> str:
-    return f"{what}: {decode} at the decode worker, {prefill} at the prefill worker"
 
 
 def _check(least: int, most: int = MAX_SIZE, **sizes: int) -> None:

@@ -62,18 +62,7 @@ def _tuple_of(field: Any) -> tuple[int, ...]:
 
 def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
     return types_pb2.SamplingParams(
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        seed=params.seed,
-        max_tokens=params.max_tokens,
-        min_tokens=params.min_tokens,
-        stop=params.stop,
-        stop_token_ids=params.stop_token_ids,
-        ignore_eos=params.ignore_eos,
-        logprobs=params.logprobs,
-        skip_special_tokens=params.skip_special_tokens,
-        include_stop_str_in_output=params.include_stop_str_in_output,
+        **{name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
     )
 
 

@@ -1,9 +1,9 @@
 """Values to protobuf and back, for workers that register and operators who ask."""
 
+import dataclasses
 import math
 
 from pdserve.domain import messages as m
-from pdserve.domain.ids import Epoch, WorkerId
 from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import LiveSteps, StepCoefficients, StepShape
 from pdserve.rpc.layout_codec import layout_from_proto, layout_to_proto
@@ -20,60 +20,27 @@ READS_FROM_PROTO = {number: reads for reads, number in READS_TO_PROTO.items()}
 READS_OF_ROLE = {m.Role.PREFILL: m.Reads.OTHERS, m.Role.DECODE: m.Reads.NONE}
 """What a worker reads that does not say it, since its version is older."""
 
-_HELLO_FIELDS = (
-    "protocol_version",
-    "address",
-    "pid",
-    "model_name",
-    "model_hash",
-    "tokenizer_hash",
-    "max_context_tokens",
-    "vocab_size",
-    "block_size",
-    "num_blocks",
-    "block_bytes",
-    "max_num_requests",
-    "max_step_tokens",
-    "engine",
-    "hardware",
-    "is_measured",
-)
-_LOAD_FIELDS = (
-    "sequence",
-    "num_waiting",
-    "num_running",
-    "waiting_prompt_tokens",
-    "running_context_tokens",
-    "is_draining",
-    "num_steps",
-    "num_tokens",
-    "transferred_bytes",
-    "num_corrupt_blocks",
-)
-_USAGE_FIELDS = ("free", "reserved", "held", "pinned", "total", "cached")
-_COEFFICIENT_FIELDS = tuple(StepCoefficients.__dataclass_fields__)
-_SHAPE_FIELDS = tuple(StepShape.__dataclass_fields__)
-_LIVE_FIELDS = ("num_steps", "elapsed_s", "relative_error", "age_s")
-_CLUSTER_FIELDS = (
-    "router_id",
-    "model_name",
-    "public_address",
-    "uptime_s",
-    "num_in_flight",
-    "num_completed",
-    "num_failed",
-    "num_cancelled",
-    "num_refused",
-    "num_waiting",
-)
-_SLO_FIELDS = tuple(m.SloState.__dataclass_fields__)
+
+def _names(kind: type, *but: str) -> tuple[str, ...]:
+    """Fields that are called alike, and hold the same, in protobuf."""
+    return tuple(field.name for field in dataclasses.fields(kind) if field.name not in but)
+
+
+_HELLO_FIELDS = _names(m.WorkerHello, "role", "reads", "num_stages", "layout", "coefficients")
+_LOAD_FIELDS = _names(m.WorkerLoad, "kv", "prefill_steps", "decode_steps")
+_USAGE_FIELDS = _names(KvUsage)
+_COEFFICIENT_FIELDS = _names(StepCoefficients)
+_SHAPE_FIELDS = _names(StepShape)
+_LIVE_FIELDS = _names(LiveSteps, "shape")
+_REPLY_FIELDS = _names(m.RegisterReply)
+_CLUSTER_FIELDS = _names(m.ClusterState, "workers", "slo")
+_SLO_FIELDS = _names(m.SloState)
+_WORKER_FIELDS = _names(m.WorkerState, "hello", "load", "coefficients")
 
 
 def hello_to_proto(hello: m.WorkerHello) -> pb.WorkerHello:
     return pb.WorkerHello(
-        worker_id=hello.worker_id,
         role=ROLE_TO_PROTO[hello.role],
-        epoch=hello.epoch,
         reads=READS_TO_PROTO[hello.reads],
         num_stages=hello.num_stages,
         layout=layout_to_proto(hello.layout),
@@ -92,9 +59,7 @@ def hello_from_proto(message: pb.WorkerHello) -> m.WorkerHello:
             raise ValueError(f"unknown reads {message.reads}")
         reads = READS_FROM_PROTO[message.reads]
     return m.WorkerHello(
-        worker_id=WorkerId(message.worker_id),
         role=role,
-        epoch=Epoch(message.epoch),
         reads=reads,
         num_stages=message.num_stages or 1,
         layout=layout_from_proto(message),
@@ -177,21 +142,11 @@ def report_from_proto(message: pb.WorkerReport) -> m.WorkerReport:
 
 
 def reply_to_proto(reply: m.RegisterReply) -> pb.RegisterReply:
-    return pb.RegisterReply(
-        router_id=reply.router_id,
-        epoch=reply.epoch,
-        protocol_version=reply.protocol_version,
-        heartbeat_s=reply.heartbeat_s,
-    )
+    return pb.RegisterReply(**{name: getattr(reply, name) for name in _REPLY_FIELDS})
 
 
 def reply_from_proto(message: pb.RegisterReply) -> m.RegisterReply:
-    return m.RegisterReply(
-        router_id=message.router_id,
-        epoch=Epoch(message.epoch),
-        protocol_version=message.protocol_version,
-        heartbeat_s=message.heartbeat_s,
-    )
+    return m.RegisterReply(**{name: getattr(message, name) for name in _REPLY_FIELDS})
 
 
 def cluster_to_proto(state: m.ClusterState) -> pb.ClusterState:
@@ -199,9 +154,7 @@ def cluster_to_proto(state: m.ClusterState) -> pb.ClusterState:
         pb.WorkerState(
             hello=hello_to_proto(worker.hello),
             load=load_to_proto(worker.load),
-            health=worker.health,
-            silence_s=worker.silence_s,
-            num_assigned=worker.num_assigned,
+            **{name: getattr(worker, name) for name in _WORKER_FIELDS},
             coefficients=_coefficients_to_proto(worker.coefficients),
         )
         for worker in state.workers
@@ -217,9 +170,7 @@ def cluster_from_proto(message: pb.ClusterState) -> m.ClusterState:
         m.WorkerState(
             hello=hello_from_proto(worker.hello),
             load=load_from_proto(worker.load),
-            health=worker.health,
-            silence_s=worker.silence_s,
-            num_assigned=worker.num_assigned,
+            **{name: getattr(worker, name) for name in _WORKER_FIELDS},
             coefficients=_coefficients_from_proto(
                 worker.coefficients
                 if worker.HasField("coefficients")

@@ -1,35 +1,24 @@
-"""What a rank holds, by example; which workers can exchange KV, and why others cannot."""
+"""What a rank holds, by example; sizes and divisions that there are not."""
 
-import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from pdserve.domain.ids import PROTOCOL_VERSION
 from pdserve.domain.layout import (
     MAX_NUM_LAYERS,
     MAX_NUM_RANKS,
     KvLayout,
     LayerKv,
     ShardedLayout,
-    exchange_obstacle,
 )
 
 LAYER = LayerKv(num_kv_heads=4, k_head_dim=32, v_head_dim=16)
 WHOLE = KvLayout(layers=(LAYER,) * 5, block_size=16, dtype="float32", item_bytes=4)
-ONE_RANK = ShardedLayout(whole=WHOLE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Peer:
-    protocol_version: int = PROTOCOL_VERSION
-    model_hash: bytes = b"\x0a" * 16
-    layout: ShardedLayout | None = ONE_RANK
 
 
 def test_only_rank_of_a_worker_holds_the_whole_model() -> None:
-    only = ONE_RANK.rank(0)
+    only = ShardedLayout(whole=WHOLE).rank(0)
     assert (only.layers, only.heads) == (range(5), (range(4),) * 5)
     assert only.layout == WHOLE
 
@@ -92,45 +81,3 @@ def test_division_that_leaves_a_rank_without_its_share_is_an_error(
 ) -> None:
     with pytest.raises(ValueError, match=why):
         ShardedLayout(whole=WHOLE, tp=tp, pp=pp)
-
-
-def test_workers_that_say_the_same_of_their_one_rank_exchange_kv() -> None:
-    other = ShardedLayout(whole=replace(WHOLE, layers=tuple([replace(LAYER)] * 5)))
-    assert exchange_obstacle(Peer(), Peer(layout=other)) is None
-    assert hash(other) == hash(ONE_RANK)
-
-
-@pytest.mark.parametrize(
-    ("prefill", "why"),
-    [
-        (Peer(protocol_version=9), "protocol version: 1 at the decode worker, 9 at the prefill"),
-        (Peer(model_hash=b"\xff"), "model: 0a0a.* at the decode worker, ff at the prefill worker"),
-        (
-            Peer(layout=ShardedLayout(whole=replace(WHOLE, dtype="bfloat16", item_bytes=2))),
-            "KV dtype: float32 at the decode worker, bfloat16 at the prefill worker",
-        ),
-        (
-            Peer(layout=ShardedLayout(whole=replace(WHOLE, block_size=32))),
-            "block size: 16 at the decode worker, 32 at the prefill worker",
-        ),
-        (Peer(layout=ShardedLayout(whole=replace(WHOLE, layers=(LAYER,)))), "layers differ"),
-        (
-            Peer(layout=ShardedLayout(whole=WHOLE, tp=2, pp=5)),
-            "ranks: tp 1 pp 1 at the decode worker, tp 2 pp 5 at the prefill worker",
-        ),
-        (Peer(layout=None), "too old to describe its KV"),
-    ],
-)
-def test_workers_that_differ_exchange_no_kv_and_are_told_why(prefill: Peer, why: str) -> None:
-    assert re.search(why, exchange_obstacle(Peer(), prefill) or "")
-    assert exchange_obstacle(prefill, Peer()) is not None
-
-
-def test_no_transfer_exists_between_workers_of_several_ranks() -> None:
-    several = Peer(layout=ShardedLayout(whole=WHOLE, tp=2))
-    assert "one rank only" in (exchange_obstacle(several, several) or "")
-
-
-def test_workers_of_an_older_version_are_left_to_each_other() -> None:
-    assert exchange_obstacle(Peer(layout=None), Peer(layout=None)) is None
-    assert exchange_obstacle(Peer(layout=None), Peer(layout=None, model_hash=b"")) is not None
