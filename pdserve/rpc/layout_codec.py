@@ -4,6 +4,7 @@ import functools
 import itertools
 
 from pdserve.domain.layout import MAX_NUM_LAYERS, KvLayout, LayerKv, ShardedLayout
+from pdserve.rpc.alike import message_of, value_of
 from pdserve.v1 import layout_pb2 as pb
 from pdserve.v1.membership_pb2 import WorkerHello
 from pdserve.v1.prefill_pb2 import HandoffHello
@@ -15,24 +16,11 @@ MAX_NUM_BYTES = 64 * MAX_NUM_LAYERS
 def layout_to_proto(layout: ShardedLayout | None) -> pb.ShardedLayout | None:
     if layout is None:
         return None
-    whole = layout.whole
     runs = [
-        pb.LayerKv(
-            num_layers=len(list(alike)),
-            num_kv_heads=layer.num_kv_heads,
-            k_head_dim=layer.k_head_dim,
-            v_head_dim=layer.v_head_dim,
-        )
-        for layer, alike in itertools.groupby(whole.layers)
+        message_of(pb.LayerKv, layer, num_layers=len(list(run)))
+        for layer, run in itertools.groupby(layout.whole.layers)
     ]
-    return pb.ShardedLayout(
-        layers=runs,
-        block_size=whole.block_size,
-        dtype=whole.dtype,
-        item_bytes=whole.item_bytes,
-        tp=layout.tp,
-        pp=layout.pp,
-    )
+    return message_of(pb.ShardedLayout, layout.whole, layers=runs, tp=layout.tp, pp=layout.pp)
 
 
 def layout_from_proto(hello: HandoffHello | WorkerHello) -> ShardedLayout | None:
@@ -54,14 +42,7 @@ def _layout_of(data: bytes) -> ShardedLayout:
     num_layers = sum(run.num_layers for run in message.layers)
     if num_layers > MAX_NUM_LAYERS:
         raise ValueError(f"a KV layout may have {MAX_NUM_LAYERS} layers; got {num_layers}")
-    layers = itertools.chain.from_iterable(
-        (LayerKv(run.num_kv_heads, run.k_head_dim, run.v_head_dim),) * run.num_layers
-        for run in message.layers
-    )
-    whole = KvLayout(
-        layers=tuple(layers),
-        block_size=message.block_size,
-        dtype=message.dtype,
-        item_bytes=message.item_bytes,
-    )
+    runs = ([value_of(LayerKv, run)] * run.num_layers for run in message.layers)
+    layers = tuple(itertools.chain.from_iterable(runs))
+    whole = value_of(KvLayout, message, layers=layers)
     return ShardedLayout(whole=whole, tp=message.tp, pp=message.pp)
