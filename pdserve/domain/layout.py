@@ -52,8 +52,8 @@ class KvLayout:
             _check(0, v_head_dim=layer.v_head_dim)
 
     def __hash__(self) -> int:
-        """As much as tells most layouts apart: models have many layers, all alike."""
-        return hash((self.layers[0], len(self.layers), self.block_size, self.dtype))
+        """As much as tells most layouts apart: routers look them up for each request."""
+        return hash((len(self.layers), self.block_size, self.dtype))
 
     @property
     def block_bytes(self) -> int:
