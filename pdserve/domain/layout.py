@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pdserve.domain.kv_demand import num_blocks_for
 
 MAX_NUM_LAYERS = 1024
-MAX_NUM_RANKS = 1024
+MAX_NUM_RANKS = 256
 MAX_DTYPE_CHARS = 16
 MAX_SIZE = 2**32 - 1
 

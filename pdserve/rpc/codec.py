@@ -11,7 +11,6 @@ from typing import Any
 from pdserve.domain import messages as m
 from pdserve.domain.errors import Reason
 from pdserve.domain.ids import BlockId, Epoch, HandoffId, RequestId
-from pdserve.domain.layout import ShardedLayout
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import (
     Completed,
@@ -30,6 +29,8 @@ FINISH_TO_PROTO = {
     FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
 }
 REASONS = frozenset(Reason)
+MAX_NUM_REGIONS_OF_RANK = 16
+"""One for each transport."""
 FINISH_FROM_PROTO = {number: reason for reason, number in FINISH_TO_PROTO.items()}
 
 
@@ -269,19 +270,21 @@ def _hello_to_proto(hello: m.HandoffHello) -> prefill_pb2.HandoffHello:
 
 def _hello_from_proto(message: prefill_pb2.HandoffHello) -> m.HandoffHello:
     layout = layout_from_proto(message)
-    regions = tuple(_region_from_proto(region, layout) for region in message.regions)
-    return value_of(m.HandoffHello, message, layout=layout, regions=regions)
-
-
-def _region_from_proto(
-    message: prefill_pb2.RemoteRegion, layout: ShardedLayout | None
-) -> m.RemoteRegion:
-    region = value_of(m.RemoteRegion, message, address=dict(message.address))
+    most = MAX_NUM_REGIONS_OF_RANK * (layout.num_ranks if layout else 1)
+    if len(message.regions) > most:
+        raise ValueError(f"a hello may have {most} regions; got {len(message.regions)}")
+    regions = tuple(
+        value_of(m.RemoteRegion, region, address=dict(region.address)) for region in message.regions
+    )
     if layout is not None:
-        expected = layout.rank(region.rank).layout.block_bytes
-        if region.block_bytes != expected:
-            raise ValueError(f"region: blocks of {region.block_bytes} bytes; they have {expected}")
-    return region
+        held = {rank: layout.rank(rank).layout.block_bytes for rank in {r.rank for r in regions}}
+        for region in regions:
+            if region.block_bytes != held[region.rank]:
+                raise ValueError(
+                    f"region of rank {region.rank}: a block there has {held[region.rank]} bytes; "
+                    f"got {region.block_bytes}"
+                )
+    return value_of(m.HandoffHello, message, layout=layout, regions=regions)
 
 
 def to_prefill_proto(message: m.DecodeToPrefill) -> prefill_pb2.DecodeToPrefill:

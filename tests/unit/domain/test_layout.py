@@ -70,10 +70,10 @@ def test_sizes_that_no_memory_has_are_an_error(change: dict[str, Any], why: str)
         (3, 1, "4 KV heads do not divide by tp 3"),
         (6, 1, "4 KV heads do not divide by tp 6"),
         (0, 1, f"tp .* must be 1 to {MAX_NUM_RANKS}; got 0"),
-        (2048, 1, "tp .* must be 1 to 1024; got 2048"),
+        (2048, 1, "tp .* must be 1 to 256; got 2048"),
         (1, 0, "pp .* must be 1 to 5; got 0"),
         (1, 6, "pp .* must be 1 to 5; got 6"),
-        (256, 5, "pp .* must be 1 to 4; got 5"),
+        (64, 5, "pp .* must be 1 to 4; got 5"),
     ],
 )
 def test_division_that_leaves_a_rank_without_its_share_is_an_error(

@@ -368,7 +368,8 @@ def test_layout_of_more_bytes_than_any_valid_one_is_an_error() -> None:
         ({"pp": 0}, "pp"),
         ({"tp": 2**32 - 1}, "tp"),
         ({"regions": [region_of(2, 4096)]}, "rank .* must be 0 to 1; got 2"),
-        ({"regions": [region_of(1, 2048)]}, "blocks of 2048 bytes; they have 4096"),
+        ({"regions": [region_of(0, 4096)] * 33}, "may have 32 regions; got 33"),
+        ({"regions": [region_of(1, 2048)]}, "rank 1: a block there has 4096 bytes; got 2048"),
     ],
 )
 def test_sizes_that_no_worker_has_are_an_error(change: dict[str, Any], why: str) -> None:
