@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
-from types import TracebackType
+from typing import Any
 
 import structlog
 
@@ -14,6 +14,7 @@ from kvtransfer.transports.base import Transport
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import LocalFault, PeerFault, Reason, WorkerLost
 from pdserve.domain.ids import HandoffId, WorkerId
+from pdserve.domain.kv_exchange import exchange_obstacle
 from pdserve.domain.messages import (
     DecodeToPrefill,
     HandoffHello,
@@ -134,15 +135,10 @@ class PrefillLinks:
         await self._tasks.__aenter__()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: Any) -> None:
         for task in (*self._opening.values(), *self._running):
             task.cancel()
-        await self._tasks.__aexit__(kind, error, trace)
+        await self._tasks.__aexit__(*error)
 
     async def get(self, target: PrefillTarget) -> PeerLink:
         """The open link to this life of the worker; raises `PeerFault` if there can be none."""
@@ -197,16 +193,11 @@ class PrefillLinks:
     ) -> PeerLink:
         if not isinstance(theirs, HandoffHello) or theirs.epoch != target.epoch:
             raise WorkerLost(f"prefill worker {target.worker_id} has restarted")
-        mine = self._hello
-        if (theirs.model_hash, theirs.layout_hash) != (mine.model_hash, mine.layout_hash):
-            raise PeerFault(
-                f"prefill worker {target.worker_id} serves another model or KV layout",
-                reason=Reason.INCOMPATIBLE_PEER,
-            )
+        obstacle = exchange_obstacle(self._hello, theirs)
         chosen = choose(self._transports, theirs.regions)
-        if chosen is None:
+        if obstacle is not None or chosen is None:
             raise PeerFault(
-                f"no transport reaches prefill worker {target.worker_id}",
+                f"prefill worker {target.worker_id}: {obstacle or 'no transport reaches it'}",
                 reason=Reason.INCOMPATIBLE_PEER,
             )
         return PeerLink(stream, target.worker_id, *chosen, watch=self._watch)

@@ -5,7 +5,6 @@ import contextlib
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, Self
 
 from deploy.backend import ClusterEvent, ProcessRow, Report
@@ -125,12 +124,7 @@ class LocalCluster:
             raise
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: object, error: object, /, *_: object) -> None:
         try:
             if error is None:
                 await self.drain()

@@ -5,7 +5,6 @@ import json
 import signal
 from collections.abc import Coroutine, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from deploy.backend import ClusterEvent, ProcessRow, Report
@@ -122,12 +121,7 @@ class RayCluster:
             raise
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: object, error: object, /, *_: object) -> None:
         try:
             if self._supervisor is not None:
                 await self._supervisor.stop()

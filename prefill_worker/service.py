@@ -8,7 +8,7 @@ from kvtransfer.sender import check_start
 from kvtransfer.session import ProtocolViolation
 from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.errors import BadRequest, PeerFault, Reason
-from pdserve.domain.ids import PROTOCOL_VERSION
+from pdserve.domain.kv_exchange import exchange_obstacle
 from pdserve.domain.messages import (
     BlocksPulled,
     DecodeToPrefill,
@@ -67,10 +67,10 @@ class PrefillService:
     async def handle(self, stream: PrefillServerLink) -> None:
         """Serve one decode worker until its stream ends."""
         first = await receive_hello(stream, self._hello_s)
-        if not isinstance(first, HandoffHello) or not self._is_compatible(first):
-            raise PeerFault(
-                "protocol version, model or KV layout differ", reason=Reason.INCOMPATIBLE_PEER
-            )
+        if not isinstance(first, HandoffHello):
+            raise PeerFault("the first message is no hello", reason=Reason.INCOMPATIBLE_PEER)
+        if (obstacle := exchange_obstacle(first, self._hello)) is not None:
+            raise PeerFault(obstacle, reason=Reason.INCOMPATIBLE_PEER)
         await stream.send(self._hello)
         log.info("decode_worker.joined", worker_id=first.worker_id, epoch=first.epoch)
         try:
@@ -79,13 +79,6 @@ class PrefillService:
         finally:
             self._loop.end_peer(stream)
             log.info("decode_worker.left", worker_id=first.worker_id, epoch=first.epoch)
-
-    def _is_compatible(self, hello: HandoffHello) -> bool:
-        return (
-            hello.protocol_version == PROTOCOL_VERSION
-            and hello.model_hash == self._hello.model_hash
-            and hello.layout_hash == self._hello.layout_hash
-        )
 
     async def _take(self, stream: PrefillServerLink, message: DecodeToPrefill) -> None:
         senders = self._loop.senders

@@ -6,6 +6,7 @@ from enum import StrEnum
 from pdserve.domain.ids import AttemptId, Epoch, WorkerId
 from pdserve.domain.invariants import check_invariant
 from pdserve.domain.kv_demand import num_answer_kv_tokens, num_blocks_for
+from pdserve.domain.kv_exchange import exchange_obstacle
 from pdserve.domain.latency import StepCoefficients, num_attention_pairs
 from pdserve.domain.messages import WorkerHello, WorkerLoad
 
@@ -202,11 +203,9 @@ class WorkerView:
         others = max(0, in_use - self.assigned_at_report.num_blocks)
         return self.hello.num_blocks - self.assigned.num_blocks - others
 
-    def can_exchange_kv_with(self, other: "WorkerView") -> bool:
-        return (self.hello.model_hash, self.hello.layout_hash) == (
-            other.hello.model_hash,
-            other.hello.layout_hash,
-        )
+    def can_exchange_kv_with(self, decode: "WorkerView") -> bool:
+        """Whether the KV of this prefill worker can go to that decode worker."""
+        return exchange_obstacle(decode.hello, self.hello) is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,7 +51,7 @@ def _likeness(hello: WorkerHello) -> Hashable:
     if not hello.hardware:
         return hello.worker_id
     given = None if hello.is_measured else hello.coefficients
-    model = (hello.model_hash, hello.layout_hash)
+    model = (hello.model_hash, hello.layout)
     return (hello.role, hello.engine, model, hello.hardware, given)
 
 

@@ -1,6 +1,5 @@
 """The operators' view of a cluster."""
 
-from types import TracebackType
 from typing import Self
 
 import grpc
@@ -23,12 +22,7 @@ class AdminClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._channel.close(grace=None)
 
     async def cluster_state(self, *, timeout_s: float | None = 10.0) -> ClusterState:

@@ -1,10 +1,9 @@
 """Protobuf of the public service to values and back, as a client sees it."""
 
-import dataclasses
-
 from pdserve.client.values import Answer, Chunk, Finished, Model, Prompt, Sampling, Usage
 from pdserve.domain.errors import BadRequest, FieldViolation
 from pdserve.domain.tokens import FinishReason
+from pdserve.rpc.alike import message_of, value_of
 from pdserve.rpc.codec import FINISH_FROM_PROTO, timeline_from_proto, token_from_proto
 from pdserve.v1 import inference_pb2, types_pb2
 
@@ -59,11 +58,7 @@ def answer_from_proto(message: inference_pb2.CompleteResponse) -> Answer:
 
 
 def model_from_proto(message: inference_pb2.Model) -> Model:
-    return Model(
-        name=message.name,
-        max_context_tokens=message.max_context_tokens,
-        vocab_size=message.vocab_size,
-    )
+    return value_of(Model, message)
 
 
 def _check_representable(prompt: Prompt, sampling: Sampling) -> None:
@@ -100,21 +95,13 @@ def _is_unicode(text: str) -> bool:
 
 
 def _sampling_to_proto(sampling: Sampling) -> types_pb2.SamplingParams:
-    return types_pb2.SamplingParams(
-        **{field.name: getattr(sampling, field.name) for field in dataclasses.fields(sampling)}
-    )
+    return message_of(types_pb2.SamplingParams, sampling)
 
 
 def _finished_from_proto(message: inference_pb2.Finished) -> Finished:
-    usage = message.usage
     return Finished(
         # A reason of a later release is shown as the nearest thing that this one knows.
         reason=FINISH_FROM_PROTO.get(message.reason, FinishReason.STOP),
-        usage=Usage(
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            cached_prompt_tokens=usage.cached_prompt_tokens,
-            seed=usage.seed,
-        ),
+        usage=value_of(Usage, message.usage),
         timeline=timeline_from_proto(message.timeline),
     )

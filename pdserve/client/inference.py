@@ -1,7 +1,6 @@
 """The public service, seen from a client."""
 
 from collections.abc import AsyncGenerator
-from types import TracebackType
 from typing import Self
 
 import grpc
@@ -30,12 +29,7 @@ class InferenceClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pdserve.domain.layout import KvLayout
+from pdserve.domain.layout import KvLayout, ShardedLayout
 from pdserve.domain.lengths import ONE_REGIME, LengthRule
 from pdserve.domain.prefix import hash_full_blocks
 
@@ -21,6 +21,11 @@ class EngineSpec:
     eos_token_ids: tuple[int, ...]
     layout: KvLayout
     length_rule: LengthRule = ONE_REGIME
+
+    @property
+    def sharded_layout(self) -> ShardedLayout:
+        """Of one rank: every engine has the KV of all that it stands for in one memory."""
+        return ShardedLayout(whole=self.layout)
 
     def block_names(self, prompt: Sequence[int]) -> tuple[bytes, ...]:
         """Names of the prompt's full blocks, alike at all workers that are paired."""

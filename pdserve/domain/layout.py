@@ -1,14 +1,21 @@
-"""The shape of KV memory, and the hash that two workers must share to exchange it."""
+"""The shape of KV memory: of a whole model, and of each rank of a worker that divides it."""
 
-import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pdserve.domain.kv_demand import num_blocks_for
+
+MAX_NUM_LAYERS = 1024
+MAX_NUM_RANKS = 256
+MAX_DTYPE_CHARS = 16
+MAX_SIZE = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class LayerKv:
-    """K and V of one layer: head sizes can differ from each other (MLA) and between layers."""
+    """K and V of one layer: head sizes can differ from each other (MLA) and between layers.
+
+    The latents of MLA are one KV head without V.
+    """
 
     num_kv_heads: int
     k_head_dim: int
@@ -27,12 +34,26 @@ class KvLayout:
 
         block b:  | L0 K | L0 V | L1 K | L1 V | ... |
                     each  [block_size, kv_heads, head_dim] of `dtype`
+
+    Raises `ValueError` for sizes that no memory has.
     """
 
     layers: tuple[LayerKv, ...]
     block_size: int
     dtype: str  # numpy name: float32, float16, bfloat16, uint8
     item_bytes: int
+
+    def __post_init__(self) -> None:
+        _check(1, MAX_NUM_LAYERS, layers=len(self.layers))
+        _check(1, MAX_DTYPE_CHARS, dtype=len(self.dtype))
+        _check(1, block_size=self.block_size, item_bytes=self.item_bytes)
+        for layer in set(self.layers):
+            _check(1, num_kv_heads=layer.num_kv_heads, k_head_dim=layer.k_head_dim)
+            _check(0, v_head_dim=layer.v_head_dim)
+
+    def __hash__(self) -> int:
+        """As much as tells most layouts apart: routers look them up for each request."""
+        return hash((len(self.layers), self.block_size, self.dtype))
 
     @property
     def block_bytes(self) -> int:
@@ -43,10 +64,61 @@ class KvLayout:
         values = sum(kv.num_values_per_token for kv in self.layers[:layer])
         return values * self.block_size * self.item_bytes
 
-    def digest(self) -> bytes:
-        """16 bytes; equal only for layouts whose blocks mean the same byte for byte."""
-        text = repr((self.layers, self.block_size, self.dtype, self.item_bytes))
-        return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
     def num_blocks_for(self, num_tokens: int) -> int:
         return num_blocks_for(num_tokens, self.block_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankLayout:
+    """What one rank holds of a block, layer after layer as the whole model's block has it."""
+
+    layers: range  # of the model's layers
+    heads: tuple[range, ...]  # of each of these layers' KV heads
+    layout: KvLayout  # of this rank's blocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardedLayout:
+    """The KV of a model, divided among `tp * pp` ranks; those of a stage follow one another.
+
+    Stages take the layers in order, as evenly as can be. The ranks of a stage take the KV heads of
+    its layers in order; if they are more than the heads, equally many hold each head. Raises
+    `ValueError` for a division that does not come out even, or has a rank without layers.
+    """
+
+    whole: KvLayout
+    tp: int = 1
+    pp: int = 1
+
+    def __post_init__(self) -> None:
+        _check(1, MAX_NUM_RANKS, tp=self.tp)
+        _check(1, min(len(self.whole.layers), MAX_NUM_RANKS // self.tp), pp=self.pp)
+        for num_heads in {layer.num_kv_heads for layer in self.whole.layers}:
+            if num_heads % self.tp and self.tp % num_heads:
+                raise ValueError(f"{num_heads} KV heads do not divide by tp {self.tp}")
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.pp
+
+    def rank(self, rank: int) -> RankLayout:
+        """Of one rank, counted from 0; raises `ValueError` for one that there is not."""
+        _check(0, self.num_ranks - 1, rank=rank)
+        stage, place = divmod(rank, self.tp)
+        num_layers = len(self.whole.layers)
+        layers = range(stage * num_layers // self.pp, (stage + 1) * num_layers // self.pp)
+        whole = [self.whole.layers[layer] for layer in layers]
+        heads = tuple(
+            range(place * kv.num_kv_heads // self.tp, -(-(place + 1) * kv.num_kv_heads // self.tp))
+            for kv in whole
+        )
+        held = tuple(
+            replace(kv, num_kv_heads=len(own)) for kv, own in zip(whole, heads, strict=True)
+        )
+        return RankLayout(layers=layers, heads=heads, layout=replace(self.whole, layers=held))
+
+
+def _check(least: int, most: int = MAX_SIZE, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if not least <= size <= most:
+            raise ValueError(f"{name} of a KV layout: must be {least} to {most}; got {size}")

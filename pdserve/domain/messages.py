@@ -9,6 +9,7 @@ from enum import StrEnum
 from pdserve.domain.ids import BlockId, Epoch, HandoffId, RequestId, WorkerId
 from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import LiveSteps, StepCoefficients
+from pdserve.domain.layout import ShardedLayout
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, SampledToken
 
@@ -85,12 +86,13 @@ DecodeToRouter = PeerHello | StepOutputs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteRegion:
-    """How one side's KV memory can be read by one transport."""
+    """How the KV memory of one rank can be read by one transport."""
 
     transport: str
     address: dict[str, str]
     num_blocks: int
     block_bytes: int
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +101,7 @@ class HandoffHello:
     epoch: Epoch
     protocol_version: int
     model_hash: bytes
-    layout_hash: bytes
+    layout: ShardedLayout | None  # None: the peer's version is older
     regions: tuple[RemoteRegion, ...] = ()
 
 
@@ -176,7 +178,7 @@ class WorkerHello:
     pid: int
     model_name: str
     model_hash: bytes
-    layout_hash: bytes
+    layout: ShardedLayout | None  # None: the worker's version is older
     tokenizer_hash: bytes
     max_context_tokens: int
     vocab_size: int

@@ -10,7 +10,7 @@ from typing import Any
 
 from pdserve.domain import messages as m
 from pdserve.domain.errors import Reason
-from pdserve.domain.ids import BlockId, Epoch, HandoffId, RequestId, WorkerId
+from pdserve.domain.ids import BlockId, Epoch, HandoffId, RequestId
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import (
     Completed,
@@ -20,6 +20,8 @@ from pdserve.domain.tokens import (
     SampledToken,
     slices,
 )
+from pdserve.rpc.alike import message_of, value_of
+from pdserve.rpc.layout_codec import layout_from_proto, layout_to_proto
 from pdserve.v1 import decode_pb2, prefill_pb2, types_pb2
 
 FINISH_TO_PROTO = {
@@ -27,6 +29,8 @@ FINISH_TO_PROTO = {
     FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
 }
 REASONS = frozenset(Reason)
+MAX_NUM_REGIONS_OF_RANK = 16
+"""One for each transport."""
 FINISH_FROM_PROTO = {number: reason for reason, number in FINISH_TO_PROTO.items()}
 
 
@@ -58,20 +62,7 @@ def _tuple_of(field: Any) -> tuple[int, ...]:
 
 
 def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
-    return types_pb2.SamplingParams(
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        seed=params.seed,
-        max_tokens=params.max_tokens,
-        min_tokens=params.min_tokens,
-        stop=params.stop,
-        stop_token_ids=params.stop_token_ids,
-        ignore_eos=params.ignore_eos,
-        logprobs=params.logprobs,
-        skip_special_tokens=params.skip_special_tokens,
-        include_stop_str_in_output=params.include_stop_str_in_output,
-    )
+    return message_of(types_pb2.SamplingParams, params)
 
 
 def sampling_from_proto(
@@ -109,30 +100,21 @@ def token_from_proto(message: types_pb2.Token) -> SampledToken:
 
 
 def timeline_to_proto(timeline: PhaseTimeline) -> types_pb2.PhaseTimeline:
-    return types_pb2.PhaseTimeline(
-        **{name: getattr(timeline, name) for name in PhaseTimeline.__dataclass_fields__}
-    )
+    return message_of(types_pb2.PhaseTimeline, timeline)
 
 
 def timeline_from_proto(message: types_pb2.PhaseTimeline) -> PhaseTimeline:
-    return PhaseTimeline(
-        **{name: getattr(message, name) for name in PhaseTimeline.__dataclass_fields__}
-    )
+    return value_of(PhaseTimeline, message)
 
 
 def failure_to_proto(failure: Failed) -> types_pb2.Failure:
-    return types_pb2.Failure(
-        reason=failure.reason, message=failure.message, retry_after_s=failure.retry_after_s
-    )
+    return message_of(types_pb2.Failure, failure)
 
 
 def failure_from_proto(message: types_pb2.Failure) -> Failed:
-    return Failed(
-        # A peer of another version may know more reasons; its request ends all the same.
-        reason=Reason(message.reason) if message.reason in REASONS else Reason.INTERNAL,
-        message=message.message,
-        retry_after_s=message.retry_after_s,
-    )
+    # A peer of another version may know more reasons; its request ends all the same.
+    reason = Reason(message.reason) if message.reason in REASONS else Reason.INTERNAL
+    return value_of(Failed, message, reason=reason)
 
 
 # Router and decode worker -------------------------------------------------------------------------
@@ -154,17 +136,14 @@ def router_message_to_proto(message: m.RouterToDecode) -> decode_pb2.RouterMessa
                 sampling=sampling_to_proto(message.sampling),
                 deadline_s=message.deadline_s,
                 prefill_targets=[
-                    decode_pb2.PrefillTarget(
-                        worker_id=target.worker_id, address=target.address, epoch=target.epoch
-                    )
+                    message_of(decode_pb2.PrefillTarget, target)
                     for target in message.prefill_targets
                 ],
             )
             _extend(submit.prompt_token_ids, message.prompt_token_ids)
             return decode_pb2.RouterMessage(submit=submit)
         case m.Cancel():
-            cancel = decode_pb2.Cancel(request_id=message.request_id, attempt=message.attempt)
-            return decode_pb2.RouterMessage(cancel=cancel)
+            return decode_pb2.RouterMessage(cancel=message_of(decode_pb2.Cancel, message))
 
 
 def router_message_from_proto(message: decode_pb2.RouterMessage) -> m.RouterToDecode:
@@ -177,25 +156,17 @@ def router_message_from_proto(message: decode_pb2.RouterMessage) -> m.RouterToDe
             )
         case "submit":
             submit = message.submit
-            return m.Submit(
-                request_id=RequestId(submit.request_id),
-                attempt=submit.attempt,
+            return value_of(
+                m.Submit,
+                submit,
                 prompt_token_ids=_tuple_of(submit.prompt_token_ids),
                 sampling=sampling_from_proto(submit.sampling),
-                deadline_s=submit.deadline_s,
                 prefill_targets=tuple(
-                    m.PrefillTarget(
-                        worker_id=WorkerId(target.worker_id),
-                        address=target.address,
-                        epoch=Epoch(target.epoch),
-                    )
-                    for target in submit.prefill_targets
+                    value_of(m.PrefillTarget, target) for target in submit.prefill_targets
                 ),
             )
         case "cancel":
-            return m.Cancel(
-                request_id=RequestId(message.cancel.request_id), attempt=message.cancel.attempt
-            )
+            return value_of(m.Cancel, message.cancel)
         case other:
             raise ValueError(f"unknown router message {other}")
 
@@ -279,7 +250,7 @@ def _output_from_proto(message: decode_pb2.RequestOutput) -> m.RequestOutput:
 
 
 def handoff_to_proto(handoff: HandoffId) -> prefill_pb2.HandoffId:
-    return prefill_pb2.HandoffId(
+    return prefill_pb2.HandoffId(  # in each message of a handoff, and fast for that
         request_id=handoff.request_id, attempt=handoff.attempt, retry=handoff.retry
     )
 
@@ -289,41 +260,31 @@ def handoff_from_proto(message: prefill_pb2.HandoffId) -> HandoffId:
 
 
 def _hello_to_proto(hello: m.HandoffHello) -> prefill_pb2.HandoffHello:
-    return prefill_pb2.HandoffHello(
-        worker_id=hello.worker_id,
-        epoch=hello.epoch,
-        protocol_version=hello.protocol_version,
-        model_hash=hello.model_hash,
-        layout_hash=hello.layout_hash,
-        regions=[
-            prefill_pb2.RemoteRegion(
-                transport=region.transport,
-                address=region.address,
-                num_blocks=region.num_blocks,
-                block_bytes=region.block_bytes,
-            )
-            for region in hello.regions
-        ],
+    return message_of(
+        prefill_pb2.HandoffHello,
+        hello,
+        layout=layout_to_proto(hello.layout),
+        regions=[message_of(prefill_pb2.RemoteRegion, region) for region in hello.regions],
     )
 
 
 def _hello_from_proto(message: prefill_pb2.HandoffHello) -> m.HandoffHello:
-    return m.HandoffHello(
-        worker_id=WorkerId(message.worker_id),
-        epoch=Epoch(message.epoch),
-        protocol_version=message.protocol_version,
-        model_hash=message.model_hash,
-        layout_hash=message.layout_hash,
-        regions=tuple(
-            m.RemoteRegion(
-                transport=region.transport,
-                address=dict(region.address),
-                num_blocks=region.num_blocks,
-                block_bytes=region.block_bytes,
-            )
-            for region in message.regions
-        ),
+    layout = layout_from_proto(message)
+    most = MAX_NUM_REGIONS_OF_RANK * (layout.num_ranks if layout else 1)
+    if len(message.regions) > most:
+        raise ValueError(f"a hello may have {most} regions; got {len(message.regions)}")
+    regions = tuple(
+        value_of(m.RemoteRegion, region, address=dict(region.address)) for region in message.regions
     )
+    if layout is not None:
+        held = {rank: layout.rank(rank).layout.block_bytes for rank in {r.rank for r in regions}}
+        for region in regions:
+            if region.block_bytes != held[region.rank]:
+                raise ValueError(
+                    f"region of rank {region.rank}: a block there has {held[region.rank]} bytes; "
+                    f"got {region.block_bytes}"
+                )
+    return value_of(m.HandoffHello, message, layout=layout, regions=regions)
 
 
 def to_prefill_proto(message: m.DecodeToPrefill) -> prefill_pb2.DecodeToPrefill:
@@ -341,12 +302,8 @@ def to_prefill_proto(message: m.DecodeToPrefill) -> prefill_pb2.DecodeToPrefill:
             _extend(start.prompt_token_ids, message.prompt_token_ids)
             return envelope(start=start)
         case m.BlocksPulled():
-            pulled = prefill_pb2.BlocksPulled(
-                handoff=handoff_to_proto(message.handoff),
-                first_block=message.first_block,
-                num_blocks=message.num_blocks,
-            )
-            return envelope(pulled=pulled)
+            handoff = handoff_to_proto(message.handoff)
+            return envelope(pulled=message_of(prefill_pb2.BlocksPulled, message, handoff=handoff))
         case m.RenewLeases():
             handoffs = [handoff_to_proto(handoff) for handoff in message.handoffs]
             return envelope(renew=prefill_pb2.RenewLeases(handoffs=handoffs))
@@ -359,19 +316,16 @@ def from_decode_proto(message: prefill_pb2.DecodeToPrefill) -> m.DecodeToPrefill
         case "hello":
             return _hello_from_proto(message.hello)
         case "start":
-            return m.StartHandoff(
+            return value_of(
+                m.StartHandoff,
+                message.start,
                 handoff=handoff_from_proto(message.start.handoff),
                 prompt_token_ids=_tuple_of(message.start.prompt_token_ids),
-                first_block=message.start.first_block,
                 sampling=sampling_from_proto(message.start.sampling),
-                deadline_s=message.start.deadline_s,
             )
         case "pulled":
-            return m.BlocksPulled(
-                handoff=handoff_from_proto(message.pulled.handoff),
-                first_block=message.pulled.first_block,
-                num_blocks=message.pulled.num_blocks,
-            )
+            handoff = handoff_from_proto(message.pulled.handoff)
+            return value_of(m.BlocksPulled, message.pulled, handoff=handoff)
         case "renew":
             return m.RenewLeases(tuple(map(handoff_from_proto, message.renew.handoffs)))
         case "end":
@@ -392,20 +346,14 @@ def to_decode_proto(message: m.PrefillToDecode) -> prefill_pb2.PrefillToDecode:
             )
             return envelope(refused=refused)
         case m.BlocksOffered():
-            offered = prefill_pb2.BlocksOffered(
-                handoff=handoff_to_proto(message.handoff),
-                first_block=message.first_block,
-                block_ids=message.block_ids,
-                digests=message.digests,
-            )
-            return envelope(offered=offered)
+            handoff = handoff_to_proto(message.handoff)
+            return envelope(offered=message_of(prefill_pb2.BlocksOffered, message, handoff=handoff))
         case m.PrefillDone():
-            done = prefill_pb2.PrefillDone(
+            done = message_of(
+                prefill_pb2.PrefillDone,
+                message,
                 handoff=handoff_to_proto(message.handoff),
                 first_token=token_to_proto(message.first_token),
-                queue_s=message.queue_s,
-                prefill_s=message.prefill_s,
-                cached_tokens=message.cached_tokens,
             )
             return envelope(done=done)
         case m.HandoffFailed():
@@ -433,12 +381,11 @@ def from_prefill_proto(message: prefill_pb2.PrefillToDecode) -> m.PrefillToDecod
                 digests=tuple(message.offered.digests),
             )
         case "done":
-            return m.PrefillDone(
+            return value_of(
+                m.PrefillDone,
+                message.done,
                 handoff=handoff_from_proto(message.done.handoff),
                 first_token=token_from_proto(message.done.first_token),
-                queue_s=message.done.queue_s,
-                prefill_s=message.done.prefill_s,
-                cached_tokens=message.done.cached_tokens,
             )
         case "failed":
             return m.HandoffFailed(

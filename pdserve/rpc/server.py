@@ -4,7 +4,6 @@ import contextlib
 import inspect
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
-from types import TracebackType
 from typing import Any
 
 import grpc
@@ -85,12 +84,7 @@ class RpcServer:
     async def __aenter__(self) -> "RpcServer":
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
 

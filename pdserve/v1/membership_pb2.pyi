@@ -1,3 +1,4 @@
+from pdserve.v1 import layout_pb2 as _layout_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -36,7 +37,7 @@ class WorkerReport(_message.Message):
     def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "role", "epoch", "protocol_version", "address", "pid", "model_name", "model_hash", "layout_hash", "max_context_tokens", "vocab_size", "block_size", "num_blocks", "block_bytes", "max_num_requests", "coefficients", "engine", "tokenizer_hash", "max_step_tokens", "reads", "num_stages", "hardware", "is_measured")
+    __slots__ = ("worker_id", "role", "epoch", "protocol_version", "address", "pid", "model_name", "model_hash", "max_context_tokens", "vocab_size", "block_size", "num_blocks", "block_bytes", "max_num_requests", "coefficients", "engine", "tokenizer_hash", "max_step_tokens", "reads", "num_stages", "hardware", "is_measured", "layout")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -45,7 +46,6 @@ class WorkerHello(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
-    LAYOUT_HASH_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +60,7 @@ class WorkerHello(_message.Message):
     NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
     HARDWARE_FIELD_NUMBER: _ClassVar[int]
     IS_MEASURED_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: Role
     epoch: int
@@ -68,7 +69,6 @@ class WorkerHello(_message.Message):
     pid: int
     model_name: str
     model_hash: bytes
-    layout_hash: bytes
     max_context_tokens: int
     vocab_size: int
     block_size: int
@@ -83,7 +83,8 @@ class WorkerHello(_message.Message):
     num_stages: int
     hardware: str
     is_measured: bool
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., model_name: _Optional[str] = ..., model_hash: _Optional[bytes] = ..., layout_hash: _Optional[bytes] = ..., max_context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., max_num_requests: _Optional[int] = ..., coefficients: _Optional[_Union[StepCoefficients, _Mapping]] = ..., engine: _Optional[str] = ..., tokenizer_hash: _Optional[bytes] = ..., max_step_tokens: _Optional[int] = ..., reads: _Optional[_Union[Reads, str]] = ..., num_stages: _Optional[int] = ..., hardware: _Optional[str] = ..., is_measured: _Optional[bool] = ...) -> None: ...
+    layout: _layout_pb2.ShardedLayout
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., model_name: _Optional[str] = ..., model_hash: _Optional[bytes] = ..., max_context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., max_num_requests: _Optional[int] = ..., coefficients: _Optional[_Union[StepCoefficients, _Mapping]] = ..., engine: _Optional[str] = ..., tokenizer_hash: _Optional[bytes] = ..., max_step_tokens: _Optional[int] = ..., reads: _Optional[_Union[Reads, str]] = ..., num_stages: _Optional[int] = ..., hardware: _Optional[str] = ..., is_measured: _Optional[bool] = ..., layout: _Optional[_Union[_layout_pb2.ShardedLayout, _Mapping]] = ...) -> None: ...
 
 class StepCoefficients(_message.Message):
     __slots__ = ("fixed_s", "prefill_token_s", "prefill_attention_s", "decode_token_s", "decode_context_token_s", "relative_error")

@@ -1,3 +1,4 @@
+from pdserve.v1 import layout_pb2 as _layout_pb2
 from pdserve.v1 import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -46,23 +47,23 @@ class PrefillToDecode(_message.Message):
     def __init__(self, hello: _Optional[_Union[HandoffHello, _Mapping]] = ..., refused: _Optional[_Union[HandoffRefused, _Mapping]] = ..., offered: _Optional[_Union[BlocksOffered, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ..., failed: _Optional[_Union[HandoffFailed, _Mapping]] = ...) -> None: ...
 
 class HandoffHello(_message.Message):
-    __slots__ = ("worker_id", "epoch", "protocol_version", "model_hash", "layout_hash", "regions")
+    __slots__ = ("worker_id", "epoch", "protocol_version", "model_hash", "layout", "regions")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
-    LAYOUT_HASH_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     REGIONS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     protocol_version: int
     model_hash: bytes
-    layout_hash: bytes
+    layout: _layout_pb2.ShardedLayout
     regions: _containers.RepeatedCompositeFieldContainer[RemoteRegion]
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ..., model_hash: _Optional[bytes] = ..., layout_hash: _Optional[bytes] = ..., regions: _Optional[_Iterable[_Union[RemoteRegion, _Mapping]]] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ..., model_hash: _Optional[bytes] = ..., layout: _Optional[_Union[_layout_pb2.ShardedLayout, _Mapping]] = ..., regions: _Optional[_Iterable[_Union[RemoteRegion, _Mapping]]] = ...) -> None: ...
 
 class RemoteRegion(_message.Message):
-    __slots__ = ("transport", "address", "num_blocks", "block_bytes")
+    __slots__ = ("transport", "address", "num_blocks", "block_bytes", "rank")
     class AddressEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -74,11 +75,13 @@ class RemoteRegion(_message.Message):
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
     transport: str
     address: _containers.ScalarMap[str, str]
     num_blocks: int
     block_bytes: int
-    def __init__(self, transport: _Optional[str] = ..., address: _Optional[_Mapping[str, str]] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ...) -> None: ...
+    rank: int
+    def __init__(self, transport: _Optional[str] = ..., address: _Optional[_Mapping[str, str]] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class StartHandoff(_message.Message):
     __slots__ = ("handoff", "prompt_token_ids", "first_block", "sampling", "deadline_s")

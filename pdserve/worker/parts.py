@@ -54,7 +54,7 @@ class WorkerParts:
             pid=os.getpid(),
             model_name=spec.model_name,
             model_hash=spec.model_hash,
-            layout_hash=spec.layout.digest(),
+            layout=spec.sharded_layout,
             tokenizer_hash=spec.tokenizer_hash,
             max_context_tokens=spec.max_context_tokens,
             vocab_size=spec.vocab_size,
@@ -76,7 +76,7 @@ class WorkerParts:
             epoch=self.epoch,
             protocol_version=PROTOCOL_VERSION,
             model_hash=self.engine.spec.model_hash,
-            layout_hash=self.engine.spec.layout.digest(),
+            layout=self.engine.spec.sharded_layout,
             regions=tuple(regions),
         )
 

@@ -210,7 +210,7 @@ def alike(state: ClusterState) -> dict[str, tuple[object, ...]]:
             worker.hello.role,
             worker.hello.model_name,
             worker.hello.model_hash,
-            worker.hello.layout_hash,
+            worker.hello.layout,
             worker.hello.num_blocks,
             worker.hello.block_size,
             worker.hello.max_num_requests,

@@ -24,14 +24,14 @@ from router.membership import Membership
 from router.policy import Pair, choose_pair
 from router.requests import GenerateCall
 from tests.support.worker_pair import demo_tokenizer
-from tests.unit.router.builders import make_hello, make_view, make_worker
+from tests.unit.router.builders import LAYOUT, OTHER_LAYOUT, make_hello, make_view, make_worker
 
 LIMITS = TextLimits(max_prompt_chars=1)
 SIZES = st.fixed_dictionaries(
     {
         "num_blocks": st.integers(1, 12),
         "max_context_tokens": st.sampled_from([40, 64, 1000]),
-        "layout_hash": st.sampled_from([b"one", b"two"]),
+        "layout": st.sampled_from([LAYOUT, OTHER_LAYOUT]),
     }
 )
 
@@ -138,7 +138,7 @@ def test_refused_for_good_is_what_an_idle_cluster_cannot_serve(
             block_size=hello.block_size,
             num_blocks=hello.num_blocks,
             max_context_tokens=hello.max_context_tokens,
-            layout_hash=hello.layout_hash,
+            layout=hello.layout,
         )
         for hello in hellos
     ]

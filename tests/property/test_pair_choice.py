@@ -26,7 +26,7 @@ from router.cluster_view import (
 from router.failures import MOVED
 from router.policy import MAX_NUM_PREFILL_TARGETS, NoWorkers, Overloaded, Pair, choose_pair
 from tests.unit.router.bench import DONE, Bench, open_bench, settle
-from tests.unit.router.builders import make_load, make_view, make_worker
+from tests.unit.router.builders import LAYOUT, OTHER_LAYOUT, make_load, make_view, make_worker
 
 OF_DECODE = [Reads.OWN, Reads.NONE]
 SMALL = st.floats(0, 0.1)
@@ -68,7 +68,7 @@ def workers(draw: st.DrawFn, name: str, role: Role) -> WorkerView:
         reads=Reads.OTHERS if role is Role.PREFILL else draw(st.sampled_from(OF_DECODE)),
         num_stages=draw(st.sampled_from([1, 1, 3])),
         model_hash=draw(st.sampled_from([b"m", b"n"])),
-        layout_hash=draw(st.sampled_from([b"l", b"k"])),
+        layout=draw(st.sampled_from([LAYOUT, OTHER_LAYOUT, None])),
         coefficients=StepCoefficients(
             fixed_s=draw(SMALL),
             prefill_token_s=draw(SMALL),

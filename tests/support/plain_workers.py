@@ -80,7 +80,7 @@ class PlainWorker:
             pid=0,
             model_name="",
             model_hash=b"",
-            layout_hash=b"",
+            layout=None,
             tokenizer_hash=b"",
             max_context_tokens=1 << 40,
             vocab_size=2,

@@ -520,6 +520,6 @@ def hello_of(name: str, epoch: Epoch, regions: tuple[RemoteRegion, ...] = ()) ->
         epoch=epoch,
         protocol_version=PROTOCOL_VERSION,
         model_hash=timed_spec().model_hash,
-        layout_hash=LAYOUT.digest(),
+        layout=timed_spec().sharded_layout,
         regions=regions,
     )

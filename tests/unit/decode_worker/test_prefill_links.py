@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import structlog
@@ -11,8 +12,9 @@ import structlog
 from decode_worker.prefill_links import PeerLink, PrefillLinks
 from deploy.simulated.virtual_time import virtual
 from pdserve.config.timers import Timers
-from pdserve.domain.errors import Reason
+from pdserve.domain.errors import PeerFault, Reason
 from pdserve.domain.ids import Epoch, HandoffId, RequestId, WorkerId
+from pdserve.domain.layout import ShardedLayout
 from pdserve.domain.messages import (
     BlocksOffered,
     EndHandoff,
@@ -27,8 +29,8 @@ from pdserve.domain.messages import (
 )
 from pdserve.domain.tokens import Failed, SampledToken
 from pdserve.observe.watch import DecodeWatch
-from pdserve.rpc.streams import PrefillLink, iterate
-from tests.support.worker_pair import Sizes, WorkerPair, oracle
+from pdserve.rpc.streams import PrefillLink, iterate, memory_stream_pair
+from tests.support.worker_pair import LAYOUT, Sizes, WorkerPair, hello_of, oracle
 
 PROMPT = tuple(range(10, 40))
 TARGET = PrefillTarget(worker_id=WorkerId("odd"), address="odd", epoch=Epoch(1))
@@ -86,6 +88,41 @@ async def test_closing_does_not_wait_for_timers_nor_for_links_being_opened() -> 
         assert asyncio.get_running_loop().time() == began_s
         assert link.is_lost
         await asyncio.wait([opening])
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"protocol_version": 9}, "scripted: protocol version: 1 at the decode worker, 9"),
+        ({"model_hash": b"another"}, "scripted: model: .* at the decode worker"),
+        ({"layout": None}, "scripted: one of them is too old"),
+        ({"layout": ShardedLayout(whole=LAYOUT, tp=1, pp=2)}, "tp 1 pp 1 at the decode worker"),
+        ({"regions": ()}, "scripted: no transport reaches it"),
+    ],
+)
+def test_worker_that_kv_cannot_come_from_is_refused_before_anything_is_asked(
+    change: dict[str, Any], why: str
+) -> None:
+    @virtual
+    async def run() -> None:
+        async with WorkerPair() as pair:
+            peer = await pair.script_prefill()
+            hello = dataclasses.replace(hello_of(peer.name, Epoch(1), (peer.region,)), **change)
+
+            async def connect(address: str) -> PrefillLink:
+                theirs, peer.stream = memory_stream_pair("decode-0", peer.name)
+                peer.stream.try_send(hello)
+                return theirs
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(pair.links, "_connect", connect)
+                with pytest.raises(PeerFault, match=why) as refused:
+                    await pair.links.get(peer.target)
+            assert refused.value.reason is Reason.INCOMPATIBLE_PEER
+            said = [message async for message in iterate(peer.stream)]
+            assert [type(message) for message in said] == [HandoffHello]
+
+    run()
 
 
 def clog(link: PeerLink) -> None:
@@ -200,7 +237,7 @@ async def test_messages_that_are_late_or_senseless_are_counted_and_end_no_other_
                 epoch=Epoch(1),
                 protocol_version=1,
                 model_hash=b"",
-                layout_hash=b"",
+                layout=None,
             ),
             HandoffRefused(handoff=nobody, failure=failure),
             HandoffFailed(handoff=nobody, failure=failure),

@@ -15,6 +15,7 @@ from deploy.simulated.virtual_time import virtual
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import PeerFault, Reason, WorkerLost
 from pdserve.domain.ids import HandoffId, RequestId
+from pdserve.domain.layout import ShardedLayout
 from pdserve.domain.messages import (
     BlocksOffered,
     BlocksPulled,
@@ -34,6 +35,7 @@ from pdserve.observe.watch import PrefillWatch
 from pdserve.rpc.memory_network import serve_like_grpc
 from pdserve.rpc.streams import MAX_NUM_BUFFERED_MESSAGES, MemoryStream, memory_stream_pair
 from tests.support.worker_pair import (
+    LAYOUT,
     PrefillNode,
     Sizes,
     WorkerPair,
@@ -398,21 +400,32 @@ async def test_handoff_started_twice_is_read_once() -> None:
 
 
 @virtual
-async def test_peer_that_says_nothing_or_another_model_is_not_served() -> None:
+async def test_peer_that_says_nothing_is_not_served() -> None:
     async with prefill() as (_, node, _):
         _, served = memory_stream_pair("mute", "prefill")
         with pytest.raises(WorkerLost, match="said nothing for 2 s"):
             await node.service.handle(served)
-        other, served = memory_stream_pair("other", "prefill")
-        hello = hello_of("other", node.epoch)
-        other.try_send(
-            HandoffHello(
-                worker_id=hello.worker_id,
-                epoch=hello.epoch,
-                protocol_version=hello.protocol_version,
-                model_hash=b"another",
-                layout_hash=hello.layout_hash,
-            )
-        )
-        with pytest.raises(PeerFault, match="model"):
-            await node.service.handle(served)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"protocol_version": 9}, "protocol version: 9 at the decode worker, 1 at the prefill"),
+        ({"model_hash": b"another"}, "model: .* at the decode worker"),
+        ({"layout": None}, "too old"),
+        ({"layout": ShardedLayout(whole=LAYOUT, tp=1, pp=2)}, "one rank only; ranks: tp 1 pp 2"),
+    ],
+)
+def test_peer_that_kv_cannot_go_to_is_told_why_and_not_served(
+    change: dict[str, Any], why: str
+) -> None:
+    @virtual
+    async def run() -> None:
+        async with prefill() as (_, node, _):
+            other, served = memory_stream_pair("other", "prefill")
+            other.try_send(replace(hello_of("other", node.epoch), **change))
+            with pytest.raises(PeerFault, match=why) as refused:
+                await node.service.handle(served)
+            assert refused.value.reason is Reason.INCOMPATIBLE_PEER
+
+    run()

@@ -6,6 +6,7 @@ from typing import Any
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, WorkerId
 from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import StepCoefficients
+from pdserve.domain.layout import KvLayout, LayerKv, ShardedLayout
 from pdserve.domain.messages import Reads, Role, WorkerHello, WorkerLoad
 from router.cluster_view import Assigned, ClusterView, Health, WorkerView
 
@@ -16,6 +17,10 @@ COEFFICIENTS = StepCoefficients(
     decode_token_s=0.002,
     decode_context_token_s=0.00001,
 )
+LAYOUT = ShardedLayout(
+    whole=KvLayout(layers=(LayerKv(2, 4, 4),) * 2, block_size=16, dtype="float32", item_bytes=4)
+)
+OTHER_LAYOUT = replace(LAYOUT, whole=replace(LAYOUT.whole, dtype="bfloat16", item_bytes=2))
 
 
 def make_hello(name: str = "d0", role: Role = Role.DECODE, /, **changes: Any) -> WorkerHello:
@@ -28,7 +33,7 @@ def make_hello(name: str = "d0", role: Role = Role.DECODE, /, **changes: Any) ->
         pid=1,
         model_name="demo",
         model_hash=b"model",
-        layout_hash=b"layout",
+        layout=LAYOUT,
         tokenizer_hash=b"",
         max_context_tokens=1024,
         vocab_size=2048,

@@ -14,7 +14,14 @@ from pdserve.domain.messages import Reads, Role
 from pdserve.domain.pair_cost import HANDOFF_S
 from router.cluster_view import Assigned, ClusterView, Health, RequestShape
 from router.policy import NoWorkers, Overloaded, Pair, choose_pair
-from tests.unit.router.builders import COEFFICIENTS, make_hello, make_load, make_view, make_worker
+from tests.unit.router.builders import (
+    COEFFICIENTS,
+    OTHER_LAYOUT,
+    make_hello,
+    make_load,
+    make_view,
+    make_worker,
+)
 
 SHAPE = RequestShape(num_prompt_tokens=100, max_tokens=10)
 
@@ -185,7 +192,7 @@ def test_decode_worker_without_a_stream_gets_nothing() -> None:
     assert choose_pair(make_view(make_worker("d0", health=Health.JOINING)), SHAPE) == NoWorkers()
 
 
-@pytest.mark.parametrize("change", [{"layout_hash": b"other"}, {"model_hash": b"other"}])
+@pytest.mark.parametrize("change", [{"layout": OTHER_LAYOUT}, {"model_hash": b"other"}])
 def test_prefill_worker_of_another_model_or_layout_is_never_paired(
     change: dict[str, Any],
 ) -> None:

@@ -20,7 +20,7 @@ from router.membership import Member, Membership
 from router.policy import Pair, choose_pair
 from router.step_times import step_times
 from tests.unit.router.bench import open_link
-from tests.unit.router.builders import make_hello, make_load
+from tests.unit.router.builders import OTHER_LAYOUT, make_hello, make_load
 
 TRUE = StepCoefficients(
     fixed_s=3e-3,
@@ -184,7 +184,7 @@ def test_worker_that_was_slow_is_tried_again_when_that_is_long_ago() -> None:
         {"hardware": "gpu"},
         {"hardware": ""},
         {"is_measured": False},
-        {"layout_hash": b"other"},
+        {"layout": OTHER_LAYOUT},
         {"engine": "other"},
     ],
 )

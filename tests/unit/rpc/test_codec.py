@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from pdserve.domain import messages as m
 from pdserve.domain.errors import Reason
-from pdserve.domain.ids import HandoffId
+from pdserve.domain.ids import Epoch, HandoffId, WorkerId
 from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import LiveSteps, StepCoefficients, StepShape
+from pdserve.domain.layout import MAX_NUM_LAYERS, KvLayout, LayerKv, ShardedLayout
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, PhaseTimeline, SampledToken
 from pdserve.rpc import codec, membership_codec
-from pdserve.v1 import decode_pb2, membership_pb2, prefill_pb2, types_pb2
+from pdserve.v1 import decode_pb2, layout_pb2, membership_pb2, prefill_pb2, types_pb2
 
 uint32 = st.integers(0, 2**32 - 1)
 uint64 = st.integers(0, 2**64 - 1)
@@ -50,22 +51,55 @@ timeline = st.builds(
     PhaseTimeline, ttft_s=duration, attempts=uint32, prefill_worker=label, decode_worker=label
 )
 completed = st.builds(Completed, cached_prompt_tokens=uint32, timeline=timeline)
-region = st.builds(
-    m.RemoteRegion,
-    transport=label,
-    address=st.dictionaries(label, label, max_size=3),
-    num_blocks=uint32,
-    block_bytes=uint64,
+layer = st.builds(
+    LayerKv,
+    num_kv_heads=st.sampled_from([1, 2, 4, 8]),
+    k_head_dim=st.integers(1, 2**32 - 1),
+    v_head_dim=uint32,
 )
-handoff_hello = st.builds(
-    m.HandoffHello,
-    worker_id=label,
-    epoch=uint64,
-    protocol_version=uint32,
-    model_hash=st.binary(max_size=16),
-    layout_hash=st.binary(max_size=16),
-    regions=st.lists(region, max_size=2).map(tuple),
+layout = st.builds(
+    ShardedLayout,
+    whole=st.builds(
+        KvLayout,
+        layers=st.lists(st.tuples(layer, st.integers(1, 3)), min_size=1, max_size=3).map(
+            lambda runs: tuple(kv for kv, num_layers in runs for _ in range(num_layers))
+        ),
+        block_size=st.integers(1, 2**10),
+        dtype=st.text(min_size=1, max_size=8),
+        item_bytes=st.integers(1, 8),
+    ),
+    tp=st.sampled_from([1, 2, 4]),
+    pp=st.just(1),
 )
+
+
+@st.composite
+def handoff_hellos(draw: st.DrawFn) -> m.HandoffHello:
+    described = draw(st.none() | layout)
+
+    def region(rank: int) -> st.SearchStrategy[m.RemoteRegion]:
+        held = described.rank(rank).layout.block_bytes if described else 1
+        return st.builds(
+            m.RemoteRegion,
+            transport=label,
+            address=st.dictionaries(label, label, max_size=3),
+            num_blocks=uint32,
+            block_bytes=st.just(held),
+            rank=st.just(rank),
+        )
+
+    ranks = st.integers(0, described.num_ranks - 1) if described else st.just(0)
+    return m.HandoffHello(
+        worker_id=WorkerId(draw(label)),
+        epoch=Epoch(draw(uint64)),
+        protocol_version=draw(uint32),
+        model_hash=draw(st.binary(max_size=16)),
+        layout=described,
+        regions=tuple(draw(st.lists(ranks.flatmap(region), max_size=3))),
+    )
+
+
+handoff_hello = handoff_hellos()
 peer_hello = st.builds(m.PeerHello, peer_id=label, epoch=uint64, protocol_version=uint32)
 target = st.builds(m.PrefillTarget, worker_id=label, address=label, epoch=uint64)
 output = st.builds(
@@ -117,7 +151,7 @@ worker_hello = st.builds(
     pid=uint32,
     model_name=label,
     model_hash=st.binary(max_size=16),
-    layout_hash=st.binary(max_size=16),
+    layout=st.none() | layout,
     tokenizer_hash=st.binary(max_size=16),
     max_context_tokens=uint32,
     vocab_size=uint32,
@@ -278,6 +312,80 @@ def test_reason_that_only_a_newer_peer_knows_still_ends_its_request() -> None:
 def test_unset_sampling_fields_take_the_documented_defaults() -> None:
     params = codec.sampling_from_proto(types_pb2.SamplingParams(), default_seed=9)
     assert params == SamplingParams(seed=9)
+
+
+LAYER = {"num_layers": 2, "num_kv_heads": 4, "k_head_dim": 8, "v_head_dim": 8}
+LAYOUT = {"block_size": 16, "dtype": "float32", "item_bytes": 4, "tp": 2, "pp": 1}
+
+
+def hello_with_layout(
+    *layers: dict[str, int], regions: Any = (), **changes: Any
+) -> prefill_pb2.HandoffHello:
+    """As a peer may send it: two layers on two ranks, unless something else is said."""
+    fields: Any = LAYOUT | changes
+    described = layout_pb2.ShardedLayout(
+        layers=[layout_pb2.LayerKv(**each) for each in layers or (LAYER,)], **fields
+    )
+    return prefill_pb2.HandoffHello(layout=described, regions=regions)
+
+
+def parsed(hello: prefill_pb2.HandoffHello) -> m.HandoffHello:
+    message = codec.from_decode_proto(prefill_pb2.DecodeToPrefill(hello=hello))
+    assert isinstance(message, m.HandoffHello)
+    return message
+
+
+def region_of(rank: int, block_bytes: int) -> prefill_pb2.RemoteRegion:
+    return prefill_pb2.RemoteRegion(transport="shm", rank=rank, block_bytes=block_bytes)
+
+
+def test_equal_layouts_of_two_peers_are_one_object() -> None:
+    first, second = parsed(hello_with_layout()), parsed(hello_with_layout())
+    assert first.layout is second.layout is not None
+    assert parsed(hello_with_layout(tp=1)).layout not in (None, first.layout)
+
+
+def test_layer_runs_of_a_peer_count_before_they_are_unrolled() -> None:
+    runs = [LAYER | {"num_layers": 2**32 - 1}] * 3
+    with pytest.raises(ValueError, match=f"may have {MAX_NUM_LAYERS} layers; got 12884901885"):
+        parsed(hello_with_layout(*runs))
+
+
+def test_layout_of_more_bytes_than_any_valid_one_is_an_error() -> None:
+    with pytest.raises(ValueError, match="a KV layout may have 65536 bytes"):
+        parsed(hello_with_layout(*[LAYER | {"num_layers": 0}] * 9000))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"block_size": 0}, "block_size"),
+        ({"item_bytes": 0}, "item_bytes"),
+        ({"dtype": ""}, "dtype"),
+        ({"dtype": "x" * 100}, "dtype"),
+        ({"tp": 0}, "tp"),
+        ({"tp": 3}, "4 KV heads do not divide by tp 3"),
+        ({"pp": 0}, "pp"),
+        ({"tp": 2**32 - 1}, "tp"),
+        ({"regions": [region_of(2, 4096)]}, "rank .* must be 0 to 1; got 2"),
+        ({"regions": [region_of(0, 4096)] * 33}, "may have 32 regions; got 33"),
+        ({"regions": [region_of(1, 2048)]}, "rank 1: a block there has 4096 bytes; got 2048"),
+    ],
+)
+def test_sizes_that_no_worker_has_are_an_error(change: dict[str, Any], why: str) -> None:
+    assert parsed(hello_with_layout(regions=[region_of(1, 4096)])).regions[0].rank == 1
+    with pytest.raises(ValueError, match=why):
+        parsed(hello_with_layout(**change))
+
+
+def test_workers_of_an_older_version_describe_no_kv() -> None:
+    """Their regions are those of their only rank."""
+    hello = prefill_pb2.HandoffHello(regions=[region_of(0, 7)])
+    hello.MergeFromString(b"\x2a\x02ab")  # field 5: what they compared
+    assert parsed(hello).layout is None
+    assert parsed(hello).regions[0].rank == 0
+    worker = membership_pb2.WorkerHello(role=membership_pb2.ROLE_DECODE)
+    assert membership_codec.hello_from_proto(worker).layout is None
 
 
 def load_with_steps(**steps: Any) -> m.WorkerLoad:

@@ -1,0 +1,71 @@
+"""Which workers can exchange KV, and why others cannot."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, WorkerId
+from pdserve.domain.kv_exchange import exchange_obstacle
+from pdserve.domain.layout import KvLayout, LayerKv, ShardedLayout
+from pdserve.domain.messages import HandoffHello
+
+LAYER = LayerKv(num_kv_heads=4, k_head_dim=32, v_head_dim=16)
+WHOLE = KvLayout(layers=(LAYER,) * 5, block_size=16, dtype="float32", item_bytes=4)
+ONE_RANK = ShardedLayout(whole=WHOLE)
+
+
+def peer(**changes: Any) -> HandoffHello:
+    hello = HandoffHello(
+        worker_id=WorkerId("w"),
+        epoch=Epoch(1),
+        protocol_version=PROTOCOL_VERSION,
+        model_hash=b"\x0a" * 16,
+        layout=ONE_RANK,
+    )
+    return replace(hello, **changes)
+
+
+def test_workers_that_say_the_same_of_their_one_rank_exchange_kv() -> None:
+    other = ShardedLayout(whole=replace(WHOLE, layers=tuple([replace(LAYER)] * 5)))
+    assert exchange_obstacle(peer(), peer(layout=other)) is None
+    assert hash(other) == hash(ONE_RANK)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "why"),
+    [
+        (peer(protocol_version=9), "protocol version: 1 at the decode worker, 9 at the prefill"),
+        (peer(model_hash=b"\xff"), "model: 0a0a.* at the decode worker, ff at the prefill worker"),
+        (
+            peer(layout=ShardedLayout(whole=replace(WHOLE, dtype="bfloat16", item_bytes=2))),
+            "KV dtype: float32 at the decode worker, bfloat16 at the prefill worker",
+        ),
+        (
+            peer(layout=ShardedLayout(whole=replace(WHOLE, block_size=32))),
+            "block size: 16 at the decode worker, 32 at the prefill worker",
+        ),
+        (peer(layout=ShardedLayout(whole=replace(WHOLE, layers=(LAYER,)))), "layers differ"),
+        (
+            peer(layout=ShardedLayout(whole=WHOLE, tp=2, pp=5)),
+            "ranks: tp 1 pp 1 at the decode worker, tp 2 pp 5 at the prefill worker",
+        ),
+        (peer(layout=None), "too old to describe its KV"),
+    ],
+)
+def test_workers_that_differ_exchange_no_kv_and_are_told_why(
+    prefill: HandoffHello, why: str
+) -> None:
+    assert re.search(why, exchange_obstacle(peer(), prefill) or "")
+    assert exchange_obstacle(prefill, peer()) is not None
+
+
+def test_no_transfer_exists_between_workers_of_several_ranks() -> None:
+    several = peer(layout=ShardedLayout(whole=WHOLE, tp=2))
+    assert "one rank only" in (exchange_obstacle(several, several) or "")
+
+
+def test_workers_of_an_older_version_are_left_to_each_other() -> None:
+    assert exchange_obstacle(peer(layout=None), peer(layout=None)) is None
+    assert exchange_obstacle(peer(layout=None), peer(layout=None, model_hash=b"")) is not None
