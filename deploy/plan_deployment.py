@@ -77,6 +77,7 @@ def _settings(
         "device": "cpu" if all(gpu is None for gpu in types.values()) else "cuda",
         "dtype": "float32" if all(gpu is None for gpu in types.values()) else "bfloat16",
         "router": {
+            "policy": plan.policy,
             "max_num_requests": max(most + limits.max_num_waiting, MIN_IN_FLIGHT),
             "max_num_waiting": limits.max_num_waiting,
             "max_wait_s": limits.max_wait_s,

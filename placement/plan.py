@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import yaml
 from pydantic import Field, model_validator
@@ -11,13 +11,16 @@ from pydantic import Field, model_validator
 from pdserve.config.base import Settings, parse_settings, read_yaml
 from pdserve.config.files import write_file
 from pdserve.config.override import OverrideConfig
-from pdserve.config.processes import CoefficientSettings
+from pdserve.config.processes import POLICY, CoefficientSettings
 from pdserve.domain.errors import LocalFault
+from pdserve.domain.pair_cost import PolicyName
 from placement.linear_steps import linear_steps
 from placement.search.designs import Design, Worker
 from placement.search.results import PlanResult, Prediction
 from placement.simulation.settings import SloSettings
 from placement.simulation.values import PoolRole, can_serve
+
+T = TypeVar("T")
 
 PLAN_VERSION = 1
 WAITING_SIGMAS, MIN_WAITING = 6.0, 4
@@ -76,6 +79,7 @@ class Plan(Settings):
     version: Literal[1] = 1
     model: str
     rules: str
+    policy: PolicyName = Field("least_total_time", description=POLICY)
     block_size: int = Field(16, ge=1, le=1024, description="tokens in a KV block")
     cells: int = Field(1, ge=1, description="copies of the pools below, each with its share")
     pools: tuple[PlanPool, ...] = Field(min_length=1)
@@ -115,7 +119,8 @@ def plan_of(result: PlanResult) -> Plan:
         model=str(result.inputs.get("model", "")),
         override_config=result.inputs.get("override_config"),
         rules=str(result.inputs.get("rules", "pdserve")),
-        block_size=_block_size(result),
+        policy=_simulated(result, "policy", "least_total_time"),
+        block_size=_simulated(result, "block_size", 16),
         cells=result.num_cells,
         pools=tuple(
             PlanPool(
@@ -171,9 +176,11 @@ def _step_times(worker: Worker, design: Design) -> CoefficientSettings:
     return CoefficientSettings(**{name: _rounded(value) for name, value in asdict(found).items()})
 
 
-def _block_size(result: PlanResult) -> int:
-    limits = result.inputs.get("pdserve")
-    return int(limits.get("block_size", 16)) if isinstance(limits, dict) else 16
+def _simulated(result: PlanResult, name: str, default: T) -> T:
+    """What the inputs say of our router and workers."""
+    given = result.inputs.get("pdserve")
+    found: T = given.get(name, default) if isinstance(given, dict) else default
+    return found
 
 
 def _max_num_waiting(prediction: Prediction, num_cells: int, loosest_s: float) -> int:

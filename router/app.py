@@ -30,6 +30,7 @@ from router.dispatch import Dispatcher, DispatchLimits
 from router.grpc_api import inference_service
 from router.in_flight import InFlight
 from router.membership import Membership
+from router.policy import POLICIES
 from router.rate_limit import RateLimit
 from router.registrations import Registrations
 from router.slo import SloBook, SloClass, SloResult
@@ -105,6 +106,7 @@ async def open_router(settings: RouterSettings) -> AsyncIterator[Router]:
             membership=membership,
             ledger=ledger,
             in_flight=in_flight,
+            policy=POLICIES[settings.policy],
             slo=slo,
             watch=metrics,
             encode=encoder.encode,

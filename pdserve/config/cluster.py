@@ -13,6 +13,7 @@ from pdserve.config.override import OverrideConfig
 from pdserve.config.processes import (
     DEFAULT_MAX_LOG_BYTES,
     DEFAULT_NUM_LOG_FILES,
+    POLICY,
     CoefficientSettings,
     EngineSettings,
     LogLevel,
@@ -31,6 +32,7 @@ from pdserve.config.processes import (
 )
 from pdserve.config.timers import Timers
 from pdserve.domain.addresses import MAX_PORT, is_loopback
+from pdserve.domain.pair_cost import PolicyName
 
 Role = Literal["prefill", "decode"]
 
@@ -50,6 +52,7 @@ class RouterPool(Settings):
         le=65535,
         description="Prometheus; 0 (the default where port is 0) picks a free one; null: none",
     )
+    policy: PolicyName = Field("least_total_time", description=POLICY)
     max_num_requests: int = Field(1024, ge=1, description="in flight at once; more are refused")
     max_num_attempts: int = Field(
         3, ge=1, le=10, description="tries at one request when workers die under it"
@@ -164,6 +167,7 @@ class ClusterSettings(Settings):
             port=self.router.port,
             internal_port=self.router.internal_port,
             metrics_port=self.router.metrics_port,
+            policy=self.router.policy,
             max_num_waiting=self.router.max_num_waiting,
             max_wait_s=self.router.max_wait_s,
             max_rate=self.router.max_rate,

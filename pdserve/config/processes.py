@@ -9,6 +9,7 @@ from pdserve.config.binding import Address, Host, check_advertised, check_bindin
 from pdserve.config.override import OverrideConfig
 from pdserve.config.timers import Timers
 from pdserve.domain.latency import StepCoefficients
+from pdserve.domain.pair_cost import PolicyName
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 MaxLogBytes = Annotated[
@@ -113,6 +114,9 @@ MaxBurst = Annotated[
 ]
 
 
+POLICY = "what is least where a request goes: least_total_time or least_requests"
+
+
 def router_metrics_port(earlier: dict[str, Any]) -> int:
     """A router whose port is picked by the system may not be the only one: no port is fixed."""
     return 0 if earlier.get("port") == 0 else 7452
@@ -134,6 +138,7 @@ class RouterSettings(Settings):
     )
     model: str = "demo"
     model_name: str = Field("", description="name that clients ask for; empty: the model's own")
+    policy: PolicyName = Field("least_total_time", description=POLICY)
     max_num_requests: int = Field(1024, ge=1, description="in flight at once; more are refused")
     max_num_waiting: MaxNumWaiting = None
     max_wait_s: MaxWaitS = None

@@ -185,6 +185,7 @@ class PdserveCluster:
         scalars = np.zeros(state.NUM_SCALARS, np.int64)
         scalars[state.BLOCK_SIZE] = options.block_size
         scalars[state.IS_CLOSED_LOOP] = is_closed
+        scalars[state.COUNTS_REQUESTS] = options.policy == "least_requests"
         scalars[state.BY_DEADLINE] = options.prefill_order == PrefillOrder.DEADLINE
         scalars[state.MAX_UNREAD_REQUESTS] = options.max_num_waiting
         if has_cache:

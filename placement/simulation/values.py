@@ -7,6 +7,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from pdserve.domain.pair_cost import PolicyName
 from placement.simulation.timing import DistserveTiming, SplitwiseTiming, StepTiming
 
 Floats = NDArray[np.float64]
@@ -124,6 +125,7 @@ class PdserveOptions:
     busy_handoff_s: float = 0.0  # added to it while the decode instance is in a step
     answer_scatter: float = 0.0  # relative standard deviation of TPOT that no rule explains
     step_scatter: float = 0.0  # and of each step by itself, which long answers level out
+    policy: PolicyName = "least_total_time"  # of the router
     prefill_order: PrefillOrder = PrefillOrder.FCFS
     prefix_cache_tokens: int = 0  # kept by each instance that reads prompts; 0: off
     max_num_waiting: int = 0  # requests without a first token in the cluster; 0: no limit

@@ -21,7 +21,7 @@ from pdserve.rpc.streams import memory_stream_pair
 from router.admission import TextLimits, check_call, check_fit
 from router.cluster_view import Health, Ledger, RequestShape
 from router.membership import Membership
-from router.policy import Pair, choose_pair
+from router.policy import Pair, least_total_time
 from router.requests import GenerateCall
 from tests.support.worker_pair import demo_tokenizer
 from tests.unit.router.builders import make_hello, make_view, make_worker
@@ -143,7 +143,7 @@ def test_refused_for_good_is_what_an_idle_cluster_cannot_serve(
         for hello in hellos
     ]
     shape = RequestShape(num_prompt_tokens=num_prompt, max_tokens=max_tokens)
-    choice = choose_pair(make_view(*workers), shape)
+    choice = least_total_time.choose(make_view(*workers), shape)
     assert isinstance(choice, Pair) is bool(able)
     if isinstance(choice, Pair):
         assert choice.decode.hello.worker_id in able

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pdserve.domain.ids import AttemptId, Epoch, RequestId, WorkerId
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import Reads, Role
+from pdserve.domain.pair_cost import PolicyName
 from pdserve.domain.tokens import Failed
 from router.capacity import can_read, can_write
 from router.cluster_view import (
@@ -24,10 +25,19 @@ from router.cluster_view import (
     WorkerView,
 )
 from router.failures import MOVED
-from router.policy import MAX_NUM_PREFILL_TARGETS, NoWorkers, Overloaded, Pair, choose_pair
+from router.policy import (
+    MAX_NUM_PREFILL_TARGETS,
+    POLICIES,
+    NoWorkers,
+    Overloaded,
+    Pair,
+    least_total_time,
+)
+from tests.support.plain_policy import PlainPolicy
 from tests.unit.router.bench import DONE, Bench, open_bench, settle
 from tests.unit.router.builders import make_load, make_view, make_worker
 
+choose_pair = least_total_time.choose
 OF_DECODE = [Reads.OWN, Reads.NONE]
 SMALL = st.floats(0, 0.1)
 COUNT = st.integers(0, 3000)
@@ -86,17 +96,39 @@ def views(draw: st.DrawFn) -> ClusterView:
     return make_view(*prefill, *decode)
 
 
-def lives(view: ClusterView) -> list[Life]:
-    return [worker.life for worker in (*view.prefill, *view.decode)]
+def draw_excluded(data: st.DataObject, view: ClusterView) -> frozenset[Life]:
+    known = [worker.life for worker in (*view.prefill, *view.decode)]
+    return frozenset(data.draw(st.lists(st.sampled_from(known)))) if known else frozenset()
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.data(), view=views(), shape=SHAPES)
-def test_choice_is_total_deterministic_and_never_an_excluded_worker(
-    data: st.DataObject, view: ClusterView, shape: RequestShape
+@given(
+    data=st.data(),
+    view=views(),
+    shape=SHAPES,
+    name=st.sampled_from(list(POLICIES)),
+    max_wait_s=st.floats(0, 100),
+)
+def test_choice_is_that_of_the_plain_definition(
+    data: st.DataObject,
+    view: ClusterView,
+    shape: RequestShape,
+    name: PolicyName,
+    max_wait_s: float,
 ) -> None:
-    known = lives(view)
-    excluded = frozenset(data.draw(st.lists(st.sampled_from(known)))) if known else frozenset()
+    excluded = draw_excluded(data, view)
+    plain = PlainPolicy(name=name).choose
+    for limit_s in (max_wait_s, float("inf")):
+        choice = POLICIES[name].choose(view, shape, excluded=excluded, max_wait_s=limit_s)
+        assert choice == plain(view, shape, excluded=excluded, max_wait_s=limit_s)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data(), view=views(), shape=SHAPES, name=st.sampled_from(list(POLICIES)))
+def test_choice_is_total_deterministic_and_never_an_excluded_worker(
+    data: st.DataObject, view: ClusterView, shape: RequestShape, name: PolicyName
+) -> None:
+    choose_pair, excluded = POLICIES[name].choose, draw_excluded(data, view)
     choice = choose_pair(view, shape, excluded=excluded)
     assert choice == choose_pair(view, shape, excluded=excluded)
     mirrored = replace(view, prefill=view.prefill[::-1], decode=view.decode[::-1])

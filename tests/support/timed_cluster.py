@@ -30,6 +30,7 @@ from router.cluster_view import Ledger
 from router.dispatch import Dispatcher, DispatchLimits
 from router.in_flight import InFlight
 from router.membership import Membership
+from router.policy import POLICIES
 from router.registrations import Registrations
 from router.requests import Chunk, Finished, GenerateCall
 from router.slo import SloBook
@@ -127,6 +128,7 @@ class TimedCluster:
             membership=membership,
             ledger=self.ledger,
             in_flight=InFlight(max_num_requests=router.max_num_requests),
+            policy=POLICIES[router.policy],
             slo=SloBook(()),
             watch=RouterWatch(),
             encode=_no_text,

@@ -19,6 +19,7 @@ from router.decode_links import DecodeLink, LinkTarget
 from router.dispatch import Dispatcher, DispatchLimits
 from router.in_flight import InFlight
 from router.membership import Member, Membership
+from router.policy import least_total_time
 from router.requests import Chunk, GenerateCall
 from router.slo import SloBook, SloClass
 from tests.unit.router.builders import make_hello
@@ -140,6 +141,7 @@ class Bench:
             membership=self.membership,
             ledger=self.ledger,
             in_flight=self.in_flight,
+            policy=least_total_time,
             slo=self.slo,
             watch=self.watch,
             encode=self._encode,
