@@ -17,6 +17,7 @@ from kvtransfer.transports.faulty import FaultyTransport
 from pdserve.config.processes import WorkerSettings
 from pdserve.domain.ids import PROTOCOL_VERSION, WorkerId
 from pdserve.domain.messages import HandoffHello, PeerHello
+from pdserve.domain.waiting import DISCIPLINES
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.calibration import measure_coefficients
 from pdserve.engine.model_files import resolve_model_dir
@@ -99,6 +100,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
                 block_size=spec.layout.block_size,
                 max_num_requests=settings.max_num_requests,
                 max_num_waiting=settings.max_num_waiting,
+                discipline=DISCIPLINES[settings.queue_order],
                 queue_s=timers.queue_s,
                 clock=clock,
             ),

@@ -145,6 +145,8 @@ def _of_pool(
         engine["coefficients"] = pool.step_times
     update: dict[str, object] = {"engine": template.engine.model_copy(update=engine)}
     update["reads"] = READS[pool.role]
+    if pool.queue_order and f"{template.role}.queue_order" not in given:
+        update["queue_order"] = pool.queue_order
     if template.role == "decode" and "decode.max_local_prefill_tokens" not in given:
         # The plan's prediction has each phase in its own pool.
         update["max_local_prefill_tokens"] = 0

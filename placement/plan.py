@@ -14,6 +14,7 @@ from pdserve.config.override import OverrideConfig
 from pdserve.config.processes import POLICY, CoefficientSettings
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.pair_cost import PolicyName
+from pdserve.domain.waiting import QueueOrder
 from placement.linear_steps import linear_steps
 from placement.search.designs import Design, Worker
 from placement.search.results import PlanResult, Prediction
@@ -38,6 +39,9 @@ class PlanPool(Settings):
     kv_tokens: int = Field(0, ge=0, description="KV memory of one worker; 0: not known")
     step_times: CoefficientSettings | None = Field(
         None, description="of one worker, seconds; what `up --engine timed` runs on"
+    )
+    queue_order: QueueOrder | None = Field(
+        None, description="who waits at a worker is next by this; left out: its role's own"
     )
     nodes: tuple[str, ...] = Field((), description="gpu:node of the first cell, one a worker")
 

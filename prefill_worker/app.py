@@ -11,6 +11,7 @@ from kvtransfer.transports import open_transports
 from pdserve.config.processes import WorkerSettings
 from pdserve.domain.ids import PROTOCOL_VERSION, WorkerId
 from pdserve.domain.messages import HandoffHello
+from pdserve.domain.waiting import DISCIPLINES
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.calibration import measure_coefficients
 from pdserve.engine.opening import open_engine
@@ -65,6 +66,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             max_step_tokens=settings.max_step_tokens,
             max_num_active=settings.max_num_requests,
             max_num_waiting=settings.max_num_waiting,
+            discipline=DISCIPLINES[settings.queue_order],
             lease_s=timers.lease_s,
             clock=clock,
             watch=metrics,

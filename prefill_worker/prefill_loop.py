@@ -20,6 +20,7 @@ from pdserve.domain.messages import (
     WorkerLoad,
 )
 from pdserve.domain.tokens import Failed
+from pdserve.domain.waiting import Discipline
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.contract import Drawn, Engine, StepBatch
 from pdserve.engine.isolation import run_step
@@ -51,11 +52,12 @@ class PrefillLoop:
         max_step_tokens: int,
         max_num_active: int,
         max_num_waiting: int,
+        discipline: Discipline,
         lease_s: float,
         clock: Clock,
         watch: PrefillWatch = NO_PREFILL_WATCH,
     ) -> None:
-        self.queue = PrefillQueue(max_num_waiting)
+        self.queue = PrefillQueue(max_num_waiting, discipline)
         self.senders: SenderTable[PrefillServerLink] = SenderTable(on_end=self._handoff_ended)
         self._engine = engine
         self._pool = pool
@@ -178,7 +180,7 @@ class PrefillLoop:
             self.fail(peer, handoff, Reason.TRANSFER_FAILED, "the lease on the blocks ran out")
 
     def _admit(self) -> None:
-        """Reserve blocks for the most urgent requests; the first that does not fit waits."""
+        """Reserve blocks for those whose turn it is; the first that does not fit waits."""
         while len(self._active) < self._max_num_active and (request := self.queue.peek()):
             block_size = self._engine.spec.layout.block_size
             num_blocks = self._engine.spec.layout.num_blocks_for(request.num_tokens)

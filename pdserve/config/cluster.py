@@ -14,6 +14,7 @@ from pdserve.config.processes import (
     DEFAULT_MAX_LOG_BYTES,
     DEFAULT_NUM_LOG_FILES,
     POLICY,
+    QUEUE_ORDER,
     CoefficientSettings,
     EngineSettings,
     LogLevel,
@@ -33,6 +34,7 @@ from pdserve.config.processes import (
 from pdserve.config.timers import Timers
 from pdserve.domain.addresses import MAX_PORT, is_loopback
 from pdserve.domain.pair_cost import PolicyName
+from pdserve.domain.waiting import QueueOrder
 
 Role = Literal["prefill", "decode"]
 
@@ -92,11 +94,14 @@ class WorkerPool(Settings):
 class PrefillPool(WorkerPool):
     """Workers that read prompts. With 0 replicas the decode workers read them (colocated)."""
 
+    queue_order: QueueOrder = Field("deadline", description=QUEUE_ORDER)
+
 
 class DecodePool(WorkerPool):
     """Workers that write answers."""
 
     replicas: int = Field(1, ge=1, le=64, description="worker processes")
+    queue_order: QueueOrder = Field("fcfs", description=QUEUE_ORDER)
     max_local_prefill_tokens: int = Field(
         64, ge=0, description="read here what its own prefix cache leaves of a prompt, up to this"
     )

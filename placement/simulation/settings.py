@@ -11,6 +11,7 @@ from pdserve.config.base import Settings, parse_settings, read_yaml
 from pdserve.config.processes import POLICY
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.pair_cost import PolicyName
+from pdserve.domain.waiting import QueueOrder
 from placement.fitted_profile import FittedProfile
 from placement.profiles import (
     DistserveProfile,
@@ -26,7 +27,6 @@ from placement.simulation.values import (
     PdserveOptions,
     Pool,
     PoolRole,
-    PrefillOrder,
     Rules,
     Scheduler,
     SimulationConfig,
@@ -119,7 +119,7 @@ class PdserveSettings(Settings):
     answer_scatter: float = Field(0.0, ge=0, le=2)
     step_scatter: float = Field(0.0, ge=0, le=2)
     policy: PolicyName = Field("least_total_time", description=POLICY)
-    prefill_order: PrefillOrder = PrefillOrder.FCFS
+    prefill_order: QueueOrder = "fcfs"
     prefix_cache_tokens: int = Field(0, ge=0)
     max_num_waiting: int = Field(0, ge=0)
     max_wait_s: float = Field(0.0, ge=0)

@@ -16,6 +16,7 @@ from pdserve.domain.errors import BadRequest, Reason
 from pdserve.domain.ids import RequestId
 from pdserve.domain.messages import Role, Submit, WorkerHello
 from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.waiting import DISCIPLINES
 from pdserve.engine.block_pool import BlockPool
 from pdserve.rpc.streams import memory_stream_pair
 from router.admission import TextLimits, check_call, check_fit
@@ -103,6 +104,7 @@ def idle_decode_worker_takes(hello: WorkerHello, num_prompt: int, max_tokens: in
             block_size=hello.block_size,
             max_num_requests=1,
             max_num_waiting=0,
+            discipline=DISCIPLINES["fcfs"],
             queue_s=1.0,
             clock=lambda: 0.0,
         )

@@ -45,6 +45,7 @@ from pdserve.domain.messages import (
 )
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, SampledToken
+from pdserve.domain.waiting import DISCIPLINES
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
 from pdserve.engine.kv_memory import KvMemory
@@ -245,6 +246,7 @@ class PrefillNode:
             max_step_tokens=sizes.max_step_tokens,
             max_num_active=sizes.max_num_requests,
             max_num_waiting=sizes.max_num_waiting,
+            discipline=DISCIPLINES["deadline"],
             lease_s=timers.lease_s,
             clock=clock,
         )
@@ -480,6 +482,7 @@ class WorkerPair:
             block_size=BLOCK_SIZE,
             max_num_requests=sizes.max_num_requests,
             max_num_waiting=sizes.max_num_waiting,
+            discipline=DISCIPLINES["fcfs"],
             queue_s=timers.queue_s,
             clock=clock,
         )
