@@ -17,6 +17,10 @@ class _Waiting:
     leave_by_s: float
     admitted: asyncio.Future[None]
 
+    @property
+    def num_tokens(self) -> int:
+        return self.request.num_prompt_tokens
+
 
 class Intake:
     """The worst case of blocks is reserved, so decode never runs out; who does not fit waits.
@@ -39,10 +43,9 @@ class Intake:
         self._pool = pool
         self._block_size = block_size
         self._max_num_requests = max_num_requests
-        self._max_num_waiting = max_num_waiting
         self._queue_s = queue_s
         self._clock = clock
-        self._waiting: WaitingQueue[_Waiting] = WaitingQueue(discipline)
+        self._waiting = WaitingQueue[DecodeRequest, _Waiting](discipline, max_num_waiting)
         self.num_admitted = 0
 
     @property
@@ -51,7 +54,7 @@ class Intake:
 
     @property
     def num_waiting_prompt_tokens(self) -> int:
-        return sum(each.request.num_prompt_tokens for each in self._waiting)
+        return self._waiting.num_tokens
 
     async def admit(self, request: DecodeRequest) -> None:
         """Reserve `request.table`, waiting for room.
@@ -67,11 +70,6 @@ class Intake:
             )
         if not self._waiting and self._try_reserve(request):
             return
-        if len(self._waiting) >= self._max_num_waiting:
-            raise Refused(
-                f"the decode queue holds {len(self._waiting)} requests",
-                retry_after_s=1.0,
-            )
         await self._wait(request)
 
     def leave(self, request: DecodeRequest) -> None:
@@ -85,7 +83,10 @@ class Intake:
         admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         leave_by_s = request.times.received_s + min(request.submit.deadline_s, self._queue_s)
         entry = _Waiting(request, leave_by_s, admitted)
-        self._waiting.push(entry)
+        if not self._waiting.push(request, entry):
+            raise Refused(
+                f"the decode queue holds {len(self._waiting)} requests", retry_after_s=1.0
+            )
         if self._waiting.peek() is entry:
             self._admit_waiting()
         try:
@@ -94,7 +95,7 @@ class Intake:
         except (TimeoutError, asyncio.CancelledError) as error:
             if request.table is not None:  # admitted and given up in the same turn
                 self.leave(request)
-            elif self._waiting.remove(entry):
+            elif self._waiting.remove(request) is not None:
                 self._admit_waiting()  # whoever stood behind may fit
             if isinstance(error, asyncio.CancelledError):
                 raise
@@ -126,4 +127,4 @@ class Intake:
                 if not self._try_reserve(entry.request):
                     return
                 entry.admitted.set_result(None)
-            self._waiting.remove(entry)
+            self._waiting.remove(entry.request)

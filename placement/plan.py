@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -18,10 +18,8 @@ from pdserve.domain.waiting import QueueOrder
 from placement.linear_steps import linear_steps
 from placement.search.designs import Design, Worker
 from placement.search.results import PlanResult, Prediction
-from placement.simulation.settings import SloSettings
+from placement.simulation.settings import PdserveSettings, SloSettings
 from placement.simulation.values import PoolRole, can_serve
-
-T = TypeVar("T")
 
 PLAN_VERSION = 1
 WAITING_SIGMAS, MIN_WAITING = 6.0, 4
@@ -107,6 +105,7 @@ class Plan(Settings):
 def plan_of(result: PlanResult) -> Plan:
     """The plan file of an answer."""
     prediction, design = result.prediction, result.design
+    simulated = PdserveSettings.model_validate(result.inputs.get("pdserve") or {})
     percentiles = prediction.percentiles or {}
     slo = tuple(
         SloSettings(
@@ -123,8 +122,8 @@ def plan_of(result: PlanResult) -> Plan:
         model=str(result.inputs.get("model", "")),
         override_config=result.inputs.get("override_config"),
         rules=str(result.inputs.get("rules", "pdserve")),
-        policy=_simulated(result, "policy", "least_total_time"),
-        block_size=_simulated(result, "block_size", 16),
+        policy=simulated.policy,
+        block_size=simulated.block_size,
         cells=result.num_cells,
         pools=tuple(
             PlanPool(
@@ -178,13 +177,6 @@ def _step_times(worker: Worker, design: Design) -> CoefficientSettings:
         max_num_requests=design.max_num_requests,
     )
     return CoefficientSettings(**{name: _rounded(value) for name, value in asdict(found).items()})
-
-
-def _simulated(result: PlanResult, name: str, default: T) -> T:
-    """What the inputs say of our router and workers."""
-    given = result.inputs.get("pdserve")
-    found: T = given.get(name, default) if isinstance(given, dict) else default
-    return found
 
 
 def _max_num_waiting(prediction: Prediction, num_cells: int, loosest_s: float) -> int:

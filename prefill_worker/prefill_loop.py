@@ -57,7 +57,7 @@ class PrefillLoop:
         clock: Clock,
         watch: PrefillWatch = NO_PREFILL_WATCH,
     ) -> None:
-        self.queue = PrefillQueue(max_num_waiting, discipline)
+        self.queue = PrefillQueue(discipline, max_num_waiting)
         self.senders: SenderTable[PrefillServerLink] = SenderTable(on_end=self._handoff_ended)
         self._engine = engine
         self._pool = pool
@@ -108,14 +108,14 @@ class PrefillLoop:
 
     def submit(self, request: PrefillRequest) -> bool:
         """Queue a request; False when the queue is full."""
-        is_queued = self.queue.push(request)
+        is_queued = self.queue.push(request.key, request)
         self._work.set()
         return is_queued
 
     def end(self, peer: PrefillServerLink, handoff: HandoffId) -> bool:
         """The decode worker needs nothing more of this handoff; False if nothing was left of it."""
         self._work.set()
-        if self.queue.remove(peer, handoff) is None:
+        if self.queue.remove((peer, handoff)) is None:
             return self.senders.end(peer, handoff, Event.END)
         self.senders.remember(peer, handoff)
         return True
@@ -143,7 +143,7 @@ class PrefillLoop:
     def end_peer(self, peer: PrefillServerLink) -> None:
         """The stream is gone: forget all it asked for."""
         for request in [request for request in self.queue if request.peer is peer]:
-            self.queue.remove(peer, request.handoff)
+            self.queue.remove(request.key)
         self.senders.end_peer(peer)
         self._work.set()
 
@@ -167,7 +167,7 @@ class PrefillLoop:
     def _expire(self) -> None:
         now_s = self._clock()
         for request in [request for request in self.queue if request.leave_by_s <= now_s]:
-            self.queue.remove(request.peer, request.handoff)
+            self.queue.remove(request.key)
             waited_s = now_s - request.arrived_s
             failure = Failed(
                 reason=Reason.QUEUE_TIMEOUT,
@@ -189,7 +189,7 @@ class PrefillLoop:
             table = self._pool.reserve(num_blocks, reusable)
             if table is None:
                 return
-            self.queue.remove(request.peer, request.handoff)
+            self.queue.remove(request.key)
             table.hold(table.num_cached_blocks, num_blocks - table.num_cached_blocks)
             now_s = self._clock()
             request.table = StepTable(table, self._work.set)

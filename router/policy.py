@@ -7,9 +7,9 @@ Both take times from the workers' step coefficients, as their live steps correct
 (`router.step_times`). The planner's simulator chooses by the same functions.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Protocol
 
 from pdserve.domain.ids import WorkerId
@@ -30,7 +30,6 @@ from router.cluster_view import ClusterView, Health, Life, RequestShape, WorkerV
 
 MAX_NUM_PREFILL_TARGETS = 3
 MIN_RETRY_AFTER_S = 0.1
-PairRank = tuple[bool, bool, float, int]
 RankedReader = tuple[tuple[bool, float], WorkerId, float, WorkerView]
 
 
@@ -117,73 +116,44 @@ class LeastCost:
             rank = reader_rank(is_late, self.reader_cost(reader, seconds))
             return (rank, reader.hello.worker_id, first_token_s(seconds, is_handed_over), reader)
 
-        able = [each for each in _usable(view.prefill, excluded) if can_read(each.hello, shape)]
-        others = _Others(sorted(ranked(reader, True) for reader in able))
-        best: tuple[PairRank, WorkerId, WorkerView, Sequence[RankedReader]] | None = None
-        alone: list[RankedReader] = []
+        able = [each for each in _left(view.prefill, excluded) if can_read(each.hello, shape)]
+        ranking = sorted(ranked(each, True) for each in able if each.health is Health.ALIVE)
+        readers_of: dict[Hashable, Sequence[RankedReader]] = {}
+        pairs = []
         for decode in _writers(view.decode, shape, excluded):
-            hello = decode.hello
-            readers = () if hello.reads is Reads.OWN else others.of(decode)
-            if not readers:
+            hello, readers = decode.hello, readers_of.get(decode.kv_format)
+            if readers is None:  # once for all decode workers of one format
+                fit = (each for each in ranking if each[-1].can_exchange_kv_with(decode))
+                readers = readers_of[decode.kv_format] = tuple(islice(fit, MAX_NUM_PREFILL_TARGETS))
+            if hello.reads is Reads.OWN or not readers:
                 readers = (ranked(decode, False),)
-                alone += readers
             (is_late, _), _, ttft_s, _ = readers[0]
             num_blocks = num_blocks_for(num_kv_tokens, hello.block_size)
             num_free_after = decode.num_free_blocks - num_blocks
             is_full = num_free_after < 0 or decode.num_requests >= hello.max_num_requests
             cost = self.decode_cost(decode, shape, ttft_s)
-            pair = (
-                pair_rank(is_late, is_full, cost, num_free_after),
-                hello.worker_id,
-                decode,
-                readers,
-            )
-            if best is None or pair < best:
-                best = pair
-        if best is None:
+            rank = pair_rank(is_late, is_full, cost, num_free_after)
+            pairs.append((rank, hello.worker_id, decode, readers))
+        if not pairs:
             return NoWorkers()
-        (is_late, *_), _, decode, readers = best
+        (is_late, *_), _, decode, readers = min(pairs)
         if is_late:
-            wait_s = min(read_s(reader) for *_, reader in (*alone, *others.named))
+            wait_s = min(read_s(reader) for *_, readers in pairs for *_, reader in readers)
             return Overloaded(max(wait_s - max_wait_s, MIN_RETRY_AFTER_S))
         targets = tuple(reader for *_, reader in readers if reader is not decode)
         return Pair(decode=decode, prefill_targets=targets)
 
 
-class _Others:
-    """Prefill workers for a decode worker, best first: found once for each format of KV."""
-
-    def __init__(self, ranking: Sequence[RankedReader]) -> None:
-        self._ranking = ranking
-        self._found: dict[Hashable, Sequence[RankedReader]] = {}
-
-    @property
-    def named(self) -> Iterable[RankedReader]:
-        return chain(*self._found.values())
-
-    def of(self, decode: WorkerView) -> Sequence[RankedReader]:
-        kv_format = decode.kv_format
-        if (found := self._found.get(kv_format)) is None:
-            able = (each for each in self._ranking if each[-1].can_exchange_kv_with(decode))
-            found = self._found[kv_format] = tuple(islice(able, MAX_NUM_PREFILL_TARGETS))
-        return found
-
-
-def _usable(workers: Iterable[WorkerView], excluded: frozenset[Life]) -> Iterable[WorkerView]:
-    alive = Health.ALIVE
-    return [
-        each
-        for each in workers
-        if each.health is alive and not (excluded and each.life in excluded)
-    ]
-
-
 def _writers(
-    workers: Iterable[WorkerView], shape: RequestShape, excluded: frozenset[Life]
-) -> Iterable[WorkerView]:
-    fitting = [each for each in workers if can_write(each.hello, shape)]
-    suspect = (each for each in fitting if each.health is Health.SUSPECT)
-    return _usable(fitting, excluded) or [each for each in suspect if each.life not in excluded]
+    workers: Sequence[WorkerView], shape: RequestShape, excluded: frozenset[Life]
+) -> Sequence[WorkerView]:
+    fitting = [each for each in _left(workers, excluded) if can_write(each.hello, shape)]
+    alive = [each for each in fitting if each.health is Health.ALIVE]
+    return alive or [each for each in fitting if each.health is Health.SUSPECT]
+
+
+def _left(workers: Sequence[WorkerView], excluded: frozenset[Life]) -> Sequence[WorkerView]:
+    return [each for each in workers if each.life not in excluded] if excluded else workers
 
 
 def read_s(reader: WorkerView, num_tokens: int = 0, num_pairs: int = 0) -> float:

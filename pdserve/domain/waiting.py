@@ -6,7 +6,8 @@ deadline   who leaves first, served or not: by its deadline, or after the longes
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from operator import itemgetter
 from typing import Generic, Literal, Protocol, TypeVar
 
 QueueOrder = Literal["fcfs", "deadline"]
@@ -18,8 +19,10 @@ class Waiter(Protocol):
         """When it gives up waiting, on the worker's clock."""
         ...
 
-
-W = TypeVar("W", bound=Waiter)
+    @property
+    def num_tokens(self) -> int:
+        """Of its prompt."""
+        ...
 
 
 class Discipline(Protocol):
@@ -33,14 +36,18 @@ DISCIPLINES: Mapping[QueueOrder, Discipline] = {
     "deadline": lambda waiter: waiter.leave_by_s,
 }
 
+K = TypeVar("K", bound=Hashable)
+W = TypeVar("W", bound=Waiter)
 
-class WaitingQueue(Generic[W]):
-    """In order of a discipline; waiters are told apart by identity."""
 
-    def __init__(self, discipline: Discipline) -> None:
+class WaitingQueue(Generic[K, W]):
+    """Bounded, in the order of a discipline."""
+
+    def __init__(self, discipline: Discipline, max_num_waiting: int) -> None:
         self._discipline = discipline
+        self._max_num_waiting = max_num_waiting
         self._entries: list[tuple[tuple[float, int], W]] = []  # sorted; no two places are equal
-        self._places: dict[W, tuple[float, int]] = {}
+        self._places: dict[K, tuple[float, int]] = {}
         self._num_pushed = 0
 
     def __len__(self) -> int:
@@ -49,19 +56,29 @@ class WaitingQueue(Generic[W]):
     def __iter__(self) -> Iterator[W]:
         return (waiter for _, waiter in self._entries)
 
-    def push(self, waiter: W) -> None:
+    def __contains__(self, key: K) -> bool:
+        return key in self._places
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(waiter.num_tokens for waiter in self)
+
+    def push(self, key: K, waiter: W) -> bool:
+        """Queue one; False when the queue is full."""
+        if len(self) >= self._max_num_waiting:
+            return False
         self._num_pushed += 1
-        place = self._places[waiter] = (self._discipline(waiter), self._num_pushed)
+        place = self._places[key] = (self._discipline(waiter), self._num_pushed)
         insort(self._entries, (place, waiter))
+        return True
 
     def peek(self) -> W | None:
         """Who is next, left in its place."""
         return self._entries[0][1] if self._entries else None
 
-    def remove(self, waiter: W) -> bool:
-        """Take out one, wherever it stands; False if it does not wait here."""
-        place = self._places.pop(waiter, None)
+    def remove(self, key: K) -> W | None:
+        """Take out one, wherever it stands; None if it does not wait here."""
+        place = self._places.pop(key, None)
         if place is None:
-            return False
-        del self._entries[bisect_left(self._entries, place, key=lambda entry: entry[0])]
-        return True
+            return None
+        return self._entries.pop(bisect_left(self._entries, place, key=itemgetter(0)))[1]
