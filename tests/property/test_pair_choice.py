@@ -34,8 +34,8 @@ from router.policy import (
     least_total_time,
 )
 from tests.support.plain_policy import PlainPolicy
-from tests.unit.router.bench import DONE, Bench, open_bench, settle
 from tests.unit.router.builders import make_load, make_view, make_worker
+from tests.unit.router.played_cluster import DONE, PlayedCluster, open_played_cluster, settle
 
 choose_pair = least_total_time.choose
 OF_DECODE = [Reads.OWN, Reads.NONE]
@@ -241,25 +241,25 @@ NAMES = ("d0", "d1", "d2")
 class Play:
     """Requests at a dispatcher, and events that befall them and their workers."""
 
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
+    def __init__(self, cluster: PlayedCluster) -> None:
+        self.cluster = cluster
         self.tasks: dict[str, asyncio.Task[Any]] = {}
         self.num_said: dict[tuple[str, int], int] = {}
 
     async def start(self, number: int) -> None:
         label = f"r{len(self.tasks)}"
-        self.tasks[label] = self.bench.start(label)
+        self.tasks[label] = self.cluster.start(label)
 
     async def cancel(self, number: int) -> None:
         if self.tasks:
             list(self.tasks.values())[number % len(self.tasks)].cancel()
 
     async def cut(self, number: int) -> None:
-        await self.bench.workers[NAMES[number % len(NAMES)]].cut()
+        await self.cluster.workers[NAMES[number % len(NAMES)]].cut()
 
     async def drain(self, number: int) -> None:
         if number == 0:
-            await self.bench.dispatcher.drain(0.0)
+            await self.cluster.dispatcher.drain(0.0)
 
     async def say(self, number: int) -> None:
         self.answer(number, end=None)
@@ -280,7 +280,7 @@ class Play:
     def answer(self, number: int, *, end: Any, back: int = 0) -> None:
         open_submits = [
             (worker, submit)
-            for worker in self.bench.workers.values()
+            for worker in self.cluster.workers.values()
             for submit in worker.open.values()
         ]
         if not open_submits:
@@ -314,8 +314,8 @@ EVENTS: dict[str, Callable[[Play, int], Coroutine[Any, Any, None]]] = {
 )
 def test_nothing_is_held_after_any_order_of_events(events: list[tuple[str, int, bool]]) -> None:
     async def run() -> None:
-        async with open_bench(*NAMES) as bench:
-            play = Play(bench)
+        async with open_played_cluster(*NAMES) as cluster:
+            play = Play(cluster)
             for kind, number, is_settled in events:
                 await EVENTS[kind](play, number)
                 if is_settled:
@@ -325,10 +325,10 @@ def test_nothing_is_held_after_any_order_of_events(events: list[tuple[str, int, 
                 task.cancel()
             await asyncio.gather(*play.tasks.values(), return_exceptions=True)
             await settle()
-            assert bench.is_idle
-            for received in bench.received.values():
+            assert cluster.is_idle
+            for received in cluster.received.values():
                 assert received == list(range(len(received)))
-            counts = bench.in_flight.counts
+            counts = cluster.in_flight.counts
             ended = counts.completed + counts.failed + counts.cancelled + counts.refused
             assert ended <= len(play.tasks)  # one cancelled before its first step never entered
 

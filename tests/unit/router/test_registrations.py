@@ -22,8 +22,8 @@ from router.registrations import Registrations
 from router.requests import Chunk, GenerateCall
 from router.slo import SloBook
 from tests.support.virtual_time import run_virtual
-from tests.unit.router.bench import DONE, ME, HeardEnds, PlayedWorker
 from tests.unit.router.builders import make_load
+from tests.unit.router.played_cluster import DONE, ME, HeardEnds, PlayedWorker
 
 TIMERS = Timers(heartbeat_s=0.5, suspect_s=1.5, dead_s=3.0)
 NUM_TURNS = 60

@@ -19,8 +19,8 @@ from router.cluster_view import Ledger, RequestShape
 from router.membership import Member, Membership
 from router.policy import Pair, least_total_time
 from router.step_times import step_times
-from tests.unit.router.bench import open_link
 from tests.unit.router.builders import make_hello, make_load
+from tests.unit.router.played_cluster import open_link
 
 TRUE = StepCoefficients(
     fixed_s=3e-3,
