@@ -32,6 +32,7 @@ from router.policy import (
     Overloaded,
     Pair,
     least_total_time,
+    read_s,
 )
 from tests.support.plain_policy import PlainPolicy
 from tests.unit.router.builders import make_load, make_view, make_worker
@@ -96,6 +97,18 @@ def views(draw: st.DrawFn) -> ClusterView:
     return make_view(*prefill, *decode)
 
 
+def at_hand(worker: WorkerView) -> WorkerView:
+    """Healthy, of one format and with room, so that many can be chosen."""
+    hello = replace(
+        worker.hello,
+        model_hash=b"m",
+        layout_hash=b"l",
+        num_blocks=4000,
+        max_context_tokens=4000,
+    )
+    return worker._replace(hello=hello, health=Health.ALIVE)
+
+
 def draw_excluded(data: st.DataObject, view: ClusterView) -> frozenset[Life]:
     known = [worker.life for worker in (*view.prefill, *view.decode)]
     return frozenset(data.draw(st.lists(st.sampled_from(known)))) if known else frozenset()
@@ -107,18 +120,19 @@ def draw_excluded(data: st.DataObject, view: ClusterView) -> frozenset[Life]:
     view=views(),
     shape=SHAPES,
     name=st.sampled_from(list(POLICIES)),
-    max_wait_s=st.floats(0, 100),
+    is_alike=st.booleans(),
 )
 def test_choice_is_that_of_the_plain_definition(
-    data: st.DataObject,
-    view: ClusterView,
-    shape: RequestShape,
-    name: PolicyName,
-    max_wait_s: float,
+    data: st.DataObject, view: ClusterView, shape: RequestShape, name: PolicyName, is_alike: bool
 ) -> None:
+    if is_alike:
+        view = ClusterView(
+            prefill=tuple(map(at_hand, view.prefill)), decode=tuple(map(at_hand, view.decode))
+        )
     excluded = draw_excluded(data, view)
     plain = PlainPolicy(name=name).choose
-    for limit_s in (max_wait_s, float("inf")):
+    # Limits that some reader just meets, and none.
+    for limit_s in (*map(read_s, (*view.prefill, *view.decode)), float("inf")):
         choice = POLICIES[name].choose(view, shape, excluded=excluded, max_wait_s=limit_s)
         assert choice == plain(view, shape, excluded=excluded, max_wait_s=limit_s)
 

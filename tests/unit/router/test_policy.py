@@ -154,6 +154,13 @@ def test_colocated_worker_reads_its_own_prompts_beside_idle_prefill_workers() ->
     assert pair.reader is pair.decode
 
 
+def test_handoff_is_part_of_the_time_to_the_first_token() -> None:
+    # d0 has the smaller id, and all are idle; but its prompt is handed over.
+    own = make_worker("e0", reads=Reads.OWN)
+    view = make_view(make_worker("d0"), own, make_worker("p0", Role.PREFILL))
+    assert chosen(choose_pair(view, SHAPE)) == ("e0", [])
+
+
 def test_decode_worker_hands_its_prompts_on_beside_idle_colocated_workers() -> None:
     # d0 has the shorter step; p0 is slow, but no prompt is handed to a colocated worker.
     view = make_view(
