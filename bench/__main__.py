@@ -11,6 +11,7 @@ MODULES = {
     "engine": "our engine beside transformers and vLLM (see docs/benchmarks.md for that peer)",
     "sampling": "top-k, top-p and log-probabilities beside transformers' warpers",
     "kvtransfer": "KV transports beside memcpy and plain sockets",
+    "decision": "choosing workers for a request, by each policy, beside choosing by chance",
     "tokenizing": "other requests while huge prompts are tokenised",
     "simulator": "the planner's simulator beside a plain Python event loop",
     "planner": "the planner's questions: time, memory, answers",

@@ -13,6 +13,7 @@ from decode_worker.service import DecodeService
 from kvtransfer.transports.base import Transport
 from pdserve.domain.ids import PROTOCOL_VERSION
 from pdserve.domain.messages import PeerHello
+from pdserve.domain.waiting import DISCIPLINES
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.tokenizer import Tokenizer
 from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
@@ -63,6 +64,7 @@ async def open_decode_worker(
             block_size=spec.layout.block_size,
             max_num_requests=settings.max_num_requests,
             max_num_waiting=settings.max_num_waiting,
+            discipline=DISCIPLINES[settings.queue_order],
             queue_s=timers.queue_s,
             clock=parts.clock,
         )

@@ -1,18 +1,31 @@
 """Where a request waits until its blocks are promised; nothing is asked of prefill before."""
 
 import asyncio
-from collections import deque
+from dataclasses import dataclass
 
 from decode_worker.requests import Clock, DecodeRequest
 from pdserve.domain.errors import BadRequest, Reason, Refused
 from pdserve.domain.kv_demand import num_blocks_for
+from pdserve.domain.waiting import Discipline, WaitingQueue
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.step_table import StepTable
 
 
-class Intake:
-    """First come, first served; the worst case of blocks is reserved, so decode never runs out.
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    request: DecodeRequest
+    leave_by_s: float
+    admitted: asyncio.Future[None]
 
+    @property
+    def num_tokens(self) -> int:
+        return self.request.num_prompt_tokens
+
+
+class Intake:
+    """The worst case of blocks is reserved, so decode never runs out; who does not fit waits.
+
+    Nobody passes the one whose turn it is.
     A request holds its place from `admit` to `leave`.
     """
 
@@ -23,16 +36,16 @@ class Intake:
         block_size: int,
         max_num_requests: int,
         max_num_waiting: int,
+        discipline: Discipline,
         queue_s: float,
         clock: Clock,
     ) -> None:
         self._pool = pool
         self._block_size = block_size
         self._max_num_requests = max_num_requests
-        self._max_num_waiting = max_num_waiting
         self._queue_s = queue_s
         self._clock = clock
-        self._waiting: deque[tuple[DecodeRequest, asyncio.Future[None]]] = deque()
+        self._waiting = WaitingQueue[DecodeRequest, _Waiting](discipline, max_num_waiting)
         self.num_admitted = 0
 
     @property
@@ -41,7 +54,7 @@ class Intake:
 
     @property
     def num_waiting_prompt_tokens(self) -> int:
-        return sum(request.num_prompt_tokens for request, _ in self._waiting)
+        return self._waiting.num_tokens
 
     async def admit(self, request: DecodeRequest) -> None:
         """Reserve `request.table`, waiting for room.
@@ -57,11 +70,6 @@ class Intake:
             )
         if not self._waiting and self._try_reserve(request):
             return
-        if len(self._waiting) >= self._max_num_waiting:
-            raise Refused(
-                f"the decode queue holds {len(self._waiting)} requests",
-                retry_after_s=1.0,
-            )
         await self._wait(request)
 
     def leave(self, request: DecodeRequest) -> None:
@@ -73,16 +81,21 @@ class Intake:
 
     async def _wait(self, request: DecodeRequest) -> None:
         admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (request, admitted)
-        self._waiting.append(entry)
+        leave_by_s = request.times.received_s + min(request.submit.deadline_s, self._queue_s)
+        entry = _Waiting(request, leave_by_s, admitted)
+        if not self._waiting.push(request, entry):
+            raise Refused(
+                f"the decode queue holds {len(self._waiting)} requests", retry_after_s=1.0
+            )
+        if self._waiting.peek() is entry:
+            self._admit_waiting()
         try:
             async with asyncio.timeout(self._queue_s):
                 await admitted
         except (TimeoutError, asyncio.CancelledError) as error:
             if request.table is not None:  # admitted and given up in the same turn
                 self.leave(request)
-            elif entry in self._waiting:
-                self._waiting.remove(entry)
+            elif self._waiting.remove(request) is not None:
                 self._admit_waiting()  # whoever stood behind may fit
             if isinstance(error, asyncio.CancelledError):
                 raise
@@ -109,10 +122,9 @@ class Intake:
         return True
 
     def _admit_waiting(self) -> None:
-        while self._waiting:
-            request, admitted = self._waiting[0]
-            if not admitted.cancelled():
-                if not self._try_reserve(request):
+        while (entry := self._waiting.peek()) is not None:
+            if not entry.admitted.cancelled():
+                if not self._try_reserve(entry.request):
                     return
-                admitted.set_result(None)
-            self._waiting.popleft()
+                entry.admitted.set_result(None)
+            self._waiting.remove(entry.request)

@@ -77,6 +77,7 @@ def _settings(
         "device": "cpu" if all(gpu is None for gpu in types.values()) else "cuda",
         "dtype": "float32" if all(gpu is None for gpu in types.values()) else "bfloat16",
         "router": {
+            "policy": plan.policy,
             "max_num_requests": max(most + limits.max_num_waiting, MIN_IN_FLIGHT),
             "max_num_waiting": limits.max_num_waiting,
             "max_wait_s": limits.max_wait_s,
@@ -144,6 +145,8 @@ def _of_pool(
         engine["coefficients"] = pool.step_times
     update: dict[str, object] = {"engine": template.engine.model_copy(update=engine)}
     update["reads"] = READS[pool.role]
+    if pool.queue_order and f"{template.role}.queue_order" not in given:
+        update["queue_order"] = pool.queue_order
     if template.role == "decode" and "decode.max_local_prefill_tokens" not in given:
         # The plan's prediction has each phase in its own pool.
         update["max_local_prefill_tokens"] = 0

@@ -11,12 +11,14 @@ from pydantic import Field, model_validator
 from pdserve.config.base import Settings, parse_settings, read_yaml
 from pdserve.config.files import write_file
 from pdserve.config.override import OverrideConfig
-from pdserve.config.processes import CoefficientSettings
+from pdserve.config.processes import POLICY, CoefficientSettings
 from pdserve.domain.errors import LocalFault
+from pdserve.domain.pair_cost import PolicyName
+from pdserve.domain.waiting import QueueOrder
 from placement.linear_steps import linear_steps
 from placement.search.designs import Design, Worker
 from placement.search.results import PlanResult, Prediction
-from placement.simulation.settings import SloSettings
+from placement.simulation.settings import PdserveSettings, SloSettings
 from placement.simulation.values import PoolRole, can_serve
 
 PLAN_VERSION = 1
@@ -35,6 +37,9 @@ class PlanPool(Settings):
     kv_tokens: int = Field(0, ge=0, description="KV memory of one worker; 0: not known")
     step_times: CoefficientSettings | None = Field(
         None, description="of one worker, seconds; what `up --engine timed` runs on"
+    )
+    queue_order: QueueOrder | None = Field(
+        None, description="who waits at a worker is next by this; left out: its role's own"
     )
     nodes: tuple[str, ...] = Field((), description="gpu:node of the first cell, one a worker")
 
@@ -76,6 +81,7 @@ class Plan(Settings):
     version: Literal[1] = 1
     model: str
     rules: str
+    policy: PolicyName = Field("least_total_time", description=POLICY)
     block_size: int = Field(16, ge=1, le=1024, description="tokens in a KV block")
     cells: int = Field(1, ge=1, description="copies of the pools below, each with its share")
     pools: tuple[PlanPool, ...] = Field(min_length=1)
@@ -99,6 +105,7 @@ class Plan(Settings):
 def plan_of(result: PlanResult) -> Plan:
     """The plan file of an answer."""
     prediction, design = result.prediction, result.design
+    simulated = PdserveSettings.model_validate(result.inputs.get("pdserve") or {})
     percentiles = prediction.percentiles or {}
     slo = tuple(
         SloSettings(
@@ -115,7 +122,8 @@ def plan_of(result: PlanResult) -> Plan:
         model=str(result.inputs.get("model", "")),
         override_config=result.inputs.get("override_config"),
         rules=str(result.inputs.get("rules", "pdserve")),
-        block_size=_block_size(result),
+        policy=simulated.policy,
+        block_size=simulated.block_size,
         cells=result.num_cells,
         pools=tuple(
             PlanPool(
@@ -169,11 +177,6 @@ def _step_times(worker: Worker, design: Design) -> CoefficientSettings:
         max_num_requests=design.max_num_requests,
     )
     return CoefficientSettings(**{name: _rounded(value) for name, value in asdict(found).items()})
-
-
-def _block_size(result: PlanResult) -> int:
-    limits = result.inputs.get("pdserve")
-    return int(limits.get("block_size", 16)) if isinstance(limits, dict) else 16
 
 
 def _max_num_waiting(prediction: Prediction, num_cells: int, loosest_s: float) -> int:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from kvtransfer.transports.base import Transport
+from pdserve.domain.waiting import DISCIPLINES
 from pdserve.engine.block_pool import BlockPool
 from pdserve.observe.watch import NO_PREFILL_WATCH, PrefillWatch
 from pdserve.worker.parts import WorkerParts, running
@@ -40,6 +41,7 @@ async def open_prefill_worker(
         max_step_tokens=settings.max_step_tokens,
         max_num_active=settings.max_num_requests,
         max_num_waiting=settings.max_num_waiting,
+        discipline=DISCIPLINES[settings.queue_order],
         lease_s=timers.lease_s,
         clock=parts.clock,
         watch=watch,

@@ -20,6 +20,7 @@ from pdserve.domain.messages import (
     WorkerLoad,
 )
 from pdserve.domain.tokens import Failed
+from pdserve.domain.waiting import Discipline
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.contract import Drawn, Engine, StepBatch
 from pdserve.engine.isolation import run_step
@@ -51,11 +52,12 @@ class PrefillLoop:
         max_step_tokens: int,
         max_num_active: int,
         max_num_waiting: int,
+        discipline: Discipline,
         lease_s: float,
         clock: Clock,
         watch: PrefillWatch = NO_PREFILL_WATCH,
     ) -> None:
-        self.queue = PrefillQueue(max_num_waiting)
+        self.queue = PrefillQueue(discipline, max_num_waiting)
         self.senders: SenderTable[PrefillServerLink] = SenderTable(on_end=self._handoff_ended)
         self._engine = engine
         self._pool = pool
@@ -106,14 +108,14 @@ class PrefillLoop:
 
     def submit(self, request: PrefillRequest) -> bool:
         """Queue a request; False when the queue is full."""
-        is_queued = self.queue.push(request)
+        is_queued = self.queue.push(request.key, request)
         self._work.set()
         return is_queued
 
     def end(self, peer: PrefillServerLink, handoff: HandoffId) -> bool:
         """The decode worker needs nothing more of this handoff; False if nothing was left of it."""
         self._work.set()
-        if self.queue.remove(peer, handoff) is None:
+        if self.queue.remove((peer, handoff)) is None:
             return self.senders.end(peer, handoff, Event.END)
         self.senders.remember(peer, handoff)
         return True
@@ -141,7 +143,7 @@ class PrefillLoop:
     def end_peer(self, peer: PrefillServerLink) -> None:
         """The stream is gone: forget all it asked for."""
         for request in [request for request in self.queue if request.peer is peer]:
-            self.queue.remove(peer, request.handoff)
+            self.queue.remove(request.key)
         self.senders.end_peer(peer)
         self._work.set()
 
@@ -165,7 +167,7 @@ class PrefillLoop:
     def _expire(self) -> None:
         now_s = self._clock()
         for request in [request for request in self.queue if request.leave_by_s <= now_s]:
-            self.queue.remove(request.peer, request.handoff)
+            self.queue.remove(request.key)
             waited_s = now_s - request.arrived_s
             failure = Failed(
                 reason=Reason.QUEUE_TIMEOUT,
@@ -178,7 +180,7 @@ class PrefillLoop:
             self.fail(peer, handoff, Reason.TRANSFER_FAILED, "the lease on the blocks ran out")
 
     def _admit(self) -> None:
-        """Reserve blocks for the most urgent requests; the first that does not fit waits."""
+        """Reserve blocks for those whose turn it is; the first that does not fit waits."""
         while len(self._active) < self._max_num_active and (request := self.queue.peek()):
             block_size = self._engine.spec.layout.block_size
             num_blocks = self._engine.spec.layout.num_blocks_for(request.num_tokens)
@@ -187,7 +189,7 @@ class PrefillLoop:
             table = self._pool.reserve(num_blocks, reusable)
             if table is None:
                 return
-            self.queue.remove(request.peer, request.handoff)
+            self.queue.remove(request.key)
             table.hold(table.num_cached_blocks, num_blocks - table.num_cached_blocks)
             now_s = self._clock()
             request.table = StepTable(table, self._work.set)

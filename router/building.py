@@ -17,6 +17,7 @@ from router.decode_links import ConnectDecode
 from router.dispatch import Dispatcher, DispatchLimits, Encode
 from router.in_flight import InFlight
 from router.membership import Membership
+from router.policy import POLICIES
 from router.rate_limit import RateLimit
 from router.registrations import Registrations
 from router.slo import SloBook, SloClass
@@ -122,6 +123,7 @@ def build_router(
             membership=membership,
             ledger=ledger,
             in_flight=in_flight,
+            policy=POLICIES[settings.policy],
             slo=slo,
             watch=watch,
             encode=encode,

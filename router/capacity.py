@@ -7,21 +7,21 @@ hold the answer can read the prompt, too: so the memory of prefill workers refus
 
 from collections.abc import Iterable
 
-from pdserve.domain.kv_demand import num_blocks_for
 from pdserve.domain.messages import WorkerHello
 from router.cluster_view import RequestShape
 
 
 def can_write(decode: WorkerHello, shape: RequestShape) -> bool:
     """The decode worker has room for the prompt and the longest answer."""
-    has_blocks = shape.num_blocks(decode.block_size) <= decode.num_blocks
-    return has_blocks and shape.num_tokens <= decode.max_context_tokens
+    num_tokens = shape.num_tokens
+    # The KV of the last token is never needed.
+    return num_tokens <= decode.max_context_tokens and num_tokens <= max_kv_tokens(decode) + 1
 
 
 def can_read(reader: WorkerHello, shape: RequestShape) -> bool:
     """The prefill worker has room for the prompt."""
-    num_blocks = num_blocks_for(shape.num_prompt_tokens, reader.block_size)
-    return num_blocks <= reader.num_blocks and shape.num_prompt_tokens <= reader.max_context_tokens
+    num_tokens = shape.num_prompt_tokens
+    return num_tokens <= reader.max_context_tokens and num_tokens <= max_kv_tokens(reader)
 
 
 def roomiest(decode: Iterable[WorkerHello]) -> WorkerHello:

@@ -47,7 +47,7 @@ from router.failures import (
 )
 from router.in_flight import InFlight, Outcome
 from router.membership import Membership
-from router.policy import MIN_RETRY_AFTER_S, NoWorkers, Overloaded, Pair, choose_pair
+from router.policy import MIN_RETRY_AFTER_S, NoWorkers, Overloaded, Pair, Policy
 from router.prompts import checked_token_ids
 from router.rate_limit import RateLimit
 from router.records import Record, Visit
@@ -97,6 +97,7 @@ class Dispatcher:
         membership: Membership,
         ledger: Ledger,
         in_flight: InFlight,
+        policy: Policy,
         slo: SloBook,
         watch: RouterWatch,
         encode: Encode,
@@ -109,6 +110,7 @@ class Dispatcher:
         self._membership = membership
         self._ledger = ledger
         self._in_flight = in_flight
+        self._policy = policy
         self._slo = slo
         self._watch = watch
         self._encode = encode
@@ -256,7 +258,7 @@ class Dispatcher:
         max_wait_s = self._timers.queue_s
         if is_new and limits.max_wait_s:
             max_wait_s = min(max_wait_s, limits.max_wait_s)
-        choice = choose_pair(
+        choice = self._policy.choose(
             self._membership.view(self._clock()),
             record.shape,
             excluded=frozenset(record.failed_lives),

@@ -5,7 +5,7 @@ dead after `dead_s`, or as soon as its stream ends.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from pdserve.config.timers import Timers
@@ -24,11 +24,13 @@ from router.cluster_view import (
     Ledger,
     Life,
     WorkerView,
+    work_of_others,
 )
 from router.decode_links import DecodeLink
 from router.step_times import step_times
 
 MAX_WORKER_ID_CHARS = 64
+DECODE = Role.DECODE
 
 
 @dataclass(slots=True, eq=False)
@@ -39,8 +41,10 @@ class Member:
     load: WorkerLoad
     heard_s: float
     on_replaced: Callable[[], None]
+    coefficients: StepCoefficients
     link: DecodeLink | None = None  # decode only: while its stream is open
-    assigned_at_report: Assigned = NOTHING
+    others: Assigned = NOTHING
+    view: WorkerView | None = None  # the last that was made of it
 
     @property
     def life(self) -> Life:
@@ -55,7 +59,6 @@ class Membership:
         self._ledger = ledger
         self._tokenizer_hash = tokenizer_hash
         self._members: dict[WorkerId, Member] = {}
-        self._step_times: dict[WorkerId, StepCoefficients] = {}
         self._step_times_at_s: float | None = None  # None: the members have changed
         self.num_stale_reports = 0
 
@@ -67,9 +70,9 @@ class Membership:
         Raises `PeerFault` with INCOMPATIBLE_PEER for one that cannot serve with the others.
         """
         self._check(hello)
-        member = Member(hello, _idle_load(hello), now_s, on_replaced)
+        member = Member(hello, _idle_load(hello), now_s, on_replaced, hello.coefficients)
         old = self._members.get(hello.worker_id)
-        self._members[hello.worker_id] = member
+        self._members = dict(sorted({**self._members, hello.worker_id: member}.items()))
         self._step_times_at_s = None
         if old is not None:
             old.on_replaced()
@@ -82,7 +85,7 @@ class Membership:
             return
         member.load = load
         member.heard_s = now_s
-        member.assigned_at_report = self._ledger.assigned(member.hello.worker_id)
+        member.others = work_of_others(load, self._ledger.assigned(member.hello.worker_id))
 
     def excuse(self, member: Member, now_s: float) -> None:
         """Count silence from now on: the past one was not the worker's."""
@@ -110,11 +113,27 @@ class Membership:
         return member.link
 
     def view(self, now_s: float) -> ClusterView:
+        """Made for every request, from the last views of those workers that have not changed."""
         self._refresh_step_times(now_s)
-        return ClusterView(
-            prefill=tuple(self._views(Role.PREFILL, now_s)),
-            decode=tuple(self._views(Role.DECODE, now_s)),
-        )
+        oldest_s, assigned_to = now_s - self._timers.suspect_s, self._ledger.assigned
+        prefill: list[WorkerView] = []
+        decode: list[WorkerView] = []
+        for worker_id, member in self._members.items():
+            hello, view = member.hello, member.view
+            assigned, health = assigned_to(worker_id), _health(member, oldest_s)
+            if (
+                view is None
+                or view.assigned is not assigned
+                or view.others is not member.others
+                or view.health is not health
+                or view.coefficients is not member.coefficients
+            ):
+                view = WorkerView(
+                    hello, member.load, health, member.coefficients, assigned, member.others
+                )
+                member.view = view
+            (decode if hello.role is DECODE else prefill).append(view)
+        return ClusterView(prefill=tuple(prefill), decode=tuple(decode))
 
     def served_model(self, name: str) -> ServedModel | None:
         """The model as the workers describe it; None while no decode worker is registered."""
@@ -138,41 +157,21 @@ class Membership:
                 hello=worker.hello,
                 load=worker.load,
                 health=worker.health,
-                silence_s=worker.silence_s,
+                silence_s=now_s - self._members[worker.hello.worker_id].heard_s,
                 num_assigned=worker.assigned.num_requests,
                 coefficients=worker.coefficients,
             )
             for worker in (*view.prefill, *view.decode)
         )
 
-    def _views(self, role: Role, now_s: float) -> Iterable[WorkerView]:
-        for worker_id in sorted(self._members):
-            member = self._members[worker_id]
-            if member.hello.role is role:
-                yield WorkerView(
-                    hello=member.hello,
-                    load=member.load,
-                    health=self._health(member, now_s),
-                    silence_s=now_s - member.heard_s,
-                    assigned=self._ledger.assigned(worker_id),
-                    step_times=self._step_times.get(worker_id),
-                    assigned_at_report=member.assigned_at_report,
-                )
-
     def _refresh_step_times(self, now_s: float) -> None:
         """Once a heartbeat: reports come no faster, and a view is made for every request."""
         at_s = self._step_times_at_s
         if at_s is None or now_s - at_s >= self._timers.heartbeat_s:
-            members = self._members.values()
-            self._step_times = step_times((member.hello, member.load) for member in members)
+            times = step_times((each.hello, each.load) for each in self._members.values())
+            for worker_id, member in self._members.items():
+                member.coefficients = times[worker_id]
             self._step_times_at_s = now_s
-
-    def _health(self, member: Member, now_s: float) -> Health:
-        if member.hello.role is Role.DECODE and member.link is None:
-            return Health.JOINING  # whatever else it is: no request can be sent to it
-        if now_s - member.heard_s > self._timers.suspect_s:
-            return Health.SUSPECT
-        return Health.DRAINING if member.load.is_draining else Health.ALIVE
 
     def _check(self, hello: WorkerHello) -> None:
         if hello.protocol_version != PROTOCOL_VERSION:
@@ -195,6 +194,15 @@ class Membership:
             if not is_same_worker and other.hello.model_hash != hello.model_hash:
                 model_hash = other.hello.model_hash.hex()
                 _refuse(f"the pool's model is {model_hash}; got {hello.model_hash.hex()}")
+
+
+def _health(member: Member, oldest_s: float) -> Health:
+    """`oldest_s` is when the last report of one that is not suspect may have come."""
+    if member.link is None and member.hello.role is DECODE:
+        return Health.JOINING  # whatever else it is: no request can be sent to it
+    if member.heard_s < oldest_s:
+        return Health.SUSPECT
+    return Health.DRAINING if member.load.is_draining else Health.ALIVE
 
 
 def _has_sane_sizes(hello: WorkerHello) -> bool:

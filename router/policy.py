@@ -1,19 +1,23 @@
-"""Which workers take a request: the pair with the least predicted time to its last token.
+"""Which workers take a request: policies by name, each a pure function of a view of the cluster.
 
-    predicted total = ttft + max_tokens * step
-    ttft            = prompts ahead at the reader and this prompt + handoff
-    step            = one decode step of the batch that this request joins
+    least_total_time   the least predicted time to the last token (`pdserve.domain.pair_cost`)
+    least_requests     the fewest requests at the reader of the prompt, and at the decode worker
 
-Each part comes from the worker's step coefficients, as its live steps correct them
-(`router.step_times`), by `pdserve.domain.pair_cost`: the planner's simulator chooses by the same
-functions.
+Both take times from the workers' step coefficients, as their live steps correct them
+(`router.step_times`). The planner's simulator chooses by the same functions.
 """
 
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
 
+from pdserve.domain.ids import WorkerId
+from pdserve.domain.kv_demand import num_answer_kv_tokens, num_blocks_for
 from pdserve.domain.latency import num_attention_pairs
 from pdserve.domain.messages import Reads
 from pdserve.domain.pair_cost import (
+    PolicyName,
     answer_s,
     answer_step_s,
     first_token_s,
@@ -26,6 +30,7 @@ from router.cluster_view import ClusterView, Health, Life, RequestShape, WorkerV
 
 MAX_NUM_PREFILL_TARGETS = 3
 MIN_RETRY_AFTER_S = 0.1
+RankedReader = tuple[tuple[bool, float], WorkerId, float, WorkerView]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,23 +39,16 @@ class Pair:
 
     decode: WorkerView
     prefill_targets: tuple[WorkerView, ...]  # best first
-    ttft_s: float
-    step_s: float
 
     @property
     def wait_s(self) -> float:
         """Until the prompts that are ahead of this one have been read."""
-        return _read_s(self.reader)
+        return read_s(self.reader)
 
     @property
     def reader(self) -> WorkerView:
         """The worker that is expected to read the prompt."""
-        return self.readers[0]
-
-    @property
-    def readers(self) -> tuple[WorkerView, ...]:
-        """Who may read the prompt, best first."""
-        return self.prefill_targets or (self.decode,)
+        return self.prefill_targets[0] if self.prefill_targets else self.decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,83 +63,102 @@ class Overloaded:
     retry_after_s: float
 
 
-def choose_pair(
-    view: ClusterView,
-    shape: RequestShape,
-    *,
-    excluded: frozenset[Life] = frozenset(),
-    max_wait_s: float = float("inf"),
-) -> Pair | NoWorkers | Overloaded:
-    """Pick the workers with the least predicted time to the last token.
+class Policy(Protocol):
+    """Pure and total: same view, same answer; ties go to the smallest worker ids."""
+
+    def choose(
+        self,
+        view: ClusterView,
+        shape: RequestShape,
+        *,
+        excluded: frozenset[Life] = frozenset(),
+        max_wait_s: float = float("inf"),
+    ) -> Pair | NoWorkers | Overloaded:
+        """Pick workers, but none that is `excluded`, since those have failed this request.
+
+        `Overloaded` if the request would have to wait longer than `max_wait_s` at every reader.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeastCost:
+    """The reader of the least cost, and the decode worker of the least cost beside that reader.
 
     A worker that reads its own prompts never hands them on; one that reads none has them read by
     prefill workers, and reads them itself only while no prefill worker is left for it. A reader
-    where the request would have to wait longer than `max_wait_s` comes after all where it would
-    not, and a decode worker where it would have to wait for blocks or for a place in the batch
-    after all where it would not. Pure and total: same view, same answer; ties go to the smallest
-    worker ids. `excluded` has already failed this request. If no decode worker is healthy, a
-    suspect one is taken: on a busy machine it is late, not dead, and if it is dead the request is
-    told so within moments.
+    where the request would have to wait too long comes after all where it would not, and a decode
+    worker where it would have to wait for blocks or for a place in the batch after all where it
+    would not. If no decode worker is healthy, a suspect one is taken: on a busy machine it is late,
+    not dead, and if it is dead the request is told so within moments.
     """
-    readers = _ranked(
-        [worker for worker in view.prefill if worker.is_usable and worker.life not in excluded],
-        shape,
-        max_wait_s,
-    )
-    fitting = [
-        worker
-        for worker in view.decode
-        if worker.life not in excluded and can_write(worker.hello, shape)
-    ]
-    usable = [worker for worker in fitting if worker.is_usable]
-    suspect = [worker for worker in fitting if worker.health is Health.SUSPECT]
-    candidates = [_pair_at(decode, readers, shape) for decode in usable or suspect]
-    if not candidates:
-        return NoWorkers()
-    best = min(candidates, key=lambda pair: _rank(pair, shape, max_wait_s))
-    if best.wait_s > max_wait_s:
-        wait_s = min(_read_s(reader) for pair in candidates for reader in pair.readers)
-        return Overloaded(max(wait_s - max_wait_s, MIN_RETRY_AFTER_S))
-    return best
+
+    reader_cost: Callable[[WorkerView, float], float]
+    """Of one that needs so many seconds for what is ahead and the prompt."""
+    decode_cost: Callable[[WorkerView, RequestShape, float], float]
+    """Of one whose answer begins after so many seconds."""
+
+    def choose(
+        self,
+        view: ClusterView,
+        shape: RequestShape,
+        *,
+        excluded: frozenset[Life] = frozenset(),
+        max_wait_s: float = float("inf"),
+    ) -> Pair | NoWorkers | Overloaded:
+        num_pairs = num_attention_pairs(0, shape.num_prompt_tokens)
+        num_kv_tokens = num_answer_kv_tokens(shape.num_prompt_tokens, shape.max_tokens)
+
+        def ranked(reader: WorkerView, is_handed_over: bool) -> RankedReader:
+            seconds = read_s(reader, shape.num_prompt_tokens, num_pairs)
+            # What is ahead takes no longer than that and the prompt.
+            is_late = seconds > max_wait_s and read_s(reader) > max_wait_s
+            rank = reader_rank(is_late, self.reader_cost(reader, seconds))
+            return (rank, reader.hello.worker_id, first_token_s(seconds, is_handed_over), reader)
+
+        able = [each for each in _left(view.prefill, excluded) if can_read(each.hello, shape)]
+        ranking = sorted(ranked(each, True) for each in able if each.health is Health.ALIVE)
+        readers_of: dict[Hashable, Sequence[RankedReader]] = {}
+        pairs = []
+        for decode in _writers(view.decode, shape, excluded):
+            hello, readers = decode.hello, readers_of.get(decode.kv_format)
+            if readers is None:  # once for all decode workers of one format
+                fit = (each for each in ranking if each[-1].can_exchange_kv_with(decode))
+                readers = readers_of[decode.kv_format] = tuple(islice(fit, MAX_NUM_PREFILL_TARGETS))
+            if hello.reads is Reads.OWN or not readers:
+                readers = (ranked(decode, False),)
+            (is_late, _), _, ttft_s, _ = readers[0]
+            num_blocks = num_blocks_for(num_kv_tokens, hello.block_size)
+            num_free_after = decode.num_free_blocks - num_blocks
+            is_full = num_free_after < 0 or decode.num_requests >= hello.max_num_requests
+            cost = self.decode_cost(decode, shape, ttft_s)
+            rank = pair_rank(is_late, is_full, cost, num_free_after)
+            pairs.append((rank, hello.worker_id, decode, readers))
+        if not pairs:
+            return NoWorkers()
+        (is_late, *_), _, decode, readers = min(pairs)
+        if is_late:
+            wait_s = min(read_s(reader) for *_, readers in pairs for *_, reader in readers)
+            return Overloaded(max(wait_s - max_wait_s, MIN_RETRY_AFTER_S))
+        targets = tuple(reader for *_, reader in readers if reader is not decode)
+        return Pair(decode=decode, prefill_targets=targets)
 
 
-def _ranked(readers: list[WorkerView], shape: RequestShape, max_wait_s: float) -> list[WorkerView]:
-    """Those that can hold the prompt, best first."""
-
-    def rank(reader: WorkerView) -> tuple[tuple[bool, float], Life]:
-        is_late = _read_s(reader) > max_wait_s
-        return (reader_rank(is_late, _read_s(reader, shape)), reader.life)
-
-    return sorted((each for each in readers if can_read(each.hello, shape)), key=rank)
+def _writers(
+    workers: Sequence[WorkerView], shape: RequestShape, excluded: frozenset[Life]
+) -> Sequence[WorkerView]:
+    fitting = [each for each in _left(workers, excluded) if can_write(each.hello, shape)]
+    alive = [each for each in fitting if each.health is Health.ALIVE]
+    return alive or [each for each in fitting if each.health is Health.SUSPECT]
 
 
-def _pair_at(decode: WorkerView, readers: list[WorkerView], shape: RequestShape) -> Pair:
-    """`readers` are prefill workers, best first."""
-    is_reader = decode.hello.reads is Reads.OWN
-    others = [] if is_reader else [each for each in readers if each.can_exchange_kv_with(decode)]
-    return Pair(
-        decode=decode,
-        prefill_targets=tuple(others[:MAX_NUM_PREFILL_TARGETS]),
-        ttft_s=first_token_s(_read_s(others[0] if others else decode, shape), bool(others)),
-        step_s=_step_s(decode, shape),
-    )
+def _left(workers: Sequence[WorkerView], excluded: frozenset[Life]) -> Sequence[WorkerView]:
+    return [each for each in workers if each.life not in excluded] if excluded else workers
 
 
-def _rank(
-    pair: Pair, shape: RequestShape, max_wait_s: float
-) -> tuple[tuple[bool, bool, float, int], Life]:
-    decode = pair.decode
-    num_free_after = decode.num_free_blocks - shape.num_blocks(decode.hello.block_size)
-    is_full = num_free_after < 0 or decode.num_requests >= decode.hello.max_num_requests
-    is_late = pair.wait_s > max_wait_s
-    seconds = answer_s(pair.ttft_s, shape.max_tokens, pair.step_s)
-    return (pair_rank(is_late, is_full, seconds, num_free_after), decode.life)
-
-
-def _read_s(reader: WorkerView, shape: RequestShape | None = None) -> float:
-    """Time to read the prompts that are ahead, and then that of `shape`."""
+def read_s(reader: WorkerView, num_tokens: int = 0, num_pairs: int = 0) -> float:
+    """Time to read the prompts that are ahead, and then one of so many tokens."""
     hello, coefficients = reader.hello, reader.coefficients
-    num_tokens = shape.num_prompt_tokens if shape else 0
     return reading_s(
         coefficients.fixed_s,
         coefficients.prefill_token_s,
@@ -149,11 +166,12 @@ def _read_s(reader: WorkerView, shape: RequestShape | None = None) -> float:
         hello.max_step_tokens,
         hello.num_stages,
         reader.num_unread_tokens + num_tokens,
-        reader.assigned.num_unread_pairs + num_attention_pairs(0, num_tokens),
+        reader.assigned.num_unread_pairs + num_pairs,
     )
 
 
-def _step_s(decode: WorkerView, shape: RequestShape) -> float:
+def step_s(decode: WorkerView, shape: RequestShape) -> float:
+    """Time of a decode step of the batch that `shape` joins."""
     coefficients = decode.coefficients
     return answer_step_s(
         coefficients.fixed_s,
@@ -163,3 +181,20 @@ def _step_s(decode: WorkerView, shape: RequestShape) -> float:
         decode.num_requests + 1,
         decode.num_context_tokens + shape.num_prompt_tokens,
     )
+
+
+least_total_time = LeastCost(
+    reader_cost=lambda _, seconds: seconds,
+    decode_cost=lambda decode, shape, ttft_s: answer_s(
+        ttft_s, shape.max_tokens, step_s(decode, shape)
+    ),
+)
+least_requests = LeastCost(
+    reader_cost=lambda reader, _: reader.num_requests,
+    decode_cost=lambda decode, *_: decode.num_requests,
+)
+
+POLICIES: Mapping[PolicyName, Policy] = {
+    "least_total_time": least_total_time,
+    "least_requests": least_requests,
+}

@@ -13,6 +13,8 @@ from pdserve.config.override import OverrideConfig
 from pdserve.config.processes import (
     DEFAULT_MAX_LOG_BYTES,
     DEFAULT_NUM_LOG_FILES,
+    POLICY,
+    QUEUE_ORDER,
     CoefficientSettings,
     EngineSettings,
     LogLevel,
@@ -31,6 +33,8 @@ from pdserve.config.processes import (
 )
 from pdserve.config.timers import Timers
 from pdserve.domain.addresses import MAX_PORT, is_loopback
+from pdserve.domain.pair_cost import PolicyName
+from pdserve.domain.waiting import QueueOrder
 
 Role = Literal["prefill", "decode"]
 
@@ -50,6 +54,7 @@ class RouterPool(Settings):
         le=65535,
         description="Prometheus; 0 (the default where port is 0) picks a free one; null: none",
     )
+    policy: PolicyName = Field("least_total_time", description=POLICY)
     max_num_requests: int = Field(1024, ge=1, description="in flight at once; more are refused")
     max_num_attempts: int = Field(
         3, ge=1, le=10, description="tries at one request when workers die under it"
@@ -89,11 +94,14 @@ class WorkerPool(Settings):
 class PrefillPool(WorkerPool):
     """Workers that read prompts. With 0 replicas the decode workers read them (colocated)."""
 
+    queue_order: QueueOrder = Field("deadline", description=QUEUE_ORDER)
+
 
 class DecodePool(WorkerPool):
     """Workers that write answers."""
 
     replicas: int = Field(1, ge=1, le=64, description="worker processes")
+    queue_order: QueueOrder = Field("fcfs", description=QUEUE_ORDER)
     max_local_prefill_tokens: int = Field(
         64, ge=0, description="read here what its own prefix cache leaves of a prompt, up to this"
     )
@@ -164,6 +172,7 @@ class ClusterSettings(Settings):
             port=self.router.port,
             internal_port=self.router.internal_port,
             metrics_port=self.router.metrics_port,
+            policy=self.router.policy,
             max_num_waiting=self.router.max_num_waiting,
             max_wait_s=self.router.max_wait_s,
             max_rate=self.router.max_rate,

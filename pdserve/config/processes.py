@@ -9,6 +9,8 @@ from pdserve.config.binding import Address, Host, check_advertised, check_bindin
 from pdserve.config.override import OverrideConfig
 from pdserve.config.timers import Timers
 from pdserve.domain.latency import StepCoefficients
+from pdserve.domain.pair_cost import PolicyName
+from pdserve.domain.waiting import QueueOrder
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 MaxLogBytes = Annotated[
@@ -113,6 +115,12 @@ MaxBurst = Annotated[
 ]
 
 
+POLICY = "what is least where a request goes: least_total_time or least_requests"
+
+
+QUEUE_ORDER = "who of those that wait here is next: fcfs, or deadline (who leaves first)"
+
+
 def router_metrics_port(earlier: dict[str, Any]) -> int:
     """A router whose port is picked by the system may not be the only one: no port is fixed."""
     return 0 if earlier.get("port") == 0 else 7452
@@ -134,6 +142,7 @@ class RouterSettings(Settings):
     )
     model: str = "demo"
     model_name: str = Field("", description="name that clients ask for; empty: the model's own")
+    policy: PolicyName = Field("least_total_time", description=POLICY)
     max_num_requests: int = Field(1024, ge=1, description="in flight at once; more are refused")
     max_num_waiting: MaxNumWaiting = None
     max_wait_s: MaxWaitS = None
@@ -162,6 +171,10 @@ def reads_of_role(earlier: dict[str, Any]) -> ReadsName:
     return "others" if earlier.get("role") == "prefill" else "none"
 
 
+def order_of_role(earlier: dict[str, Any]) -> QueueOrder:
+    return "deadline" if earlier.get("role") == "prefill" else "fcfs"
+
+
 class WorkerSettings(Settings):
     """One prefill or decode worker."""
 
@@ -187,6 +200,7 @@ class WorkerSettings(Settings):
     transports: tuple[TransportName, ...] = Field(("shm", "tcp"), min_length=1)
     max_num_requests: int = Field(64, ge=1, description="computed at once")
     max_num_waiting: int = Field(256, ge=0, description="queued; more are refused")
+    queue_order: QueueOrder = Field(default_factory=order_of_role, description=QUEUE_ORDER)
     max_step_tokens: int = Field(512, ge=1, description="prompt tokens in one step at most")
     max_local_prefill_tokens: int = Field(
         64, ge=0, description="decode: read here what its own prefix cache leaves, up to this"

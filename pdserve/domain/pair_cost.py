@@ -9,6 +9,11 @@ counts as a whole until its first token is there, since a router hears nothing o
 reader's cache may hold of it is known only to the reader, so that the whole prompt counts.
 """
 
+from typing import Literal
+
+PolicyName = Literal["least_total_time", "least_requests"]
+"""What is least of all readers, and of all decode workers: see `router.policy`."""
+
 HANDOFF_S = 0.002
 """What passing KV on adds to TTFT: messages only, since the transfer overlaps the reading."""
 
@@ -53,22 +58,22 @@ def answer_s(ttft_s: float, max_tokens: float, step_s: float) -> float:
     return ttft_s + max_tokens * step_s
 
 
-def reader_rank(is_late: bool, read_s: float) -> tuple[bool, float]:
+def reader_rank(is_late: bool, cost: float) -> tuple[bool, float]:
     """Of readers the least rank is taken; of equals the one with the smallest id.
 
     One that is late, since what is ahead there takes longer than a request may wait, comes after
     all that are not.
     """
-    return (is_late, read_s)
+    return (is_late, cost)
 
 
 def pair_rank(
-    is_late: bool, is_full: bool, answer_s: float, num_free_blocks: int
+    is_late: bool, is_full: bool, cost: float, num_free_blocks: int
 ) -> tuple[bool, bool, float, int]:
     """Of pairs the least rank is taken; of equals the one whose decode side has the smallest id.
 
     Pairs whose reader is late come last, before them those whose decode side is full, where the
-    request would wait for blocks or for a place. Then the least time counts, then the most blocks
+    request would wait for blocks or for a place. Then the least cost counts, then the most blocks
     that are left free.
     """
-    return (is_late, is_full, answer_s, -num_free_blocks)
+    return (is_late, is_full, cost, -num_free_blocks)

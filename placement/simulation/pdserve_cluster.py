@@ -17,6 +17,7 @@ from placement.simulation.pdserve_state import (
     ASSIGNED_TOKENS,
     BUDGET,
     CONTEXT,
+    COUNTS_REQUESTS,
     DEADLINE_S,
     DEPTH,
     END_S,
@@ -134,19 +135,22 @@ def _step_s(c: Cluster, writer: int, prompt: int, now: float) -> float:
 
 @inlined
 def _choose_pair(c: Cluster, request: int, now: float) -> bool:
-    """`router.policy.choose_pair`; returns whether the request would wait too long everywhere.
+    """`router.policy.LeastCost`; returns whether the request would wait too long everywhere.
 
     Who writes and reads reads its own prompts only; who only writes has them read by who only
     reads. Instances are looked at in their order, so that ties go to the smallest numbers.
     """
-    prompt = c.requests[request, PROMPT]
+    prompt, counts = c.requests[request, PROMPT], c.scalars[COUNTS_REQUESTS]
     pairs = num_pairs(0, prompt)
-    reader, of_reader = NONE, _reader_rank(True, NEVER)
+    reader, of_reader, reader_s = NONE, _reader_rank(True, NEVER), NEVER
     for instance in range(len(c.instances)):
-        if c.instances[instance, READS] and not c.instances[instance, WRITES]:
-            rank = _reader_rank(_is_late(c, instance), _read_s(c, instance, prompt, pairs))
+        row = c.instances[instance]
+        if row[READS] and not row[WRITES]:
+            read_s = _read_s(c, instance, prompt, pairs)
+            cost = float(row[ASSIGNED]) if counts else read_s
+            rank = _reader_rank(_is_late(c, instance), cost)
             if reader == NONE or rank < of_reader:
-                reader, of_reader = instance, rank
+                reader, of_reader, reader_s = instance, rank, read_s
     max_tokens = c.requests[request, OUTPUT] * c.rates[MAX_TOKENS_FACTOR]
     needed = c.requests[request, WRITER_BLOCKS]
     best, of_best = NONE, _pair_rank(True, True, NEVER, 0)
@@ -154,14 +158,16 @@ def _choose_pair(c: Cluster, request: int, now: float) -> bool:
         row = c.instances[writer]
         if not row[WRITES] or needed > row[NUM_BLOCKS]:
             continue
-        is_late, read_s = of_reader
+        is_late, read_s = of_reader[0], reader_s
         if row[READS]:
             is_late, read_s = _is_late(c, writer), _read_s(c, writer, prompt, pairs)
-        ttft_s = _first_token_s(read_s, not row[READS])
-        seconds = _answer_s(ttft_s, max_tokens, _step_s(c, writer, prompt, now))
+        cost = float(row[ASSIGNED])
+        if not counts:
+            ttft_s = _first_token_s(read_s, not row[READS])
+            cost = _answer_s(ttft_s, max_tokens, _step_s(c, writer, prompt, now))
         free = row[NUM_BLOCKS] - row[ASSIGNED_BLOCKS] - needed
         is_full = free < 0 or row[ASSIGNED] >= row[MAX_ACTIVE]
-        in_pair = _pair_rank(is_late, is_full, seconds, free)
+        in_pair = _pair_rank(is_late, is_full, cost, free)
         if best == NONE or in_pair < of_best:
             best, of_best = writer, in_pair
     c.requests[request, WRITER] = best
@@ -202,6 +208,8 @@ def _arrive(c: Cluster, request: int, now: float) -> None:
     c.instances[reader, UNREAD] += prompt
     c.instance_s[reader, UNREAD_PAIRS] += num_pairs(0, prompt)
     steal(c, writer, now)
+    if reader != writer:
+        c.instances[reader, ASSIGNED] += 1
     row = c.instances[writer]
     row[ASSIGNED] += 1
     row[ASSIGNED_TOKENS] += prompt

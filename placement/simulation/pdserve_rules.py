@@ -11,7 +11,7 @@ from placement.simulation import pdserve_state as state
 from placement.simulation.pdserve_cluster import run_cluster
 from placement.simulation.timing import StepTiming
 from placement.simulation.trace import Floats, Ints, Times, Trace
-from placement.simulation.values import PdserveOptions, Pool, PoolRole, PrefillOrder, can_serve
+from placement.simulation.values import PdserveOptions, Pool, PoolRole, can_serve
 
 UNLIMITED_BLOCKS = 1 << 40
 MIN_TABLE_SIZE = 64
@@ -185,7 +185,8 @@ class PdserveCluster:
         scalars = np.zeros(state.NUM_SCALARS, np.int64)
         scalars[state.BLOCK_SIZE] = options.block_size
         scalars[state.IS_CLOSED_LOOP] = is_closed
-        scalars[state.BY_DEADLINE] = options.prefill_order == PrefillOrder.DEADLINE
+        scalars[state.COUNTS_REQUESTS] = options.policy == "least_requests"
+        scalars[state.BY_DEADLINE] = options.prefill_order == "deadline"
         scalars[state.MAX_UNREAD_REQUESTS] = options.max_num_waiting
         if has_cache:
             scalars[state.PREFIX_BLOCK] = trace.prefix_block_tokens

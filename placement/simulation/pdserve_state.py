@@ -40,7 +40,7 @@ WAITING = 13  # for blocks or a place: head, tail, length
 JOINING = 16  # KV is here, next step's batch: head, tail, length
 ACTIVE, CONTEXT, STEP = 19, 20, 21
 RUN_STEPS, IS_CUT, VERSION = 22, 23, 24
-ASSIGNED = 25  # requests that the router sent here to decode
+ASSIGNED = 25  # requests that the router sent here to decode, or to read for another
 ASSIGNED_TOKENS = 26  # of those that are not in the batch yet: prompts, and first tokens
 NUM_KNOTS = 27
 NUM_CACHED = 28  # prefix blocks
@@ -75,7 +75,8 @@ NUM_READERS, NUM_WRITERS = 14, 15  # of one role alone: these slow each other
 NUM_BUSY_READERS, NUM_BUSY_WRITERS = 16, 17
 IS_SHARED = 18  # whether any step takes longer beside others
 MAX_STALE_EVENTS = 19  # events in the heap beyond which no step's end is moved any more
-NUM_SCALARS = 20
+COUNTS_REQUESTS = 20  # whether the router's policy is least_requests
+NUM_SCALARS = 21
 
 # Entries of `rates`.
 HANDOFF_S, MAX_TOKENS_FACTOR, MAX_WAIT_S, BUSY_HANDOFF_S = 0, 1, 2, 3

@@ -270,6 +270,8 @@ def finish_chunks(c: Cluster, instance: int, now: float) -> None:
         prompt = c.requests[request, PROMPT]
         c.scalars[NUM_UNREAD_REQUESTS] -= 1
         row[UNREAD] -= prompt
+        if writer != instance:
+            row[ASSIGNED] -= 1
         c.instance_s[instance, UNREAD_PAIRS] -= num_pairs(0, prompt)
         c.request_s[request, FIRST_S] = now + c.rates[HANDOFF_S]
         if c.instances[writer, RUN_STEPS] > 0:

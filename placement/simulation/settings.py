@@ -8,7 +8,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pdserve.config.base import Settings, parse_settings, read_yaml
+from pdserve.config.processes import POLICY
 from pdserve.domain.errors import LocalFault
+from pdserve.domain.pair_cost import PolicyName
+from pdserve.domain.waiting import QueueOrder
 from placement.fitted_profile import FittedProfile
 from placement.profiles import (
     DistserveProfile,
@@ -24,7 +27,6 @@ from placement.simulation.values import (
     PdserveOptions,
     Pool,
     PoolRole,
-    PrefillOrder,
     Rules,
     Scheduler,
     SimulationConfig,
@@ -116,7 +118,8 @@ class PdserveSettings(Settings):
     busy_handoff_s: float = Field(0.0, ge=0)
     answer_scatter: float = Field(0.0, ge=0, le=2)
     step_scatter: float = Field(0.0, ge=0, le=2)
-    prefill_order: PrefillOrder = PrefillOrder.FCFS
+    policy: PolicyName = Field("least_total_time", description=POLICY)
+    prefill_order: QueueOrder = "fcfs"
     prefix_cache_tokens: int = Field(0, ge=0)
     max_num_waiting: int = Field(0, ge=0)
     max_wait_s: float = Field(0.0, ge=0)

@@ -7,6 +7,8 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from pdserve.domain.pair_cost import PolicyName
+from pdserve.domain.waiting import QueueOrder
 from placement.simulation.timing import DistserveTiming, SplitwiseTiming, StepTiming
 
 Floats = NDArray[np.float64]
@@ -107,11 +109,6 @@ class SplitwiseOptions:
     retry_s: float = 1.0
 
 
-class PrefillOrder(StrEnum):
-    FCFS = "fcfs"
-    DEADLINE = "deadline"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PdserveOptions:
     """Limits and policies of our own router and workers (rules pdserve)."""
@@ -124,7 +121,8 @@ class PdserveOptions:
     busy_handoff_s: float = 0.0  # added to it while the decode instance is in a step
     answer_scatter: float = 0.0  # relative standard deviation of TPOT that no rule explains
     step_scatter: float = 0.0  # and of each step by itself, which long answers level out
-    prefill_order: PrefillOrder = PrefillOrder.FCFS
+    policy: PolicyName = "least_total_time"  # of the router
+    prefill_order: QueueOrder = "fcfs"
     prefix_cache_tokens: int = 0  # kept by each instance that reads prompts; 0: off
     max_num_waiting: int = 0  # requests without a first token in the cluster; 0: no limit
     max_wait_s: float = 0.0  # predicted wait for prefill at which a request is refused; 0: off

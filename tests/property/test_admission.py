@@ -17,7 +17,7 @@ from placement.simulation.trace import Trace
 from placement.simulation.values import PdserveOptions, Pool, PoolRole
 from router.dispatch import DispatchLimits
 from router.requests import Chunk, GenerateCall
-from tests.unit.router.bench import open_bench, settle
+from tests.unit.router.played_cluster import open_played_cluster, settle
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 60_000
@@ -66,7 +66,9 @@ async def served(prompts: Sequence[int], num_workers: int, limits: PdserveOption
         "max_num_requests": limits.max_num_requests,
         "max_step_tokens": limits.max_step_tokens,
     }
-    async with open_bench(*names, limits=dispatch_limits, hello_changes=workers) as bench:
+    async with open_played_cluster(
+        *names, limits=dispatch_limits, hello_changes=workers
+    ) as cluster:
         tasks = []
         for number, num_tokens in enumerate(prompts):
             call = GenerateCall(
@@ -74,7 +76,7 @@ async def served(prompts: Sequence[int], num_workers: int, limits: PdserveOption
                 sampling=SamplingParams(max_tokens=NUM_OUTPUT),
                 label=f"r{number}",
             )
-            tasks.append(asyncio.create_task(bench.dispatcher.run(call, ignore)))
+            tasks.append(asyncio.create_task(cluster.dispatcher.run(call, ignore)))
             await settle()
         refused = [task.done() for task in tasks]
         for task in tasks:

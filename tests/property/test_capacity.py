@@ -16,12 +16,13 @@ from pdserve.domain.errors import BadRequest, Reason
 from pdserve.domain.ids import RequestId
 from pdserve.domain.messages import Role, Submit, WorkerHello
 from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.waiting import DISCIPLINES
 from pdserve.engine.block_pool import BlockPool
 from pdserve.rpc.streams import memory_stream_pair
 from router.admission import TextLimits, check_call, check_fit
 from router.cluster_view import Health, Ledger, RequestShape
 from router.membership import Membership
-from router.policy import Pair, choose_pair
+from router.policy import Pair, least_total_time
 from router.requests import GenerateCall
 from tests.support.worker_pair import demo_tokenizer
 from tests.unit.router.builders import LAYOUT, OTHER_LAYOUT, make_hello, make_view, make_worker
@@ -103,6 +104,7 @@ def idle_decode_worker_takes(hello: WorkerHello, num_prompt: int, max_tokens: in
             block_size=hello.block_size,
             max_num_requests=1,
             max_num_waiting=0,
+            discipline=DISCIPLINES["fcfs"],
             queue_s=1.0,
             clock=lambda: 0.0,
         )
@@ -143,7 +145,7 @@ def test_refused_for_good_is_what_an_idle_cluster_cannot_serve(
         for hello in hellos
     ]
     shape = RequestShape(num_prompt_tokens=num_prompt, max_tokens=max_tokens)
-    choice = choose_pair(make_view(*workers), shape)
+    choice = least_total_time.choose(make_view(*workers), shape)
     assert isinstance(choice, Pair) is bool(able)
     if isinstance(choice, Pair):
         assert choice.decode.hello.worker_id in able

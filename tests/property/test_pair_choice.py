@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pdserve.domain.ids import AttemptId, Epoch, RequestId, WorkerId
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import Reads, Role
+from pdserve.domain.pair_cost import PolicyName
 from pdserve.domain.tokens import Failed
 from router.capacity import can_read, can_write
 from router.cluster_view import (
@@ -24,10 +25,20 @@ from router.cluster_view import (
     WorkerView,
 )
 from router.failures import MOVED
-from router.policy import MAX_NUM_PREFILL_TARGETS, NoWorkers, Overloaded, Pair, choose_pair
-from tests.unit.router.bench import DONE, Bench, open_bench, settle
+from router.policy import (
+    MAX_NUM_PREFILL_TARGETS,
+    POLICIES,
+    NoWorkers,
+    Overloaded,
+    Pair,
+    least_total_time,
+    read_s,
+)
+from tests.support.plain_policy import PlainPolicy
 from tests.unit.router.builders import LAYOUT, OTHER_LAYOUT, make_load, make_view, make_worker
+from tests.unit.router.played_cluster import DONE, PlayedCluster, open_played_cluster, settle
 
+choose_pair = least_total_time.choose
 OF_DECODE = [Reads.OWN, Reads.NONE]
 SMALL = st.floats(0, 0.1)
 COUNT = st.integers(0, 3000)
@@ -86,17 +97,52 @@ def views(draw: st.DrawFn) -> ClusterView:
     return make_view(*prefill, *decode)
 
 
-def lives(view: ClusterView) -> list[Life]:
-    return [worker.life for worker in (*view.prefill, *view.decode)]
+def at_hand(worker: WorkerView) -> WorkerView:
+    """Healthy, of one format and with room, so that many can be chosen."""
+    hello = replace(
+        worker.hello,
+        model_hash=b"m",
+        layout=LAYOUT,
+        num_blocks=4000,
+        max_context_tokens=4000,
+    )
+    return worker._replace(hello=hello, health=Health.ALIVE)
+
+
+def draw_excluded(data: st.DataObject, view: ClusterView) -> frozenset[Life]:
+    known = [worker.life for worker in (*view.prefill, *view.decode)]
+    return frozenset(data.draw(st.lists(st.sampled_from(known)))) if known else frozenset()
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.data(), view=views(), shape=SHAPES)
-def test_choice_is_total_deterministic_and_never_an_excluded_worker(
-    data: st.DataObject, view: ClusterView, shape: RequestShape
+@given(
+    data=st.data(),
+    view=views(),
+    shape=SHAPES,
+    name=st.sampled_from(list(POLICIES)),
+    is_alike=st.booleans(),
+)
+def test_choice_is_that_of_the_plain_definition(
+    data: st.DataObject, view: ClusterView, shape: RequestShape, name: PolicyName, is_alike: bool
 ) -> None:
-    known = lives(view)
-    excluded = frozenset(data.draw(st.lists(st.sampled_from(known)))) if known else frozenset()
+    if is_alike:
+        view = ClusterView(
+            prefill=tuple(map(at_hand, view.prefill)), decode=tuple(map(at_hand, view.decode))
+        )
+    excluded = draw_excluded(data, view)
+    plain = PlainPolicy(name=name).choose
+    # Limits that some reader just meets, and none.
+    for limit_s in (*map(read_s, (*view.prefill, *view.decode)), float("inf")):
+        choice = POLICIES[name].choose(view, shape, excluded=excluded, max_wait_s=limit_s)
+        assert choice == plain(view, shape, excluded=excluded, max_wait_s=limit_s)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data(), view=views(), shape=SHAPES, name=st.sampled_from(list(POLICIES)))
+def test_choice_is_total_deterministic_and_never_an_excluded_worker(
+    data: st.DataObject, view: ClusterView, shape: RequestShape, name: PolicyName
+) -> None:
+    choose_pair, excluded = POLICIES[name].choose, draw_excluded(data, view)
     choice = choose_pair(view, shape, excluded=excluded)
     assert choice == choose_pair(view, shape, excluded=excluded)
     mirrored = replace(view, prefill=view.prefill[::-1], decode=view.decode[::-1])
@@ -209,25 +255,25 @@ NAMES = ("d0", "d1", "d2")
 class Play:
     """Requests at a dispatcher, and events that befall them and their workers."""
 
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
+    def __init__(self, cluster: PlayedCluster) -> None:
+        self.cluster = cluster
         self.tasks: dict[str, asyncio.Task[Any]] = {}
         self.num_said: dict[tuple[str, int], int] = {}
 
     async def start(self, number: int) -> None:
         label = f"r{len(self.tasks)}"
-        self.tasks[label] = self.bench.start(label)
+        self.tasks[label] = self.cluster.start(label)
 
     async def cancel(self, number: int) -> None:
         if self.tasks:
             list(self.tasks.values())[number % len(self.tasks)].cancel()
 
     async def cut(self, number: int) -> None:
-        await self.bench.workers[NAMES[number % len(NAMES)]].cut()
+        await self.cluster.workers[NAMES[number % len(NAMES)]].cut()
 
     async def drain(self, number: int) -> None:
         if number == 0:
-            await self.bench.dispatcher.drain(0.0)
+            await self.cluster.dispatcher.drain(0.0)
 
     async def say(self, number: int) -> None:
         self.answer(number, end=None)
@@ -248,7 +294,7 @@ class Play:
     def answer(self, number: int, *, end: Any, back: int = 0) -> None:
         open_submits = [
             (worker, submit)
-            for worker in self.bench.workers.values()
+            for worker in self.cluster.workers.values()
             for submit in worker.open.values()
         ]
         if not open_submits:
@@ -282,8 +328,8 @@ EVENTS: dict[str, Callable[[Play, int], Coroutine[Any, Any, None]]] = {
 )
 def test_nothing_is_held_after_any_order_of_events(events: list[tuple[str, int, bool]]) -> None:
     async def run() -> None:
-        async with open_bench(*NAMES) as bench:
-            play = Play(bench)
+        async with open_played_cluster(*NAMES) as cluster:
+            play = Play(cluster)
             for kind, number, is_settled in events:
                 await EVENTS[kind](play, number)
                 if is_settled:
@@ -293,10 +339,10 @@ def test_nothing_is_held_after_any_order_of_events(events: list[tuple[str, int, 
                 task.cancel()
             await asyncio.gather(*play.tasks.values(), return_exceptions=True)
             await settle()
-            assert bench.is_idle
-            for received in bench.received.values():
+            assert cluster.is_idle
+            for received in cluster.received.values():
                 assert received == list(range(len(received)))
-            counts = bench.in_flight.counts
+            counts = cluster.in_flight.counts
             ended = counts.completed + counts.failed + counts.cancelled + counts.refused
             assert ended <= len(play.tasks)  # one cancelled before its first step never entered
 

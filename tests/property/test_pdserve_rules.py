@@ -1,14 +1,18 @@
 """Rules pdserve against plain workers that step one by one, and what holds for any cluster."""
 
+from typing import get_args
+
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pdserve.domain.latency import StepCoefficients
+from pdserve.domain.pair_cost import PolicyName
 from placement.simulation.pdserve_rules import PdserveCluster
 from placement.simulation.timing import StepTiming
 from placement.simulation.trace import Trace
 from placement.simulation.values import Link, PdserveOptions, Pool, PoolRole
+from router.policy import POLICIES
 from tests.support.plain_workers import PlainCluster, PlainRequest, PlainWorker
 
 BLOCK_SIZE = 16
@@ -61,6 +65,7 @@ options = st.builds(
     max_step_tokens=st.sampled_from((64, 300, 2_000)),
     max_num_requests=st.sampled_from((1, 4, 64)),
     block_size=st.just(BLOCK_SIZE),
+    policy=st.sampled_from(get_args(PolicyName)),
     max_num_waiting=st.sampled_from((0, 0, 3, 20)),
     max_wait_s=st.sampled_from((0.0, 0.0, 0.02, 0.3)),
 )
@@ -103,6 +108,7 @@ def plain_times(
     cluster = PlainCluster(
         workers,
         BLOCK_SIZE,
+        policy=POLICIES[limits.policy],
         max_num_waiting=limits.max_num_waiting,
         max_wait_s=limits.max_wait_s,
     )

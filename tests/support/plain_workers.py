@@ -18,7 +18,7 @@ from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import StepCoefficients, num_attention_pairs
 from pdserve.domain.messages import Reads, Role, WorkerHello, WorkerLoad
 from router.cluster_view import ClusterView, Health, Ledger, RequestShape, WorkerView
-from router.policy import Pair, choose_pair
+from router.policy import Pair, Policy, least_total_time
 
 HANDOFF_S = 0.002
 
@@ -116,12 +116,14 @@ class PlainCluster:
         workers: list[PlainWorker],
         block_size: int,
         *,
+        policy: Policy = least_total_time,
         max_num_waiting: int = 0,
         max_wait_s: float = 0.0,
     ) -> None:
         self.workers, self.block_size = workers, block_size
         self.hellos = [worker.hello(block_size) for worker in workers]
         self.ledger = Ledger()
+        self.policy = policy
         self.max_num_waiting = max_num_waiting
         self.max_wait_s = max_wait_s or float("inf")
         self.heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -147,7 +149,7 @@ class PlainCluster:
     def arrive(self, request: PlainRequest) -> None:
         request.arrival_s = self.now_s
         shape = RequestShape(num_prompt_tokens=request.prompt, max_tokens=request.output)
-        pair = choose_pair(self.view(), shape, max_wait_s=self.max_wait_s)
+        pair = self.policy.choose(self.view(), shape, max_wait_s=self.max_wait_s)
         limit = self.max_num_waiting
         if not isinstance(pair, Pair) or (limit and self.ledger.num_unread >= limit):
             self.send_next(self.now_s)
@@ -173,6 +175,7 @@ class PlainCluster:
                 hello=hello,
                 load=_no_report(hello),
                 health=Health.ALIVE,
+                coefficients=hello.coefficients,
                 assigned=self.ledger.assigned(hello.worker_id),
             )
             for hello in self.hellos

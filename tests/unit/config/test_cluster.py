@@ -33,6 +33,8 @@ def problem(data: object) -> str:
         ({"decode": 3}, "decode: "),
         ({"router": {"port": 70000}}, "router.port: "),
         ({"router": {"port": 7, "internal_port": 7}}, "router.internal_port must differ"),
+        ({"router": {"policy": "best"}}, "router.policy: Input should be 'least_total_time' or '"),
+        ({"decode": {"queue_order": "lifo"}}, "decode.queue_order: Input should be 'fcfs' or 'dea"),
         ({"transports": []}, "transports: "),
         ({"transports": ["rdma"]}, "transports.0: "),
         ({"timers": {"drain_s": float("nan")}}, "timers.drain_s: "),

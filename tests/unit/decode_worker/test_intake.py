@@ -14,12 +14,13 @@ from pdserve.domain.ids import RequestId
 from pdserve.domain.messages import Submit
 from pdserve.domain.prefix import hash_full_blocks
 from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.waiting import DISCIPLINES, QueueOrder
 from pdserve.engine.block_pool import BlockPool
 from pdserve.rpc.streams import memory_stream_pair
 from tests.support.worker_pair import BLOCK_SIZE, demo_tokenizer
 
 
-def request_of(num_blocks: int, first: int = 3) -> DecodeRequest:
+def request_of(num_blocks: int, first: int = 3, deadline_s: float = 60.0) -> DecodeRequest:
     """A request that needs this many blocks; its prompt has all but the last position."""
     sampling = SamplingParams(max_tokens=1)
     prompt = tuple(range(first, first + num_blocks * BLOCK_SIZE))
@@ -29,7 +30,7 @@ def request_of(num_blocks: int, first: int = 3) -> DecodeRequest:
             attempt=1,
             prompt_token_ids=prompt,
             sampling=sampling,
-            deadline_s=60.0,
+            deadline_s=deadline_s,
             prefill_targets=(),
         ),
         answer=Answer(sampling, eos_token_ids=(), detokenizer=demo_tokenizer().detokenizer()),
@@ -39,11 +40,14 @@ def request_of(num_blocks: int, first: int = 3) -> DecodeRequest:
     )
 
 
-def intake_of(num_blocks: int, **changes: Any) -> tuple[Intake, BlockPool]:
+def intake_of(
+    num_blocks: int, order: QueueOrder = "fcfs", **changes: Any
+) -> tuple[Intake, BlockPool]:
     pool = BlockPool(num_blocks)
     fields = {"max_num_requests": 8, "max_num_waiting": 8, "queue_s": 10.0, **changes}
     clock = asyncio.get_running_loop().time
-    return Intake(pool, block_size=BLOCK_SIZE, clock=clock, **fields), pool
+    discipline = DISCIPLINES[order]
+    return Intake(pool, block_size=BLOCK_SIZE, discipline=discipline, clock=clock, **fields), pool
 
 
 @virtual
@@ -63,6 +67,25 @@ async def test_first_come_first_served_even_if_a_later_one_would_fit() -> None:
     intake.leave(small)
     assert pool.usage().is_idle
     assert intake.num_admitted == 0
+
+
+@virtual
+async def test_by_deadline_who_leaves_first_is_next_and_passes_who_does_not_fit() -> None:
+    intake, pool = intake_of(4, "deadline")
+    held, patient, urgent = request_of(3), request_of(4), request_of(2, deadline_s=5.0)
+    await intake.admit(held)
+    waiting = [asyncio.create_task(intake.admit(each)) for each in (patient, urgent)]
+    await asyncio.sleep(1)
+    small = request_of(1, deadline_s=2.0)
+    await intake.admit(small)  # fits, and nobody who waits goes before it
+    intake.leave(held)
+    await waiting[1]
+    assert not waiting[0].done()
+    for each in (small, urgent):
+        intake.leave(each)
+    await waiting[0]
+    intake.leave(patient)
+    assert pool.usage().is_idle
 
 
 @virtual

@@ -43,6 +43,19 @@ def test_pools_become_workers_with_the_plans_limits(tmp_path: Path) -> None:
     assert deployment.notes == ()
 
 
+def test_policy_and_orders_are_those_of_the_plan_unless_others_are_given(tmp_path: Path) -> None:
+    default = opened(tmp_path, plan())
+    assert default.router.policy == "least_total_time"
+    orders = {worker.settings.role: worker.settings.queue_order for worker in default.workers}
+    assert orders == {"prefill": "deadline", "decode": "fcfs"}
+    other = plan(policy="least_requests")
+    other["pools"] = [{**each, "queue_order": "deadline"} for each in other["pools"]]
+    deployment = opened(tmp_path, other, "prefill.queue_order=fcfs")
+    assert deployment.router.policy == "least_requests"
+    orders = {worker.settings.role: worker.settings.queue_order for worker in deployment.workers}
+    assert orders == {"prefill": "fcfs", "decode": "deadline"}
+
+
 @pytest.mark.parametrize(("max_wait_s", "queue_s"), [(2.0, 10.0), (60.0, 60.0)])
 def test_workers_keep_requests_for_as_long_as_the_router_lets_them_in(
     tmp_path: Path, max_wait_s: float, queue_s: float

@@ -75,9 +75,11 @@ def test_written_plan_reads_back_equal(pools: list[Any], cells: int, rate: float
 
 def test_solved_plan_reads_back_equal(tmp_path: Path) -> None:
     override = {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}
-    result = solve(small_inputs(override_config=override))
+    ours = {"policy": "least_requests", "block_size": 32}
+    result = solve(small_inputs(override_config=override, pdserve=ours))
     assert isinstance(result, PlanResult)
     plan = plan_of(result)
+    assert (plan.policy, plan.block_size) == ("least_requests", 32)
     assert plan.override_config == ModelOverride.model_validate(override)
     write_plan(plan, tmp_path / "plan.yaml")
     assert read_plan(tmp_path / "plan.yaml") == plan
@@ -93,6 +95,7 @@ def test_solved_plan_reads_back_equal(tmp_path: Path) -> None:
         ({"pools": []}, "pools"),
         ({"pools": [{"role": "prefill", "gpu": "a", "tp": 1, "replicas": 1}]}, "needs prefill and"),
         ({"limit": {}}, "did you mean limits"),
+        ({"policy": "best"}, "policy: Input should be 'least_total_time' or 'least_requests'"),
     ],
 )
 def test_bad_plan_is_refused(changes: dict[str, Any], words: str) -> None:

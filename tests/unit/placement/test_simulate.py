@@ -23,7 +23,6 @@ from placement.simulation.values import (
     PdserveOptions,
     Pool,
     PoolRole,
-    PrefillOrder,
     SimulationConfig,
     SimulationResult,
     SloClass,
@@ -138,7 +137,7 @@ def test_deadline_order_reads_the_urgent_prompt_first() -> None:
     )
     slo = (SloClass(ttft_s=0.1, tpot_s=1), SloClass(ttft_s=5, tpot_s=1))
     fcfs = run(pair(), load, slo=slo)
-    urgent = run(pair(), load, PdserveOptions(prefill_order=PrefillOrder.DEADLINE), slo=slo)
+    urgent = run(pair(), load, PdserveOptions(prefill_order="deadline"), slo=slo)
     assert urgent.ttft_s[2] < fcfs.ttft_s[2] / 3
     assert urgent.ttft_s[1] > fcfs.ttft_s[1]
 

@@ -1,4 +1,4 @@
-"""Most urgent first, bounded, and nothing left behind."""
+"""In the order of a discipline, bounded, and nothing left behind."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from pdserve.domain.ids import HandoffId, RequestId
 from pdserve.domain.messages import StartHandoff
 from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.waiting import DISCIPLINES, QueueOrder
 from pdserve.rpc.streams import memory_stream_pair
-from prefill_worker.queue import MIN_HEAP_TO_COMPACT, PrefillQueue, PrefillRequest
+from prefill_worker.queue import PrefillQueue, PrefillRequest
 
 PEER, _ = memory_stream_pair()
 QUEUE_S = 10.0
@@ -29,67 +30,74 @@ def request(name: int, arrived_s: float, deadline_s: float, num_tokens: int = 5)
     )
 
 
+def queue_of(max_num_waiting: int, order: QueueOrder = "deadline") -> PrefillQueue:
+    return PrefillQueue(DISCIPLINES[order], max_num_waiting)
+
+
+def push(queue: PrefillQueue, request: PrefillRequest) -> bool:
+    return queue.push(request.key, request)
+
+
 def drain(queue: PrefillQueue) -> list[str]:
     names = []
     while (head := queue.peek()) is not None:
         names.append(str(head.handoff.request_id))
-        queue.remove(head.peer, head.handoff)
+        queue.remove(head.key)
     return names
 
 
 def test_near_deadline_goes_first_and_a_far_one_rises_as_it_waits() -> None:
-    queue = PrefillQueue(8)
-    queue.push(request(0, arrived_s=0.0, deadline_s=600.0))
-    queue.push(request(1, arrived_s=5.0, deadline_s=2.0))
-    queue.push(request(2, arrived_s=9.0, deadline_s=600.0))
-    queue.push(request(3, arrived_s=9.5, deadline_s=1.5))
+    queue = queue_of(8)
+    push(queue, request(0, arrived_s=0.0, deadline_s=600.0))
+    push(queue, request(1, arrived_s=5.0, deadline_s=2.0))
+    push(queue, request(2, arrived_s=9.0, deadline_s=600.0))
+    push(queue, request(3, arrived_s=9.5, deadline_s=1.5))
     assert drain(queue) == ["1", "0", "3", "2"]
 
 
 def test_equal_urgency_is_served_in_order_of_arrival() -> None:
-    queue = PrefillQueue(8)
+    queue = queue_of(8)
     for name in range(4):
-        queue.push(request(name, arrived_s=0.0, deadline_s=3.0))
+        push(queue, request(name, arrived_s=0.0, deadline_s=3.0))
     assert drain(queue) == ["0", "1", "2", "3"]
 
 
 def test_full_queue_takes_nothing() -> None:
-    queue = PrefillQueue(1)
-    assert queue.push(request(0, 0.0, 1.0))
-    assert not queue.push(request(1, 0.0, 1.0))
+    queue = queue_of(1)
+    assert push(queue, request(0, 0.0, 1.0))
+    assert not push(queue, request(1, 0.0, 1.0))
     assert (len(queue), queue.num_tokens) == (1, 5)
 
 
-def test_what_leaves_behind_a_stuck_head_does_not_pile_up() -> None:
-    queue = PrefillQueue(8)
-    queue.push(request(0, 0.0, 1.0))
-    for name in range(1, 2000):
-        later = request(name, 0.0, 5.0)
-        queue.push(later)
-        queue.remove(later.peer, later.handoff)
-    assert len(queue._heap) <= MIN_HEAP_TO_COMPACT + 4
-    assert drain(queue) == ["0"]
+def test_first_come_first_served_whatever_the_deadlines() -> None:
+    queue = queue_of(8, "fcfs")
+    for name, deadline_s in enumerate((600.0, 2.0, 1.0)):
+        push(queue, request(name, arrived_s=0.0, deadline_s=deadline_s))
+    assert drain(queue) == ["0", "1", "2"]
 
 
 @given(
+    order=st.sampled_from(list(DISCIPLINES)),
     moves=st.lists(
         st.tuples(st.sampled_from(["push", "remove"]), st.integers(0, 12), st.integers(1, 20)),
         max_size=60,
-    )
+    ),
 )
-def test_head_is_the_most_urgent_of_those_that_wait(moves: list[tuple[str, int, int]]) -> None:
-    queue, model = PrefillQueue(6), dict[str, PrefillRequest]()
+def test_head_is_the_first_of_those_that_wait(
+    order: QueueOrder, moves: list[tuple[str, int, int]]
+) -> None:
+    queue, model = queue_of(6, order), dict[str, PrefillRequest]()
     for now_s, (move, name, deadline_s) in enumerate(moves):
         each = request(name, float(now_s), float(deadline_s), num_tokens=name + 1)
         if move == "push" and str(name) not in model:
-            assert queue.push(each) == (len(model) < 6)
+            assert push(queue, each) == (len(model) < 6)
             if len(model) < 6:
                 model[str(name)] = each
         elif move == "remove":
-            assert queue.remove(PEER, each.handoff) is model.pop(str(name), None)
+            assert queue.remove(each.key) is model.pop(str(name), None)
         assert len(queue) == len(model)
         assert queue.num_tokens == sum(waiting.num_tokens for waiting in model.values())
         head = queue.peek()
         assert (head is None) == (not model)
-        if head is not None:
-            assert head.leave_by_s == min(waiting.leave_by_s for waiting in model.values())
+        assert list(queue) == sorted(model.values(), key=DISCIPLINES[order])  # which is stable
+        assert head is next(iter(queue), None)

@@ -8,7 +8,14 @@ from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.layout import KvLayout, LayerKv, ShardedLayout
 from pdserve.domain.messages import Reads, Role, WorkerHello, WorkerLoad
-from router.cluster_view import Assigned, ClusterView, Health, WorkerView
+from router.cluster_view import (
+    NOTHING,
+    Assigned,
+    ClusterView,
+    Health,
+    WorkerView,
+    work_of_others,
+)
 
 COEFFICIENTS = StepCoefficients(
     fixed_s=0.010,
@@ -71,16 +78,20 @@ def make_worker(
     /,
     *,
     load: WorkerLoad | None = None,
-    assigned: Assigned | None = None,
+    assigned: Assigned = NOTHING,
+    assigned_at_report: Assigned = NOTHING,
     health: Health = Health.ALIVE,
     **changes: Any,
 ) -> WorkerView:
     hello = make_hello(name, role, **changes)
+    load = load or make_load(hello.num_blocks)
     return WorkerView(
         hello=hello,
-        load=load or make_load(hello.num_blocks),
+        load=load,
         health=health,
-        assigned=assigned or Assigned(),
+        coefficients=hello.coefficients,
+        assigned=assigned,
+        others=work_of_others(load, assigned_at_report),
     )
 
 

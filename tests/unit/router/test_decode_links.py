@@ -15,7 +15,7 @@ from pdserve.domain.tokens import SampledToken
 from pdserve.rpc.streams import MAX_NUM_BUFFERED_MESSAGES, MemoryStream, memory_stream_pair
 from router.cluster_view import Life
 from router.decode_links import DecodeLink, Inbox, LinkTarget
-from tests.unit.router.bench import DONE, ME, open_bench, settle
+from tests.unit.router.played_cluster import DONE, ME, open_played_cluster, settle
 
 ID = RequestId("r")
 LIFE = Life(WorkerId("d0"), Epoch(1))
@@ -94,31 +94,31 @@ async def test_fault_after_a_whole_answer_changes_nothing() -> None:
 
 
 async def test_loss_fails_every_request_on_the_link_and_the_link_comes_back() -> None:
-    async with open_bench("d0") as bench:
-        link = bench.links["d0"]
+    async with open_played_cluster("d0") as cluster:
+        link = cluster.links["d0"]
         inboxes = [make_inbox(), make_inbox()]
         for attempt, inbox in enumerate(inboxes, 1):
             link.submit(make_submit(attempt), inbox)
-        await bench.workers["d0"].cut()
+        await cluster.workers["d0"].cut()
         for inbox in inboxes:
             with pytest.raises(WorkerLost):
                 await inbox.take()
         with pytest.raises(WorkerLost):
             link.submit(make_submit(), make_inbox())
         async with asyncio.timeout(10):
-            while not bench.membership.view(0.0).decode[0].is_usable:
+            while not cluster.membership.view(0.0).decode[0].is_usable:
                 await settle()
         link.submit(make_submit(), make_inbox())
 
 
 async def test_leaving_twice_cancels_once() -> None:
-    async with open_bench("d0") as bench:
-        link = bench.links["d0"]
+    async with open_played_cluster("d0") as cluster:
+        link = cluster.links["d0"]
         link.submit(make_submit(), make_inbox())
         link.leave(AttemptId(ID, 1))
         link.leave(AttemptId(ID, 1))
         await settle()
-        assert len(bench.workers["d0"].cancels) == 1
+        assert len(cluster.workers["d0"].cancels) == 1
 
 
 def make_link(connect: Any, changes: list[bool], **timers: float) -> DecodeLink:

@@ -7,7 +7,7 @@ import pytest
 from pdserve.domain.errors import PdserveError, Reason
 from pdserve.domain.tokens import Failed
 from router.dispatch import DispatchLimits
-from tests.unit.router.bench import DONE, open_bench, settle
+from tests.unit.router.played_cluster import DONE, open_played_cluster, settle
 
 
 async def reason_of(task: "asyncio.Task[object]") -> Reason:
@@ -18,70 +18,72 @@ async def reason_of(task: "asyncio.Task[object]") -> Reason:
 
 
 async def test_reservation_and_submit_happen_in_one_step() -> None:
-    async with open_bench("d0", "d1") as bench:
-        first, second = bench.start("a"), bench.start("b")
+    async with open_played_cluster("d0", "d1") as cluster:
+        first, second = cluster.start("a"), cluster.start("b")
         await settle()
         # The second choice saw the first reservation.
-        assert [len(worker.submits) for worker in bench.workers.values()] == [1, 1]
+        assert [len(worker.submits) for worker in cluster.workers.values()] == [1, 1]
         for task in (first, second):
             task.cancel()
         await asyncio.gather(first, second, return_exceptions=True)
         await settle()
-        assert bench.is_idle
-        assert bench.in_flight.counts.cancelled == 2
+        assert cluster.is_idle
+        assert cluster.in_flight.counts.cancelled == 2
 
 
 async def test_prompt_counts_as_unread_until_its_first_token() -> None:
-    async with open_bench("d0") as bench:
-        worker = bench.workers["d0"]
-        task = bench.start("a")
+    async with open_played_cluster("d0") as cluster:
+        worker = cluster.workers["d0"]
+        task = cluster.start("a")
         await settle()
-        assert bench.ledger.assigned(worker.hello.worker_id).num_unread_tokens == 3
+        assert cluster.ledger.assigned(worker.hello.worker_id).num_unread_tokens == 3
         worker.say(worker.submits[0], 0, 1)
         await settle()
-        assigned = bench.ledger.assigned(worker.hello.worker_id)
+        assigned = cluster.ledger.assigned(worker.hello.worker_id)
         assert (assigned.num_unread_tokens, assigned.num_requests) == (0, 1)
         worker.say(worker.submits[0], 1, 7, DONE)
         await task
-        assert bench.is_idle
+        assert cluster.is_idle
 
 
 async def test_blocks_are_free_when_the_worker_says_so_though_the_client_reads_nothing() -> None:
-    async with open_bench("d0") as bench:
-        worker = bench.workers["d0"]
-        bench.is_client_reading.clear()
-        task = bench.start("a")
+    async with open_played_cluster("d0") as cluster:
+        worker = cluster.workers["d0"]
+        cluster.is_client_reading.clear()
+        task = cluster.start("a")
         await settle()
         worker.say(worker.submits[0], 0, 1)
         await settle()
         worker.say(worker.submits[0], 1, 7, DONE)
         await settle()
-        assert bench.ledger.is_empty
+        assert cluster.ledger.is_empty
         assert not task.done()
-        bench.is_client_reading.set()
+        cluster.is_client_reading.set()
         await task
-        assert bench.received["a"] == list(range(8))
+        assert cluster.received["a"] == list(range(8))
 
 
 async def test_answer_that_is_whole_survives_the_loss_of_its_worker() -> None:
-    async with open_bench("d0") as bench:
-        worker = bench.workers["d0"]
-        bench.is_client_reading.clear()
-        task = bench.start("a")
+    async with open_played_cluster("d0") as cluster:
+        worker = cluster.workers["d0"]
+        cluster.is_client_reading.clear()
+        task = cluster.start("a")
         await settle()
         worker.say(worker.submits[0], 0, 8, DONE)
         await worker.cut()
         await settle()
-        bench.is_client_reading.set()
+        cluster.is_client_reading.set()
         finished = await task
         assert finished.usage.completion_tokens == 8
 
 
 async def test_buffer_of_a_client_that_does_not_read_is_bounded() -> None:
-    async with open_bench("d0", limits=DispatchLimits(max_num_buffered_tokens=4)) as bench:
-        worker = bench.workers["d0"]
-        bench.is_client_reading.clear()
-        task = bench.start("a", max_tokens=20)
+    async with open_played_cluster(
+        "d0", limits=DispatchLimits(max_num_buffered_tokens=4)
+    ) as cluster:
+        worker = cluster.workers["d0"]
+        cluster.is_client_reading.clear()
+        task = cluster.start("a", max_tokens=20)
         await settle()
         for index in range(5):  # the first is with the client's connection, four wait
             worker.say(worker.submits[0], index, 1)
@@ -91,35 +93,37 @@ async def test_buffer_of_a_client_that_does_not_read_is_bounded() -> None:
         assert await reason_of(task) is Reason.SLOW_CONSUMER
         await settle()
         assert len(worker.cancels) == 1
-        assert bench.is_idle
+        assert cluster.is_idle
 
 
 async def test_fast_worker_is_no_fault_of_a_client_that_reads() -> None:
-    async with open_bench("d0", limits=DispatchLimits(max_num_buffered_tokens=16)) as bench:
-        worker = bench.workers["d0"]
-        task = bench.start("a", max_tokens=1000)
+    async with open_played_cluster(
+        "d0", limits=DispatchLimits(max_num_buffered_tokens=16)
+    ) as cluster:
+        worker = cluster.workers["d0"]
+        task = cluster.start("a", max_tokens=1000)
         await settle()
         for index in range(1000):  # all at once
             worker.say(worker.submits[0], index, 1, DONE if index == 999 else None)
         await task
-        assert bench.received["a"] == list(range(1000))
+        assert cluster.received["a"] == list(range(1000))
 
 
 async def test_deadline_ends_the_request_and_cancels_at_the_worker() -> None:
-    async with open_bench("d0") as bench:
-        task = bench.start("a", deadline_s=0.05)
+    async with open_played_cluster("d0") as cluster:
+        task = cluster.start("a", deadline_s=0.05)
         assert await reason_of(task) is Reason.DEADLINE
         await settle()
-        assert len(bench.workers["d0"].cancels) == 1
-        assert bench.is_idle
-        assert bench.in_flight.counts.failed == 1
+        assert len(cluster.workers["d0"].cancels) == 1
+        assert cluster.is_idle
+        assert cluster.in_flight.counts.failed == 1
 
 
 async def test_deadline_that_has_passed_starts_nothing_that_stays() -> None:
-    async with open_bench("d0") as bench:
-        assert await reason_of(bench.start("a", deadline_s=-1.0)) is Reason.DEADLINE
+    async with open_played_cluster("d0") as cluster:
+        assert await reason_of(cluster.start("a", deadline_s=-1.0)) is Reason.DEADLINE
         await settle()
-        assert bench.is_idle
+        assert cluster.is_idle
 
 
 @pytest.mark.parametrize(
@@ -135,14 +139,14 @@ async def test_deadline_that_has_passed_starts_nothing_that_stays() -> None:
 async def test_failures_of_workers_are_tried_elsewhere_then_shown(
     told: Reason, shown: Reason
 ) -> None:
-    async with open_bench("d0", "d1") as bench:
-        task = bench.start("a")
-        for worker in bench.workers.values():
+    async with open_played_cluster("d0", "d1") as cluster:
+        task = cluster.start("a")
+        for worker in cluster.workers.values():
             await settle()
             worker.say(worker.submits[0], 0, 0, Failed(reason=told, message="no"))
         assert await reason_of(task) is shown
         await settle()
-        assert bench.is_idle
+        assert cluster.is_idle
 
 
 @pytest.mark.parametrize(
@@ -160,40 +164,40 @@ async def test_failures_of_workers_are_tried_elsewhere_then_shown(
     ],
 )
 async def test_other_failures_are_not_tried_again(reason: Reason) -> None:
-    async with open_bench("d0", "d1") as bench:
-        d0, d1 = bench.workers.values()
-        task = bench.start("a")
+    async with open_played_cluster("d0", "d1") as cluster:
+        d0, d1 = cluster.workers.values()
+        task = cluster.start("a")
         await settle()
         d0.say(d0.submits[0], 0, 0, Failed(reason=reason, message="no"))
         assert await reason_of(task) is reason
         assert not d1.submits
         await settle()
-        assert bench.is_idle
+        assert cluster.is_idle
 
 
 async def test_drain_ends_what_is_left_after_its_time() -> None:
-    async with open_bench("d0") as bench:
-        task = bench.start("a")
+    async with open_played_cluster("d0") as cluster:
+        task = cluster.start("a")
         await settle()
-        await bench.dispatcher.drain(0.01)
+        await cluster.dispatcher.drain(0.01)
         assert await reason_of(task) is Reason.DRAINING
-        assert await reason_of(bench.start("b")) is Reason.DRAINING
+        assert await reason_of(cluster.start("b")) is Reason.DRAINING
         await settle()
-        assert bench.is_idle
+        assert cluster.is_idle
 
 
 async def test_what_has_not_left_the_process_is_taken_back_for_a_new_attempt() -> None:
-    async with open_bench("d0", "d1") as bench:
-        d0, d1 = bench.workers.values()
-        task = bench.start("a", can_take_back=True)
+    async with open_played_cluster("d0", "d1") as cluster:
+        d0, d1 = cluster.workers.values()
+        task = cluster.start("a", can_take_back=True)
         await settle()
         d0.say(d0.submits[0], 0, 3)
         await settle()
-        assert bench.received["a"] == [0, 1, 2]
+        assert cluster.received["a"] == [0, 1, 2]
         await d0.cut()
         await settle()
-        assert bench.received["a"] == []
+        assert cluster.received["a"] == []
         d1.say(d1.submits[0], 0, 8, DONE)
         finished = await task
-        assert bench.received["a"] == list(range(8))
+        assert cluster.received["a"] == list(range(8))
         assert finished.usage.completion_tokens == 8

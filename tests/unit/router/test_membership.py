@@ -4,6 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import PeerFault, Reason, WorkerLost
@@ -12,8 +14,8 @@ from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import Role
 from router.cluster_view import Health, Ledger, RequestShape
 from router.membership import Membership
-from tests.unit.router.bench import open_link
 from tests.unit.router.builders import COEFFICIENTS, make_hello, make_load
+from tests.unit.router.played_cluster import open_link
 
 TIMERS = Timers(suspect_s=1.5, dead_s=3.0)
 
@@ -175,6 +177,46 @@ def test_view_and_operators_see_what_is_assigned() -> None:
     assert membership.view(0.0).prefill[0].assigned.num_requests == 0
     ledger.release(attempt)
     assert ledger.is_empty
+
+
+EVENTS = ("report", "assign", "hear", "release", "link", "unlink", "pass", "admit", "dismiss")
+
+
+@given(events=st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 3)), max_size=40))
+def test_view_is_that_of_the_moment_whatever_was_shown_before(
+    events: list[tuple[str, int]],
+) -> None:
+    ledger = Ledger()
+    membership = Membership(timers=TIMERS, ledger=ledger)
+    hellos = [make_hello(name) for name in ("d0", "d1")]
+    hellos += [make_hello(name, Role.PREFILL) for name in ("p0", "p1")]
+    members = [membership.admit(hello, 0.0) for hello in hellos]
+    shape = RequestShape(num_prompt_tokens=20, max_tokens=14)
+    now_s = 0.0
+    for sequence, (kind, number) in enumerate(events, start=1):
+        member, attempt = members[number], AttemptId(RequestId(str(number)), 1)
+        if kind == "report":
+            load = make_load(sequence=sequence, num_running=number, is_draining=number == 3)
+            membership.hear(member, load, now_s)
+        elif kind == "assign" and ledger.is_empty:
+            pair = {"decode": hellos[number % 2].worker_id, "reader": hellos[3].worker_id}
+            ledger.assign(attempt, shape, **pair, block_size=16)
+        elif kind == "hear":
+            ledger.hear(attempt, 1)
+        elif kind == "release":
+            ledger.release(attempt)
+        elif kind in ("link", "unlink"):
+            member.link = open_link(member) if kind == "link" else None
+        elif kind == "admit":
+            members[number] = membership.admit(hellos[number], now_s)
+        elif kind == "dismiss":
+            membership.dismiss(member)
+        now_s += 0.8 if kind == "pass" else 0.0
+        shown = membership.view(now_s)
+        assert shown == membership.view(now_s)
+        for each in members:
+            each.view = None  # so that all of them are made anew
+        assert shown == membership.view(now_s)
 
 
 def test_coefficients_are_all_checked() -> None:

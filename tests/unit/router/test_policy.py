@@ -1,4 +1,4 @@
-"""Pair choice against cases computed by hand.
+"""Pair choice against cases computed by hand; by the least total time if no other is named.
 
 COEFFICIENTS: a step costs 10 ms, a prompt token 1 ms, a decoding request 2 ms, 100 tokens of
 context 1 ms. So a prompt of 100 tokens alone takes 110 ms, and a first decode step over it
@@ -6,14 +6,23 @@ context 1 ms. So a prompt of 100 tokens alone takes 110 ms, and a first decode s
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from pdserve.domain.messages import Reads, Role
-from pdserve.domain.pair_cost import HANDOFF_S
+from pdserve.domain.pair_cost import PolicyName
 from router.cluster_view import Assigned, ClusterView, Health, RequestShape
-from router.policy import NoWorkers, Overloaded, Pair, choose_pair
+from router.policy import (
+    POLICIES,
+    NoWorkers,
+    Overloaded,
+    Pair,
+    least_requests,
+    least_total_time,
+    read_s,
+    step_s,
+)
 from tests.unit.router.builders import (
     COEFFICIENTS,
     OTHER_LAYOUT,
@@ -24,6 +33,7 @@ from tests.unit.router.builders import (
 )
 
 SHAPE = RequestShape(num_prompt_tokens=100, max_tokens=10)
+choose_pair = least_total_time.choose
 
 
 def chosen(pair: Pair | NoWorkers | Overloaded) -> tuple[str, list[str]]:
@@ -31,11 +41,11 @@ def chosen(pair: Pair | NoWorkers | Overloaded) -> tuple[str, list[str]]:
     return pair.decode.hello.worker_id, [worker.hello.worker_id for worker in pair.prefill_targets]
 
 
-def test_ttft_and_step_time_of_an_idle_pair() -> None:
+def test_reading_and_step_time_of_an_idle_pair() -> None:
     pair = choose_pair(make_view(make_worker("d0"), make_worker("p0", Role.PREFILL)), SHAPE)
     assert isinstance(pair, Pair)
-    assert pair.ttft_s == pytest.approx(0.110 + HANDOFF_S)
-    assert pair.step_s == pytest.approx(0.013)
+    assert read_s(pair.reader, SHAPE.num_prompt_tokens) == pytest.approx(0.110)
+    assert step_s(pair.decode, SHAPE) == pytest.approx(0.013)
     assert pair.reader.hello.worker_id == "p0"
 
 
@@ -46,7 +56,7 @@ def test_queue_ahead_of_the_prefill_worker_counts() -> None:
     pair = choose_pair(view, SHAPE)
     assert isinstance(pair, Pair)
     assert pair.wait_s == pytest.approx(0.620)
-    assert pair.ttft_s == pytest.approx(0.720 + HANDOFF_S)
+    assert read_s(pair.reader, SHAPE.num_prompt_tokens) == pytest.approx(0.720)
 
 
 def test_prefill_targets_come_in_order_of_ttft_three_at_most() -> None:
@@ -72,8 +82,8 @@ def test_queue_reported_by_the_worker_counts_where_it_is_longer_than_ours() -> N
 def test_own_work_that_ended_after_the_report_does_not_count() -> None:
     # p0's report had 500 tokens when 500 of ours were there; they have been read since.
     reported = make_load(waiting_prompt_tokens=500)
-    stale = make_worker("p0", Role.PREFILL, load=reported)
-    stale = replace(stale, assigned_at_report=Assigned(num_unread_tokens=500))
+    then = Assigned(num_unread_tokens=500)
+    stale = make_worker("p0", Role.PREFILL, load=reported, assigned_at_report=then)
     other = make_worker("p1", Role.PREFILL, assigned=Assigned(num_unread_tokens=100))
     assert chosen(choose_pair(make_view(make_worker("d0"), stale, other), SHAPE))[1] == ["p0", "p1"]
 
@@ -135,7 +145,7 @@ def test_without_prefill_workers_the_decode_worker_reads_the_prompt() -> None:
     assert isinstance(pair, Pair)
     assert pair.prefill_targets == ()
     assert pair.reader is pair.decode
-    assert pair.ttft_s == pytest.approx(0.110)
+    assert read_s(pair.reader, SHAPE.num_prompt_tokens) == pytest.approx(0.110)
 
 
 def test_colocated_worker_reads_its_own_prompts_beside_idle_prefill_workers() -> None:
@@ -149,6 +159,13 @@ def test_colocated_worker_reads_its_own_prompts_beside_idle_prefill_workers() ->
     assert chosen(pair) == ("c0", [])
     assert isinstance(pair, Pair)
     assert pair.reader is pair.decode
+
+
+def test_handoff_is_part_of_the_time_to_the_first_token() -> None:
+    # d0 has the smaller id, and all are idle; but its prompt is handed over.
+    own = make_worker("e0", reads=Reads.OWN)
+    view = make_view(make_worker("d0"), own, make_worker("p0", Role.PREFILL))
+    assert chosen(choose_pair(view, SHAPE)) == ("e0", [])
 
 
 def test_decode_worker_hands_its_prompts_on_beside_idle_colocated_workers() -> None:
@@ -276,3 +293,30 @@ def test_refused_request_is_told_when_the_shortest_queue_is_short_enough() -> No
     refused = choose_pair(view, SHAPE, max_wait_s=1.0)
     assert isinstance(refused, Overloaded)
     assert refused.retry_after_s == pytest.approx(2.01 - 1.0)
+
+
+def test_each_name_of_a_policy_is_known_to_the_router() -> None:
+    assert list(POLICIES) == list(get_args(PolicyName))
+
+
+def test_least_requests_counts_requests_whatever_they_cost() -> None:
+    view = make_view(
+        make_worker("d0", assigned=Assigned(num_requests=2)),
+        make_worker("d1", assigned=Assigned(num_requests=1, num_context_tokens=9000)),
+        make_worker("p0", Role.PREFILL, assigned=Assigned(num_requests=2, num_unread_tokens=2)),
+        make_worker("p1", Role.PREFILL, assigned=Assigned(num_requests=1, num_unread_tokens=800)),
+    )
+    assert chosen(least_requests.choose(view, SHAPE)) == ("d1", ["p1", "p0"])
+    assert chosen(least_total_time.choose(view, SHAPE)) == ("d0", ["p0", "p1"])
+
+
+def test_least_requests_keeps_to_workers_with_room_and_to_the_longest_wait() -> None:
+    full = Assigned(num_requests=1, num_blocks=94)
+    view = make_view(
+        make_worker("d0", assigned=full),
+        make_worker("d1", assigned=Assigned(num_requests=2)),
+        make_worker("p0", Role.PREFILL, assigned=replace(LATE, num_requests=1)),
+        make_worker("p1", Role.PREFILL, assigned=Assigned(num_requests=3)),
+    )
+    assert chosen(least_requests.choose(view, SHAPE)) == ("d1", ["p0", "p1"])
+    assert chosen(least_requests.choose(view, SHAPE, max_wait_s=2.0)) == ("d1", ["p1", "p0"])

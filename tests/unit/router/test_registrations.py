@@ -18,11 +18,12 @@ from router.cluster_view import Ledger
 from router.dispatch import Dispatcher, DispatchLimits
 from router.in_flight import InFlight
 from router.membership import Membership
+from router.policy import least_total_time
 from router.registrations import Registrations
 from router.requests import Chunk, GenerateCall
 from router.slo import SloBook
-from tests.unit.router.bench import DONE, ME, HeardEnds, PlayedWorker
 from tests.unit.router.builders import make_load
+from tests.unit.router.played_cluster import DONE, ME, HeardEnds, PlayedWorker
 
 TIMERS = Timers(heartbeat_s=0.5, suspect_s=1.5, dead_s=3.0)
 NUM_TURNS = 60
@@ -60,6 +61,7 @@ class Cluster:
             membership=self.membership,
             ledger=self.ledger,
             in_flight=self.in_flight,
+            policy=least_total_time,
             slo=SloBook(()),
             watch=HeardEnds(),
             encode=self._encode,
@@ -85,11 +87,8 @@ class Cluster:
                 await ours.send(make_load(sequence=sequence))
                 ends[await self.ask()] += 1
             await asyncio.sleep(0)
-            [member] = [
-                view
-                for view in self.membership.view(self.clock()).decode
-                if view.hello.worker_id == name
-            ]
+            states = self.membership.worker_states(self.clock())
+            [member] = [state for state in states if state.hello.worker_id == name]
             await asyncio.sleep(TIMERS.dead_s - member.silence_s)
             for _ in range(NUM_TURNS):
                 ends[await self.ask()] += 1

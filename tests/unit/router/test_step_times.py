@@ -17,10 +17,10 @@ from pdserve.domain.messages import Role, WorkerHello, WorkerLoad
 from pdserve.engine.live_steps import LiveStepTimes
 from router.cluster_view import Ledger, RequestShape
 from router.membership import Member, Membership
-from router.policy import Pair, choose_pair
+from router.policy import Pair, least_total_time
 from router.step_times import step_times
-from tests.unit.router.bench import open_link
 from tests.unit.router.builders import OTHER_LAYOUT, make_hello, make_load
+from tests.unit.router.played_cluster import open_link
 
 TRUE = StepCoefficients(
     fixed_s=3e-3,
@@ -81,7 +81,7 @@ class Cluster:
         taken: Counter[str] = Counter()
         attempts = []
         for number in range(num):
-            pair = choose_pair(self.membership.view(self.now_s), SHAPE)
+            pair = least_total_time.choose(self.membership.view(self.now_s), SHAPE)
             assert isinstance(pair, Pair)
             attempts.append(AttemptId(RequestId(f"{self.num_bursts}.{number}"), 1))
             self.ledger.assign(

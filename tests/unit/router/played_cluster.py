@@ -19,6 +19,7 @@ from router.decode_links import DecodeLink, LinkTarget
 from router.dispatch import Dispatcher, DispatchLimits
 from router.in_flight import InFlight
 from router.membership import Member, Membership
+from router.policy import least_total_time
 from router.requests import Chunk, GenerateCall
 from router.slo import SloBook, SloClass
 from tests.unit.router.builders import make_hello
@@ -119,7 +120,7 @@ class HeardEnds(RouterWatch):
         self.failed_attempts.append(reason)
 
 
-class Bench:
+class PlayedCluster:
     """The dispatcher and what it works on."""
 
     def __init__(
@@ -140,6 +141,7 @@ class Bench:
             membership=self.membership,
             ledger=self.ledger,
             in_flight=self.in_flight,
+            policy=least_total_time,
             slo=self.slo,
             watch=self.watch,
             encode=self._encode,
@@ -187,19 +189,19 @@ class Bench:
 
 
 @contextlib.asynccontextmanager
-async def open_bench(
+async def open_played_cluster(
     *names: str,
     limits: DispatchLimits | None = None,
     hello_changes: Mapping[str, Any] = MappingProxyType({}),
-) -> AsyncIterator[Bench]:
+) -> AsyncIterator[PlayedCluster]:
     """Workers registered and linked; all tasks end with the block."""
-    bench = Bench(names, limits or DispatchLimits(), hello_changes)
+    cluster = PlayedCluster(names, limits or DispatchLimits(), hello_changes)
     tasks = []
-    for worker in bench.workers.values():
-        member = bench.membership.admit(worker.hello, 0.0)
+    for worker in cluster.workers.values():
+        member = cluster.membership.admit(worker.hello, 0.0)
 
         def on_change(is_open: bool, member: Any = member) -> None:
-            member.link = bench.links[member.hello.worker_id] if is_open else None
+            member.link = cluster.links[member.hello.worker_id] if is_open else None
 
         link = DecodeLink(
             LinkTarget(life=member.life, address=""),
@@ -209,11 +211,11 @@ async def open_bench(
             rng=Random(1),
             on_change=on_change,
         )
-        bench.links[worker.hello.worker_id] = link
+        cluster.links[worker.hello.worker_id] = link
         tasks += [asyncio.create_task(link.run()), asyncio.create_task(worker.run())]
     await settle()
     try:
-        yield bench
+        yield cluster
     finally:
         for task in tasks:
             task.cancel()
