@@ -98,7 +98,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
                 pool,
                 block_size=spec.layout.block_size,
                 max_num_requests=settings.max_num_requests,
-                max_num_waiting=settings.max_num_waiting,
+                max_num_queued=settings.max_num_queued,
                 queue_s=timers.queue_s,
                 clock=clock,
             ),

@@ -22,14 +22,14 @@ class Intake:
         *,
         block_size: int,
         max_num_requests: int,
-        max_num_waiting: int,
+        max_num_queued: int,
         queue_s: float,
         clock: Clock,
     ) -> None:
         self._pool = pool
         self._block_size = block_size
         self._max_num_requests = max_num_requests
-        self._max_num_waiting = max_num_waiting
+        self._max_num_queued = max_num_queued
         self._queue_s = queue_s
         self._clock = clock
         self._waiting: deque[tuple[DecodeRequest, asyncio.Future[None]]] = deque()
@@ -57,7 +57,7 @@ class Intake:
             )
         if not self._waiting and self._try_reserve(request):
             return
-        if len(self._waiting) >= self._max_num_waiting:
+        if len(self._waiting) >= self._max_num_queued:
             raise Refused(
                 f"the decode queue holds {len(self._waiting)} requests",
                 retry_after_s=1.0,

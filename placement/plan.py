@@ -11,13 +11,13 @@ from pydantic import Field, model_validator
 from pdserve.config.base import Settings, parse_settings, read_yaml
 from pdserve.config.files import write_file
 from pdserve.config.override import OverrideConfig
-from pdserve.config.processes import CoefficientSettings
+from pdserve.config.processes import DEFAULT_BLOCK_SIZE, BlockSize, CoefficientSettings
 from pdserve.domain.errors import LocalFault
 from placement.linear_steps import linear_steps
 from placement.search.designs import Design, Worker
 from placement.search.results import PlanResult, Prediction
-from placement.simulation.settings import SloSettings
-from placement.simulation.values import PoolRole, can_serve
+from placement.simulation.settings import PdserveSettings
+from placement.simulation.values import PoolRole, TrafficClass, can_serve
 
 PLAN_VERSION = 1
 WAITING_SIGMAS, MIN_WAITING = 6.0, 4
@@ -76,10 +76,10 @@ class Plan(Settings):
     version: Literal[1] = 1
     model: str
     rules: str
-    block_size: int = Field(16, ge=1, le=1024, description="tokens in a KV block")
+    block_size: BlockSize = DEFAULT_BLOCK_SIZE
     cells: int = Field(1, ge=1, description="copies of the pools below, each with its share")
     pools: tuple[PlanPool, ...] = Field(min_length=1)
-    slo: tuple[SloSettings, ...] = ()
+    slo: tuple[TrafficClass, ...] = ()
     override_config: OverrideConfig = None
     limits: PlanLimits
     prediction: PlanPrediction
@@ -101,7 +101,7 @@ def plan_of(result: PlanResult) -> Plan:
     prediction, design = result.prediction, result.design
     percentiles = prediction.percentiles or {}
     slo = tuple(
-        SloSettings(
+        TrafficClass(
             name=item.name,
             ttft_s=item.ttft_s,
             tpot_s=item.tpot_s,
@@ -115,7 +115,7 @@ def plan_of(result: PlanResult) -> Plan:
         model=str(result.inputs.get("model", "")),
         override_config=result.inputs.get("override_config"),
         rules=str(result.inputs.get("rules", "pdserve")),
-        block_size=_block_size(result),
+        block_size=PdserveSettings(**result.inputs.get("pdserve", {})).block_size,
         cells=result.num_cells,
         pools=tuple(
             PlanPool(
@@ -169,11 +169,6 @@ def _step_times(worker: Worker, design: Design) -> CoefficientSettings:
         max_num_requests=design.max_num_requests,
     )
     return CoefficientSettings(**{name: _rounded(value) for name, value in asdict(found).items()})
-
-
-def _block_size(result: PlanResult) -> int:
-    limits = result.inputs.get("pdserve")
-    return int(limits.get("block_size", 16)) if isinstance(limits, dict) else 16
 
 
 def _max_num_waiting(prediction: Prediction, num_cells: int, loosest_s: float) -> int:

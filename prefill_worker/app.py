@@ -64,7 +64,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             coefficients=coefficients,
             max_step_tokens=settings.max_step_tokens,
             max_num_active=settings.max_num_requests,
-            max_num_waiting=settings.max_num_waiting,
+            max_num_queued=settings.max_num_queued,
             lease_s=timers.lease_s,
             clock=clock,
             watch=metrics,

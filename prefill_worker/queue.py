@@ -48,7 +48,7 @@ PeerHandoff = tuple[PrefillServerLink, HandoffId]
 class PrefillQueue:
     """Bounded. A request with a far deadline rises as it waits, so none starves."""
 
-    max_num_waiting: int
+    max_num_queued: int
     num_tokens: int = 0
     _heap: list[tuple[float, int, PrefillRequest]] = field(default_factory=list)
     _live: dict[PeerHandoff, PrefillRequest] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class PrefillQueue:
 
     def push(self, request: PrefillRequest) -> bool:
         """Queue a request; False when the queue is full."""
-        if len(self._live) >= self.max_num_waiting:
+        if len(self._live) >= self.max_num_queued:
             return False
         self._num_pushed += 1
         heapq.heappush(self._heap, (request.leave_by_s, self._num_pushed, request))

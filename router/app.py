@@ -13,13 +13,13 @@ from random import Random
 
 import structlog
 
-from pdserve.config.processes import RouterSettings, SloClassSettings
+from pdserve.config.processes import RouterSettings
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch
 from pdserve.domain.messages import ClusterState, PeerHello, Role
 from pdserve.engine.model_files import resolve_model_dir
 from pdserve.engine.tokenizer import Tokenizer
 from pdserve.observe.exposition import serve_metrics
-from pdserve.observe.prometheus import ClassPromise, RouterMetrics, RouterNow
+from pdserve.observe.prometheus import RouterMetrics, RouterNow
 from pdserve.rpc.channels import MAX_INTERNAL_MESSAGE_BYTES, MAX_PUBLIC_MESSAGE_BYTES
 from pdserve.rpc.links import connect_decode, membership_service
 from pdserve.rpc.process import OnReady
@@ -32,7 +32,7 @@ from router.in_flight import InFlight
 from router.membership import Membership
 from router.rate_limit import RateLimit
 from router.registrations import Registrations
-from router.slo import SloBook, SloClass, SloResult
+from router.slo import SloBook, SloResult
 from router.tokenizing import TextEncoder
 
 log = structlog.get_logger(__name__)
@@ -84,7 +84,7 @@ async def open_router(settings: RouterSettings) -> AsyncIterator[Router]:
     ledger = Ledger()
     in_flight = InFlight(max_num_requests=settings.max_num_requests)
     membership = Membership(timers=settings.timers, ledger=ledger, tokenizer_hash=tokenizer.digest)
-    slo = SloBook([_slo_class(each) for each in settings.slo])
+    slo = SloBook(settings.slo)
     metrics = _router_metrics(settings, slo)
     me = PeerHello(
         peer_id=settings.router_id,
@@ -199,22 +199,10 @@ def _rate_limit(settings: RouterSettings) -> RateLimit | None:
     return RateLimit(settings.max_rate, burst)
 
 
-def _slo_class(settings: SloClassSettings) -> SloClass:
-    return SloClass(
-        name=settings.name,
-        ttft_s=settings.ttft_s,
-        tpot_s=settings.tpot_s,
-        target=settings.attainment,
-    )
-
-
 def _router_metrics(settings: RouterSettings, slo: SloBook) -> RouterMetrics:
     return RouterMetrics(
         settings.router_id,
-        promises=[
-            ClassPromise(name=each.name, ttft_s=each.ttft_s, tpot_s=each.tpot_s, target=each.target)
-            for each in slo.classes
-        ],
+        promises=slo.classes,
         slo_results=tuple(SloResult),
         worker_labels=tuple(product(Role, Health)),
     )

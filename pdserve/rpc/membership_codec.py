@@ -16,8 +16,6 @@ READS_TO_PROTO = {
     m.Reads.NONE: pb.READS_NONE,
 }
 READS_FROM_PROTO = {number: reads for reads, number in READS_TO_PROTO.items()}
-READS_OF_ROLE = {m.Role.PREFILL: m.Reads.OTHERS, m.Role.DECODE: m.Reads.NONE}
-"""What a worker reads that does not say it, since its version is older."""
 
 _HELLO_FIELDS = (
     "protocol_version",
@@ -85,7 +83,7 @@ def hello_from_proto(message: pb.WorkerHello) -> m.WorkerHello:
     if message.role not in ROLE_FROM_PROTO:
         raise ValueError(f"unknown role {message.role}")
     role = ROLE_FROM_PROTO[message.role]
-    reads = READS_OF_ROLE[role]
+    reads = m.READS_OF_ROLE[role]
     if message.reads != pb.READS_UNSPECIFIED:
         if message.reads not in READS_FROM_PROTO:
             raise ValueError(f"unknown reads {message.reads}")

@@ -12,7 +12,7 @@ from pdserve.config.processes import WorkerSettings
 from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, WorkerId
 from pdserve.domain.latency import StepCoefficients
-from pdserve.domain.messages import Reads, Role, WorkerHello, WorkerLoad
+from pdserve.domain.messages import WorkerHello, WorkerLoad
 from pdserve.rpc.hardware import describe_hardware
 from pdserve.rpc.router_names import RouterRegistrations
 
@@ -37,8 +37,8 @@ def worker_hello(
 ) -> WorkerHello:
     return WorkerHello(
         worker_id=WorkerId(settings.worker_id),
-        role=Role(settings.role),
-        reads=Reads(settings.reads),
+        role=settings.role,
+        reads=settings.reads,
         num_stages=settings.engine.pp,
         epoch=epoch,
         protocol_version=PROTOCOL_VERSION,

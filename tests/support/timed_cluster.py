@@ -164,7 +164,7 @@ class TimedCluster:
             decode_blocks=settings.engine.num_blocks,
             max_step_tokens=settings.max_step_tokens,
             max_num_requests=settings.max_num_requests,
-            max_num_waiting=settings.max_num_waiting,
+            max_num_waiting=settings.max_num_queued,
             max_local_prefill_tokens=settings.max_local_prefill_tokens,
             reuses_prefixes=settings.engine.prefix_reuse,
             prefill_steps=_coefficients(settings),

@@ -244,7 +244,7 @@ class PrefillNode:
             coefficients=sizes.prefill_steps,
             max_step_tokens=sizes.max_step_tokens,
             max_num_active=sizes.max_num_requests,
-            max_num_waiting=sizes.max_num_waiting,
+            max_num_queued=sizes.max_num_waiting,
             lease_s=timers.lease_s,
             clock=clock,
         )
@@ -479,7 +479,7 @@ class WorkerPair:
             self.pool,
             block_size=BLOCK_SIZE,
             max_num_requests=sizes.max_num_requests,
-            max_num_waiting=sizes.max_num_waiting,
+            max_num_queued=sizes.max_num_waiting,
             queue_s=timers.queue_s,
             clock=clock,
         )

@@ -32,7 +32,7 @@ def problem(data: object) -> str:
         ({"decode": {"replicas": 0}}, "decode.replicas: Input should be greater than or equal"),
         ({"decode": 3}, "decode: "),
         ({"router": {"port": 70000}}, "router.port: "),
-        ({"router": {"port": 7, "internal_port": 7}}, "router.internal_port must differ"),
+        ({"router": {"port": 7, "internal_port": 7}}, "router: port and internal_port must differ"),
         ({"transports": []}, "transports: "),
         ({"transports": ["rdma"]}, "transports.0: "),
         ({"timers": {"drain_s": float("nan")}}, "timers.drain_s: "),

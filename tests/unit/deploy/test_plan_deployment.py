@@ -10,6 +10,7 @@ from deploy.deployment import Deployment
 from deploy.opening import read_deployment
 from pdserve.config.override import ModelOverride
 from pdserve.domain.errors import LocalFault
+from pdserve.domain.messages import Role
 from tests.support.plans import STEP_TIMES, plan, pool
 
 
@@ -30,7 +31,7 @@ def test_pools_become_workers_with_the_plans_limits(tmp_path: Path) -> None:
         assert settings.engine.num_blocks == (500 if settings.role == "prefill" else 1000)
         assert worker.num_gpus == 0
     assert {
-        worker.settings.max_local_prefill_tokens for worker in deployment.of_role("decode")
+        worker.settings.max_local_prefill_tokens for worker in deployment.of_role(Role.DECODE)
     } == {0}
     router = deployment.router
     assert (router.max_num_waiting, router.max_wait_s) == (40, 2.0)
@@ -57,7 +58,7 @@ def test_plan_that_limits_no_number_leaves_the_workers_their_own_limit(tmp_path:
     limits = {**plan()["limits"], "max_num_waiting": 0}
     deployment = opened(tmp_path, plan(limits=limits))
     assert deployment.router.max_num_waiting == 0
-    assert {worker.settings.max_num_waiting for worker in deployment.workers} == {256}
+    assert {worker.settings.max_num_queued for worker in deployment.workers} == {256}
 
 
 def test_timed_pipelines_are_said_to_be_slower_than_planned(tmp_path: Path) -> None:
@@ -68,8 +69,8 @@ def test_timed_pipelines_are_said_to_be_slower_than_planned(tmp_path: Path) -> N
 
 def test_cells_multiply_the_pools(tmp_path: Path) -> None:
     deployment = opened(tmp_path, plan(cells=3))
-    assert len(deployment.of_role("prefill")) == 6
-    assert len(deployment.of_role("decode")) == 9
+    assert len(deployment.of_role(Role.PREFILL)) == 6
+    assert len(deployment.of_role(Role.DECODE)) == 9
     assert len({worker.name for worker in deployment.workers}) == 15
 
 
@@ -102,8 +103,8 @@ def test_flags_win_over_the_plan(tmp_path: Path) -> None:
     )
     assert deployment.router.model == "demo-draft"
     assert deployment.router.port == 0
-    assert {w.settings.engine.num_blocks for w in deployment.of_role("decode")} == {7}
-    assert {w.settings.engine.num_blocks for w in deployment.of_role("prefill")} == {500}
+    assert {w.settings.engine.num_blocks for w in deployment.of_role(Role.DECODE)} == {7}
+    assert {w.settings.engine.num_blocks for w in deployment.of_role(Role.PREFILL)} == {500}
 
 
 def test_timed_engines_run_on_the_step_times_of_their_own_pool(tmp_path: Path) -> None:
@@ -132,7 +133,7 @@ def test_workers_read_what_the_plan_has_for_their_pool(tmp_path: Path) -> None:
         "decode-1": "own",
         "decode-2": "own",
     }
-    for worker in deployment.of_role("decode"):
+    for worker in deployment.of_role(Role.DECODE):
         assert worker.settings.max_local_prefill_tokens == 0
 
 
@@ -141,7 +142,7 @@ def test_decode_workers_of_a_cluster_file_read_their_own_where_it_has_no_prefill
     tmp_path: Path, num_prefill: int, reads: str
 ) -> None:
     deployment = opened(tmp_path, {"prefill": {"replicas": num_prefill}})
-    assert [worker.settings.reads for worker in deployment.of_role("decode")] == [reads]
+    assert [worker.settings.reads for worker in deployment.of_role(Role.DECODE)] == [reads]
 
 
 def test_gpus_of_the_catalogue_are_asked_for_by_rank(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_gpus_of_the_catalogue_are_asked_for_by_rank(tmp_path: Path) -> None:
     assert (first.gpu, first.num_gpus, first.gpus_per_node) == ("h100_sxm", 4, 8)
     assert first.settings.engine.device == "cuda"
     assert (first.settings.engine.tp, first.settings.engine.pp) == (2, 2)
-    nodes = [worker.node for worker in deployment.of_role("decode")]
+    nodes = [worker.node for worker in deployment.of_role(Role.DECODE)]
     assert nodes == ["h200_sxm:0", "h200_sxm:1", "cell 1 h200_sxm:0", "cell 1 h200_sxm:1"]
 
 
