@@ -106,13 +106,8 @@ def _workers(
         template = _worker(plan, pool, given, source, is_on_gpus=is_on_gpus)
         gpu = types[pool.gpu]
         for index in range(max(1, round(plan.cells * pool.replicas * scale))):
-            number = next(numbers[template.role])
-            own = {
-                "worker_id": f"{template.role}-{number}",
-                "metrics_port": given.pool(template.role).nth_metrics_port(number),
-            }
             yield PlacedWorker(
-                settings=template.model_copy(update=own),
+                settings=given.pool(template.role).nth(template, next(numbers[template.role])),
                 gpu=gpu.name if gpu else "",
                 gpus_per_node=gpu.gpus_per_node if gpu else 0,
                 node=_node(pool, index),
@@ -153,8 +148,7 @@ def _worker(
     if role is Role.DECODE:
         # The plan's prediction has each phase in its own pool.
         data["max_local_prefill_tokens"] = 0
-    data |= own | {"role": role, "reads": reads, "worker_id": pool.role}
-    data |= {"engine": engine | own["engine"], "timers": _timers(plan, own)}
+    data |= own | {"reads": reads, "engine": engine | own["engine"], "timers": _timers(plan, own)}
     return parse_settings(WorkerSettings, data, source=source)
 
 

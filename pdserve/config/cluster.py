@@ -45,9 +45,11 @@ class WorkerPool(Settings):
         description="Prometheus: the first worker's, the others count up; 0: free ones; null: none",
     )
 
-    def nth_metrics_port(self, index: int) -> int | None:
-        """Of the pool's worker number `index`."""
-        return self.metrics_port + index if self.metrics_port else self.metrics_port
+    def nth(self, worker: WorkerSettings, index: int) -> WorkerSettings:
+        """The settings of number `index` among workers that are told the same as `worker`."""
+        port = self.metrics_port + index if self.metrics_port else self.metrics_port
+        own = {"worker_id": f"{worker.role}-{index}", "metrics_port": port}
+        return worker.model_copy(update=own)
 
 
 class PrefillPool(WorkerLimits, WorkerPool):
@@ -76,40 +78,35 @@ class ClusterSettings(ProcessSettings, Transports, EngineSettings, ServedModel):
 
     def worker_settings(self, router: str) -> tuple[WorkerSettings, ...]:
         """Settings of every worker; `router` is the router's internal host:port, or ""."""
-        own_reads = {} if self.prefill.replicas else {Role.DECODE: Reads.OWN}
-        reads = READS_OF_ROLE | own_reads
+        own = {"routers": (router,) if router else ()}
+        alike = [WorkerSettings.model_validate(self.worker_data(role) | own) for role in Role]
         return tuple(
-            WorkerSettings.model_validate(
-                {
-                    **self.worker_data(role),
-                    "role": role,
-                    "reads": reads[role],
-                    "worker_id": f"{role}-{index}",
-                    "metrics_port": self.pool(role).nth_metrics_port(index),
-                    "routers": (router,) if router else (),
-                }
-            )
-            for role in Role
-            for index in range(self.pool(role).replicas)
+            self.pool(each.role).nth(each, index)
+            for each in alike
+            for index in range(self.pool(each.role).replicas)
         )
 
     def pool(self, role: Role) -> PrefillPool | DecodePool:
         return self.prefill if role is Role.PREFILL else self.decode
 
     def router_data(self, *, only_given: bool = False) -> dict[str, Any]:
-        """What is said here of the router, as data of `RouterSettings`; of given fields only."""
+        """What is said here of the router, as data of `RouterSettings`; defaults, too, or not."""
         kind = RouterSettings
         return _data_of(kind, self, only_given) | _data_of(kind, self.router, only_given)
 
     def worker_data(self, role: Role, *, only_given: bool = False) -> dict[str, Any]:
         """The same of each worker of a role, as data of `WorkerSettings`."""
         pool = self.pool(role)
+        reads_own = role is Role.DECODE and not self.prefill.replicas
         engine = _data_of(EngineSettings, self, only_given)
         if pool.num_blocks is not None:
             engine["num_blocks"] = pool.num_blocks
         return {
             **_data_of(WorkerSettings, self, only_given),
             **_data_of(WorkerSettings, pool, only_given),
+            "role": role,
+            "reads": Reads.OWN if reads_own else READS_OF_ROLE[role],
+            "worker_id": role,
             "engine": engine,
             # Only the router may be open to others: its workers are on this machine.
             "host": self.router.host if is_loopback(self.router.host) else "127.0.0.1",
