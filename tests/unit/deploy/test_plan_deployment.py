@@ -74,6 +74,33 @@ def test_cells_multiply_the_pools(tmp_path: Path) -> None:
     assert len({worker.name for worker in deployment.workers}) == 15
 
 
+def test_pools_of_one_role_keep_what_is_their_own_and_are_numbered_through(tmp_path: Path) -> None:
+    slow = {**STEP_TIMES, "fixed_s": 0.5}
+    pools = [
+        pool("prefill", 2, kv_tokens=800, step_times=STEP_TIMES),
+        pool("decode", 70, kv_tokens=1600, step_times=STEP_TIMES),
+        pool("prefill", 1, tp=2, kv_tokens=80, step_times=slow),
+        pool("colocated", 30, kv_tokens=2400, step_times=slow),
+    ]
+    given = ("prefill.max_num_requests=3", "decode.metrics_port=9000")
+    deployment = opened(tmp_path, plan(pools=pools), *given, flags={"engine": "timed"})
+    readers, writers = deployment.of_role(Role.PREFILL), deployment.of_role(Role.DECODE)
+    assert [each.name for each in readers] == ["prefill-0", "prefill-1", "prefill-2"]
+    engines = [each.settings.engine for each in readers]
+    assert [(each.num_blocks, each.tp) for each in engines] == [(100, 1), (100, 1), (10, 2)]
+    assert [each.coefficients and each.coefficients.fixed_s for each in engines] == [
+        *(0.001, 0.001),
+        0.5,
+    ]
+    assert [each.name for each in writers] == [f"decode-{index}" for index in range(100)]
+    assert [each.settings.metrics_port for each in writers] == list(range(9000, 9100))
+    assert [each.settings.engine.num_blocks for each in writers] == [200] * 70 + [300] * 30
+    assert [each.settings.reads for each in writers] == ["none"] * 70 + ["own"] * 30
+    assert {each.settings.max_num_requests for each in readers} == {3}
+    assert {each.settings.max_num_requests for each in writers} == {12}
+    assert deployment.router.max_num_requests == 100 * 12 + 40
+
+
 def test_override_of_the_plan_reaches_every_worker_unless_another_is_given(tmp_path: Path) -> None:
     short = {"max_context_tokens": 64}
     deployment = opened(tmp_path, plan(override_config=short))
@@ -83,6 +110,10 @@ def test_override_of_the_plan_reaches_every_worker_unless_another_is_given(tmp_p
     deployment = opened(tmp_path, plan(override_config=short), flags=flags)
     given = {worker.settings.engine.override_config for worker in deployment.workers}
     assert given == {ModelOverride(max_context_tokens=32)}
+    both = "override_config.max_position_embeddings=128"
+    deployment = opened(tmp_path, plan(override_config=short), both)
+    given = {worker.settings.engine.override_config for worker in deployment.workers}
+    assert given == {ModelOverride(max_context_tokens=64, max_position_embeddings=128)}
 
 
 def test_scaling_keeps_one_of_each_and_says_so(tmp_path: Path) -> None:
@@ -169,6 +200,23 @@ def test_gpu_plan_on_the_cpu_says_that_its_prediction_does_not_hold(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("decode.num_block=7", "decode.num_block: unknown field; did you mean num_blocks?"),
+        ("decode.max_num_waiting=7", "decode.max_num_waiting: is called max_num_queued"),
+        ("dtype=int4", "dtype: Input should be"),
+        ("router.port=7451", "router: port and internal_port must differ"),
+    ],
+)
+def test_bad_options_beside_a_plan_are_named_as_they_were_given(
+    tmp_path: Path, given: str, said: str
+) -> None:
+    with pytest.raises(LocalFault) as caught:
+        opened(tmp_path, plan(), given)
+    assert said in caught.value.message
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"version": 2}, "version 2 is not known here; this pdserve reads 1"),
@@ -177,6 +225,11 @@ def test_gpu_plan_on_the_cpu_says_that_its_prediction_does_not_hold(tmp_path: Pa
         ({"pools": [{**pool("colocated", 1), "gpu": "h101"}]}, "did you mean "),
         ({"pools": [{**pool("colocated", 1), "gpu": "my-chip"}]}, "--gpus-file"),
         ({"modle": "demo"}, "did you mean model?"),
+        ({"slo": [{"name": "a\nb", "ttft_s": 1, "tpot_s": 1}]}, "slo.0.name: String should match"),
+        (
+            {"slo": [{"name": f"c{index}", "ttft_s": 1, "tpot_s": 1} for index in range(17)]},
+            "slo: Tuple should have at most 16 items",
+        ),
     ],
 )
 def test_bad_plans_are_named(tmp_path: Path, changes: dict[str, object], said: str) -> None:
