@@ -24,6 +24,7 @@ from pdserve.config.timers import Timers
 from pdserve.domain.ids import PROTOCOL_VERSION, AttemptId, Epoch, RequestId, WorkerId
 from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import LiveSteps, StepCoefficients, StepShape
+from pdserve.domain.layout import KvLayout, LayerKv, ShardedLayout
 from pdserve.domain.messages import PeerHello, Reads, Role, WorkerHello, WorkerLoad
 from router.cluster_view import ClusterView, Ledger, RequestShape
 from router.decode_links import DecodeLink, LinkTarget
@@ -36,6 +37,11 @@ TIMERS = Timers()
 GAP_S = 0.005
 NUM_OPEN = 8  # requests at each decode worker
 NUM_BLOCKS, BLOCK_SIZE = 8192, 16
+LAYOUT = ShardedLayout(
+    whole=KvLayout(
+        layers=(LayerKv(8, 128, 128),) * 32, block_size=BLOCK_SIZE, dtype="bfloat16", item_bytes=2
+    )
+)
 PEER = "random"
 TURN = 100  # decisions
 COEFFICIENTS = StepCoefficients(
@@ -111,7 +117,7 @@ class Cluster:
             pid=1,
             model_name="demo",
             model_hash=b"model",
-            layout_hash=b"layout",
+            layout=LAYOUT,
             tokenizer_hash=b"",
             max_context_tokens=8192,
             vocab_size=2048,

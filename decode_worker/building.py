@@ -63,7 +63,7 @@ async def open_decode_worker(
             pool,
             block_size=spec.layout.block_size,
             max_num_requests=settings.max_num_requests,
-            max_num_waiting=settings.max_num_waiting,
+            max_num_queued=settings.max_num_queued,
             discipline=DISCIPLINES[settings.queue_order],
             queue_s=timers.queue_s,
             clock=parts.clock,

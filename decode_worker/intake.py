@@ -35,7 +35,7 @@ class Intake:
         *,
         block_size: int,
         max_num_requests: int,
-        max_num_waiting: int,
+        max_num_queued: int,
         discipline: Discipline,
         queue_s: float,
         clock: Clock,
@@ -45,7 +45,7 @@ class Intake:
         self._max_num_requests = max_num_requests
         self._queue_s = queue_s
         self._clock = clock
-        self._waiting = WaitingQueue[DecodeRequest, _Waiting](discipline, max_num_waiting)
+        self._waiting = WaitingQueue[DecodeRequest, _Waiting](discipline, max_num_queued)
         self.num_admitted = 0
 
     @property

@@ -25,7 +25,7 @@ from deploy.kubernetes.values import (
     WORKER_PORT,
     RenderOptions,
 )
-from deploy.kubernetes.workloads import MODULES
+from deploy.processes import MODULES
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import LocalFault
 from placement.plan import format_plan

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from pdserve.config.cluster import ClusterSettings
 from pdserve.config.processes import RouterSettings, WorkerSettings
+from pdserve.domain.messages import Role
 from placement.plan import Plan
 
 
@@ -38,8 +39,8 @@ class Deployment:
     plan: Plan | None = None
     notes: tuple[str, ...] = ()  # how it differs from the plan, for people
 
-    def of_role(self, role: str) -> tuple[PlacedWorker, ...]:
-        return tuple(worker for worker in self.workers if worker.settings.role == role)
+    def of_role(self, role: Role) -> tuple[PlacedWorker, ...]:
+        return tuple(worker for worker in self.workers if worker.settings.role is role)
 
     @property
     def drain_s(self) -> float:
@@ -52,7 +53,7 @@ class Deployment:
         prompts never takes the cores of decoding. Needs two cores or more to do anything.
         """
         by_name: dict[str, tuple[int, ...]] = {}
-        pools = [pool for pool in (self.of_role("prefill"), self.of_role("decode")) if pool]
+        pools = [pool for pool in map(self.of_role, Role) if pool]
         for pool, share in zip(pools, _shares(cpus, [len(pool) for pool in pools]), strict=True):
             own = _shares(share, [1] * len(pool))
             for worker, cores in zip(pool, own, strict=True):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deploy.deployment import Deployment
 from pdserve.config.binding import explain_listening, listen
+from pdserve.domain.addresses import MAX_PORT
 from pdserve.domain.errors import LocalFault
 from pdserve.engine.model_faults import check_not_quantised
 from pdserve.engine.model_files import ModelFiles
@@ -41,6 +42,7 @@ def check_deployment(deployment: Deployment) -> Footprint:
         sum(engine.num_blocks for engine in engines),
         layout.block_bytes,
     )
+    _check_metrics_ports(deployment)
     _check_port(router.host, router.port, "--port")
     _check_port(router.host, router.internal_port, "--internal-port")
     if router.metrics_port is not None:
@@ -49,6 +51,23 @@ def check_deployment(deployment: Deployment) -> Footprint:
     if all(engine.device == "cpu" for engine in engines):
         _check_memory(footprint)
     return footprint
+
+
+def _check_metrics_ports(deployment: Deployment) -> None:
+    """No two processes have one, and none is beyond the last."""
+    router = deployment.router
+    taken = {router.port: "router.port", router.internal_port: "router.internal_port"}
+    wanted = [(each.name, each.settings.metrics_port) for each in deployment.workers]
+    for name, port in [("router", router.metrics_port), *wanted]:
+        if not port:
+            continue
+        if port in taken or port > MAX_PORT:
+            why = f"{taken[port]} has" if port in taken else f"is above {MAX_PORT}"
+            raise LocalFault(
+                f"metrics_port: {name} would get {port}, which {why}; the workers of a pool take "
+                "one each, counted up from the first"
+            )
+        taken[port] = f"{name}.metrics_port"
 
 
 def _check_gpus(deployment: Deployment) -> None:

@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
+from deploy import fork_server
 from pdserve.cli.problems import ClusterFailed
 from pdserve.config.base import Settings
 from pdserve.config.processes import WorkerSettings
+from pdserve.domain.messages import Role
 from pdserve.observe.log_sinks import rotated_paths
 
-ProcessRole = Literal["router", "prefill", "decode"]
-MODULES: dict[ProcessRole, str] = {
-    "router": "router",
-    "prefill": "prefill_worker",
-    "decode": "decode_worker",
-}
+ProcessRole = Role | Literal["router"]
+MODULES = {"router": "router", **fork_server.MODULES}
 NUM_LOG_LINES = 8
 MAX_LOG_LINE_CHARS = 300
 MAX_LOG_TAIL_BYTES = 16_384

@@ -11,15 +11,15 @@ from pydantic import Field, model_validator
 from pdserve.config.base import Settings, parse_settings, read_yaml
 from pdserve.config.files import write_file
 from pdserve.config.override import OverrideConfig
-from pdserve.config.processes import POLICY, CoefficientSettings
+from pdserve.config.processes import DEFAULT_BLOCK_SIZE, POLICY, BlockSize, CoefficientSettings
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.pair_cost import PolicyName
 from pdserve.domain.waiting import QueueOrder
 from placement.linear_steps import linear_steps
 from placement.search.designs import Design, Worker
 from placement.search.results import PlanResult, Prediction
-from placement.simulation.settings import PdserveSettings, SloSettings
-from placement.simulation.values import PoolRole, can_serve
+from placement.simulation.settings import PdserveSettings
+from placement.simulation.values import PoolRole, TrafficClass, can_serve
 
 PLAN_VERSION = 1
 WAITING_SIGMAS, MIN_WAITING = 6.0, 4
@@ -82,10 +82,10 @@ class Plan(Settings):
     model: str
     rules: str
     policy: PolicyName = Field("least_total_time", description=POLICY)
-    block_size: int = Field(16, ge=1, le=1024, description="tokens in a KV block")
+    block_size: BlockSize = DEFAULT_BLOCK_SIZE
     cells: int = Field(1, ge=1, description="copies of the pools below, each with its share")
     pools: tuple[PlanPool, ...] = Field(min_length=1)
-    slo: tuple[SloSettings, ...] = ()
+    slo: tuple[TrafficClass, ...] = ()
     override_config: OverrideConfig = None
     limits: PlanLimits
     prediction: PlanPrediction
@@ -108,7 +108,7 @@ def plan_of(result: PlanResult) -> Plan:
     simulated = PdserveSettings.model_validate(result.inputs.get("pdserve") or {})
     percentiles = prediction.percentiles or {}
     slo = tuple(
-        SloSettings(
+        TrafficClass(
             name=item.name,
             ttft_s=item.ttft_s,
             tpot_s=item.tpot_s,

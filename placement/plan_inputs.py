@@ -13,10 +13,9 @@ from placement.demand import Lengths, SharedPrefix
 from placement.simulation.settings import (
     LatencySettings,
     PdserveSettings,
-    SloSettings,
     SplitwiseSettings,
 )
-from placement.simulation.values import PoolRole, Rules
+from placement.simulation.values import PoolRole, Rules, TrafficClass
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -187,7 +186,7 @@ class PlanInputs(Settings):
     latency: LatencySettings | None = None
     cluster: ClusterInputs
     workload: WorkloadInputs
-    slo: SloSettings | tuple[SloSettings, ...] | Literal["splitwise"]
+    slo: TrafficClass | tuple[TrafficClass, ...] | Literal["splitwise"]
     objective: ObjectiveInputs = ObjectiveInputs()
     design: tuple[DesignPool, ...] = ()
     search: SearchInputs = SearchInputs()
@@ -214,8 +213,8 @@ class PlanInputs(Settings):
         return self
 
     @property
-    def classes(self) -> tuple[SloSettings, ...]:
-        if isinstance(self.slo, SloSettings):
+    def classes(self) -> tuple[TrafficClass, ...]:
+        if isinstance(self.slo, TrafficClass):
             return (self.slo,)
         return self.slo if isinstance(self.slo, tuple) else ()
 
@@ -246,10 +245,10 @@ def parse_inputs(data: object, *, source: str) -> PlanInputs:
     cluster = data.get("cluster")
     nodes = cluster.get("nodes") if isinstance(cluster, Mapping) else None
     _check_items(NodeGroup, nodes, f"{source}: cluster.nodes")
-    _check_items(SloSettings, data.get("slo"), f"{source}: slo")
+    _check_items(TrafficClass, data.get("slo"), f"{source}: slo")
     _check_items(DesignPool, data.get("design"), f"{source}: design")
     if isinstance(data.get("slo"), Mapping):
-        parse_settings(SloSettings, data["slo"], source=f"{source}: slo")
+        parse_settings(TrafficClass, data["slo"], source=f"{source}: slo")
     for name, kind in PARTS:
         if isinstance(data.get(name), Mapping):
             parse_settings(kind, data[name], source=f"{source}: {name}")

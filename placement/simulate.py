@@ -18,7 +18,7 @@ from placement.simulation.pdserve_rules import PdserveCluster
 from placement.simulation.splitwise import SplitwiseCluster
 from placement.simulation.summary import Summary, summarise
 from placement.simulation.trace import Floats, Ints, Times, Trace
-from placement.simulation.values import Rules, SimulationConfig, SimulationResult, SloClass
+from placement.simulation.values import Rules, SimulationConfig, SimulationResult, TrafficClass
 
 __all__ = ["Simulator", "Summary", "assign_classes", "attained", "simulate", "summarise"]
 
@@ -75,13 +75,13 @@ def simulate(config: SimulationConfig, workload: Workload) -> SimulationResult:
     )
 
 
-def attained(times: Times, slo: SloClass) -> float:
+def attained(times: Times, slo: TrafficClass) -> float:
     """Share of requests that met both promises of a class."""
     met = (times.ttft_s <= slo.ttft_s) & (times.tpot_s <= slo.tpot_s)
     return float(np.mean(met)) if len(met) else 0.0
 
 
-def assign_classes(num: int, slo: Sequence[SloClass]) -> Ints:
+def assign_classes(num: int, slo: Sequence[TrafficClass]) -> Ints:
     """A class for each request by the classes' shares; the same numbers each time."""
     if len(slo) < 2:
         return np.zeros(num, np.int64)

@@ -40,7 +40,7 @@ async def open_prefill_worker(
         coefficients=parts.coefficients,
         max_step_tokens=settings.max_step_tokens,
         max_num_active=settings.max_num_requests,
-        max_num_waiting=settings.max_num_waiting,
+        max_num_queued=settings.max_num_queued,
         discipline=DISCIPLINES[settings.queue_order],
         lease_s=timers.lease_s,
         clock=parts.clock,

@@ -51,13 +51,13 @@ class PrefillLoop:
         coefficients: StepCoefficients,
         max_step_tokens: int,
         max_num_active: int,
-        max_num_waiting: int,
+        max_num_queued: int,
         discipline: Discipline,
         lease_s: float,
         clock: Clock,
         watch: PrefillWatch = NO_PREFILL_WATCH,
     ) -> None:
-        self.queue = PrefillQueue(discipline, max_num_waiting)
+        self.queue = PrefillQueue(discipline, max_num_queued)
         self.senders: SenderTable[PrefillServerLink] = SenderTable(on_end=self._handoff_ended)
         self._engine = engine
         self._pool = pool

@@ -17,12 +17,12 @@ from pdserve.domain.messages import Role
 from pdserve.engine.model_files import resolve_model_dir
 from pdserve.engine.tokenizer import Tokenizer
 from pdserve.observe.exposition import serve_metrics
-from pdserve.observe.prometheus import ClassPromise, RouterMetrics
+from pdserve.observe.prometheus import RouterMetrics
 from pdserve.rpc.channels import MAX_INTERNAL_MESSAGE_BYTES, MAX_PUBLIC_MESSAGE_BYTES
 from pdserve.rpc.links import connect_decode, membership_service
 from pdserve.rpc.process import OnReady
 from pdserve.rpc.server import RpcServer
-from router.building import Router, build_router, slo_book
+from router.building import Router, build_router
 from router.cluster_view import Health
 from router.grpc_api import inference_service
 from router.slo import SloBook, SloResult
@@ -65,7 +65,7 @@ async def open_router(settings: RouterSettings) -> AsyncIterator[ServedRouter]:
     """Build and start a router; raises `LocalFault` for a model or a port that cannot be had."""
     model_dir = resolve_model_dir(settings.model)
     tokenizer = Tokenizer.load(model_dir)
-    slo = slo_book(settings)
+    slo = SloBook(settings.slo)
     metrics = _metrics(settings, slo)
     async with TextEncoder(tokenizer, model_dir) as encoder:
         router = build_router(
@@ -112,10 +112,7 @@ async def open_router(settings: RouterSettings) -> AsyncIterator[ServedRouter]:
 def _metrics(settings: RouterSettings, slo: SloBook) -> RouterMetrics:
     return RouterMetrics(
         settings.router_id,
-        promises=[
-            ClassPromise(name=each.name, ttft_s=each.ttft_s, tpot_s=each.tpot_s, target=each.target)
-            for each in slo.classes
-        ],
+        promises=slo.classes,
         slo_results=tuple(SloResult),
         worker_labels=tuple(product(Role, Health)),
     )

@@ -20,7 +20,7 @@ from router.membership import Membership
 from router.policy import POLICIES
 from router.rate_limit import RateLimit
 from router.registrations import Registrations
-from router.slo import SloBook, SloClass
+from router.slo import SloBook
 
 DEFAULT_BURST_S = 10.0
 """Without `max_burst`, what `max_rate` lets in during this time may come at once."""
@@ -141,16 +141,6 @@ def build_router(
             clock=clock,
             rng=rng,
         ),
-    )
-
-
-def slo_book(settings: RouterSettings) -> SloBook:
-    """The classes of the settings, nothing counted yet."""
-    return SloBook(
-        [
-            SloClass(name=each.name, ttft_s=each.ttft_s, tpot_s=each.tpot_s, target=each.attainment)
-            for each in settings.slo
-        ]
     )
 
 

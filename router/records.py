@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from pdserve.config.processes import SloClass
 from pdserve.domain.errors import PdserveError
 from pdserve.domain.ids import RequestId
 from pdserve.domain.sampling import SamplingParams
@@ -12,7 +13,7 @@ from router.cluster_view import Life, RequestShape
 from router.failures import interrupted
 from router.in_flight import Outcome
 from router.requests import ChunkSink, Finished
-from router.slo import Seen, SloClass, SloResult
+from router.slo import Seen, SloResult
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pdserve.config.processes import SloClass
 from pdserve.domain.errors import BadRequest, FieldViolation
 from pdserve.domain.messages import SloState
 from router.in_flight import Outcome
@@ -22,16 +23,6 @@ class SloResult(StrEnum):
     MISSED_BOTH = "missed_both"
     FAILED = "failed"
     REFUSED = "refused"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SloClass:
-    """`target` is the share of requests that must meet both."""
-
-    name: str
-    ttft_s: float
-    tpot_s: float
-    target: float = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +89,7 @@ class SloBook:
                 name=each.name,
                 ttft_s=each.ttft_s,
                 tpot_s=each.tpot_s,
-                target=each.target,
+                target=each.attainment,
                 **{f"num_{result}": count for result, count in self._counts[each.name].items()},
             )
             for each in self.classes

@@ -36,12 +36,12 @@ _SMOOTHING = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneSettings:
-    """`max_num_waiting` counts texts beyond those being encoded; None: all that are in flight."""
+    """`max_num_queued` counts texts beyond those being encoded; None: all that are in flight."""
 
     max_chars: int | None
     num_processes: int
     niceness: int
-    max_num_waiting: int | None = None
+    max_num_queued: int | None = None
     keeps_processes: bool = True
 
 
@@ -52,7 +52,7 @@ LANES = (
         max_chars=None,
         num_processes=2,
         niceness=MAX_NICE,
-        max_num_waiting=16,
+        max_num_queued=16,
         keeps_processes=False,
     ),
 )
@@ -119,7 +119,7 @@ class _Lane:
 
     async def _enter(self, num_chars: int) -> None:
         """Wait for a place."""
-        limit = self.settings.max_num_waiting
+        limit = self.settings.max_num_queued
         if self._places.locked() and limit is not None and self._num_waiting >= limit:
             raise Refused(
                 f"{self._num_waiting} prompts as long as this one wait to be tokenised; "

@@ -46,7 +46,7 @@ from pdserve.config.processes import CoefficientSettings
 from placement.fitted_profile import FittedProfile
 from placement.fitting import error_summary
 from placement.probing import ProbePlan
-from placement.simulation.values import SloClass
+from placement.simulation.values import TrafficClass
 
 MIN_RUN_S = 12.0
 TIMED = CoefficientSettings(
@@ -144,7 +144,7 @@ class _Load:
 
 
 async def _load(
-    cluster: LocalCluster, model: Model, slo: SloClass, requests: tuple[TraceRequest, ...]
+    cluster: LocalCluster, model: Model, slo: TrafficClass, requests: tuple[TraceRequest, ...]
 ) -> _Load:
     meter, before = _meter(cluster), cpu_s(_pids(cluster))
     # Prompts of its own: none of them may be found in a prefix cache.
@@ -162,7 +162,7 @@ async def _load(
 def _compared(
     share: float,
     rate: float,
-    slo: SloClass,
+    slo: TrafficClass,
     requests: tuple[TraceRequest, ...],
     load: _Load,
     profiles: tuple[FittedProfile, FittedProfile],

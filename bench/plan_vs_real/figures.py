@@ -14,7 +14,7 @@ from placement.fitted_profile import FittedProfile
 from placement.fitting import Phase
 from placement.simulate import Simulator, attained
 from placement.simulation.trace import Times
-from placement.simulation.values import SimulationConfig, SloClass
+from placement.simulation.values import SimulationConfig, TrafficClass
 
 TARGET = 0.9
 NUM_CAPACITY_REQUESTS = 4000
@@ -37,10 +37,10 @@ class Figures:
         return cls(**{name: median(getattr(each, name) for each in all_figures) for name in names})
 
 
-def objectives(profile: FittedProfile) -> SloClass:
+def objectives(profile: FittedProfile) -> TrafficClass:
     """Tight enough to be missed near capacity: a few times what an idle cluster needs."""
     alone = step_times(profile)
-    return SloClass(
+    return TrafficClass(
         ttft_s=round(4 * (alone["prefill"] + profile.handoff.handoff_s), 3),
         tpot_s=round(2 * alone["decode"], 4),
         attainment=TARGET,
@@ -56,7 +56,7 @@ def step_times(profile: FittedProfile) -> dict[Phase, float]:
     }
 
 
-def predict(profile: FittedProfile, slo: SloClass, requests: Sequence[TraceRequest]) -> Figures:
+def predict(profile: FittedProfile, slo: TrafficClass, requests: Sequence[TraceRequest]) -> Figures:
     """What the simulator says of one prefill and one decode worker under rules pdserve."""
     times = _simulate(profile, slo, requests)
     return Figures(
@@ -68,7 +68,7 @@ def predict(profile: FittedProfile, slo: SloClass, requests: Sequence[TraceReque
     )
 
 
-def measured(records: Sequence[RequestRecord], slo: SloClass) -> Figures:
+def measured(records: Sequence[RequestRecord], slo: TrafficClass) -> Figures:
     """The same of a load run; a request that failed met nothing."""
     limits = Slo(ttft_s=slo.ttft_s, tpot_s=slo.tpot_s)
     ttft_s = [each.ttft_s for each in records if each.ttft_s is not None and each.is_ok]
@@ -82,7 +82,7 @@ def measured(records: Sequence[RequestRecord], slo: SloClass) -> Figures:
     )
 
 
-def capacity(profile: FittedProfile, slo: SloClass) -> float:
+def capacity(profile: FittedProfile, slo: TrafficClass) -> float:
     """The highest rate at which the simulator sees the target attained, by bisection."""
 
     def is_attained(rate: float) -> bool:
@@ -98,7 +98,7 @@ def capacity(profile: FittedProfile, slo: SloClass) -> float:
     return low
 
 
-def _simulate(profile: FittedProfile, slo: SloClass, requests: Sequence[TraceRequest]) -> Times:
+def _simulate(profile: FittedProfile, slo: TrafficClass, requests: Sequence[TraceRequest]) -> Times:
     pools = profile.pools(num_prefill=1, num_decode=1)
     config = SimulationConfig(pools=pools, slo=(slo,), pdserve=profile.options())
     return Simulator(config).run(to_trace(requests))

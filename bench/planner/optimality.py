@@ -13,19 +13,19 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from placement.plan_inputs import PlanInputs, parse_inputs
 from placement.search.choose import Choice, choose, new_evaluator
-from placement.search.designs import Design, Worker
+from placement.search.designs import Design
 from placement.search.evaluate import Evaluator, Goodput
 from placement.search.links import is_placeable
 from placement.search.problem import Problem, new_problem
+from tests.support.exhaustive import all_designs, two_type_question
 
 GOALS = ("goodput_per_gpu", "goodput", "gpus")
-TWO_TYPE_GOALS = ("cost", "goodput", "power", "goodput_per_gpu")
 
 
 def random_question(seed: int) -> dict[str, Any]:
@@ -49,53 +49,6 @@ def random_question(seed: int) -> dict[str, Any]:
         "objective": {"goal": goal},
         "search": {"duration_s": 120, "seeds": 3, "what_ifs": False},
     }
-
-
-def two_type_question(seed: int) -> dict[str, Any]:
-    """One question on a few GPUs of two types, small enough for every combination."""
-    rng = random.Random(f"two types {seed}")
-    goal = TWO_TYPE_GOALS[seed % len(TWO_TYPE_GOALS)]
-    first, second = rng.sample(["a100_sxm", "h100_sxm", "l40s", "h200_sxm"], 2)
-    nodes = [
-        {"gpu": first, "nodes": 1, "gpus_per_node": rng.choice([1, 2, 3])},
-        {"gpu": second, "nodes": 1, "gpus_per_node": rng.choice([1, 2])},
-    ]
-    return {
-        "model": "Llama-3.1-8B",
-        "cluster": {"nodes": nodes},
-        "workload": {
-            "prompt_tokens": {"mean": rng.choice([500, 1500, 4000]), "cv": 0.7, "max": 12_000},
-            "output_tokens": {"mean": rng.choice([60, 200]), "cv": 0.7, "max": 900},
-            "cv": rng.choice([0.5, 1.0, 2.0]),
-            "rate": rng.choice([1.0, 2.0, 4.0]),
-        },
-        "slo": {"ttft_s": rng.choice([0.8, 1.5]), "tpot_s": rng.choice([0.03, 0.06])},
-        "objective": {"goal": goal},
-        "search": {
-            "duration_s": 120,
-            "seeds": 3,
-            "what_ifs": False,
-            "tp": [1, 2],
-            "pp": [1],
-            "max_step_tokens": [2048],
-        },
-    }
-
-
-def all_designs(problem: Problem) -> Iterator[Design]:
-    """Every number of every worker that the cluster holds, types and kinds mixed."""
-    workers = problem.space.workers
-
-    def grow(first: int, counts: dict[Worker, int]) -> Iterator[Design]:
-        for index in range(first, len(workers)):
-            grown = {**counts, workers[index]: counts.get(workers[index], 0) + 1}
-            design = problem.space.design(grown)
-            if problem.space.fits(design):
-                if design.is_complete:
-                    yield design
-                yield from grow(index, grown)
-
-    return grow(0, {})
 
 
 def brute_force(

@@ -13,112 +13,24 @@ The corrected answer reads decode times at the true batch and context
 """
 
 import argparse
-import itertools
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from placement.plan_inputs import PlanInputs, parse_inputs
+from placement.plan_inputs import PlanInputs
 from placement.search.choose import new_evaluator
 from placement.search.designs import Design
-from placement.search.evaluate import Evaluator
-from placement.search.problem import Problem, new_problem
+from placement.search.problem import new_problem
 from placement.search.results import PlanResult
 from placement.search.splitwise_question import corrected_evaluator, corrected_problem
-from placement.simulation.values import PoolRole
 from placement.simulation.warm import warm_up
 from placement.solver import solve
+from tests.support.exhaustive import EPSILON, exhaust, machines_apart, splitwise_question
 
 MODELS = ("bloom-176b", "llama2-70b")
 TRACES = ("azure-conv", "azure-code-all")
 GOALS = ("cost", "power")
-RATE = 10.0
-EPSILON = 1e-9
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exhausted:
-    """All designs of the least price that hold; what the search took."""
-
-    designs: tuple[Design, ...]
-    price: float
-    num_simulated: int
-    cpu_s: float
-
-
-def question(model: str, trace: str, goal: str, *, seed: int, seeds: int) -> PlanInputs:
-    """The inputs of one of its eight questions."""
-    data = {
-        "model": model,
-        "rules": "splitwise",
-        "latency": {"profile": "perf_model.csv"},
-        "cluster": {
-            "nodes": [{"gpu": "a100-80gb", "nodes": 60}, {"gpu": "h100-80gb", "nodes": 60}]
-        },
-        "workload": {"trace": trace, "rate": RATE},
-        "slo": "splitwise",
-        "objective": {"goal": goal},
-        "search": {
-            "duration_s": 300,
-            "seeds": seeds,
-            "seed": seed,
-            "max_cell_gpus": 4096,
-            "tp": [8],
-            "pp": [1],
-        },
-    }
-    return parse_inputs(data, source=f"{model} {trace} {goal}")
-
-
-def all_designs(problem: Problem, limit: float) -> list[tuple[float, Design]]:
-    """Every disaggregated and every colocated design up to a price, the cheapest first."""
-    split = [w for w in problem.space.workers if w.role is not PoolRole.COLOCATED]
-    both = [w for w in problem.space.workers if w.role is PoolRole.COLOCATED]
-    found: list[tuple[float, Design]] = []
-    for kinds in (split, both):
-        box = [range(int(limit / problem.price(problem.space.design({w: 1}))) + 1) for w in kinds]
-        for counts in itertools.product(*box):
-            design = problem.space.design(dict(zip(kinds, counts, strict=True)))
-            if design.is_complete and problem.price(design) <= limit:
-                found.append((problem.price(design), design))
-    return sorted(found, key=lambda item: (item[0], item[1].key))
-
-
-def exhaust(problem: Problem, evaluator: Evaluator, limit: float) -> Exhausted:
-    """Simulate every design from the cheapest up to the least price at which one holds.
-
-    `limit`: where to stop looking; one that holds must be below it. Designs of the same price are
-    all simulated.
-    """
-    assert problem.rate is not None
-    start_s = time.process_time()
-    found: list[Design] = []
-    least, number = limit, 0
-    for price, design in all_designs(problem, limit * (1 + EPSILON)):
-        if price > least * (1 + EPSILON):
-            break
-        number += 1
-        if evaluator.holds(design, problem.rate, evaluator.num_seeds):
-            least = min(least, price)
-            found.append(design)
-    return Exhausted(
-        designs=tuple(found),
-        price=least,
-        num_simulated=number,
-        cpu_s=time.process_time() - start_s,
-    )
-
-
-def machines_apart(design: Design, others: tuple[Design, ...]) -> int:
-    """The most by which a pool's count differs from the nearest of `others`."""
-
-    def apart(other: Design) -> int:
-        a, b = dict(design.counts), dict(other.counts)
-        return max(abs(a.get(worker, 0) - b.get(worker, 0)) for worker in {*a, *b})
-
-    return min(apart(other) for other in others)
 
 
 def counts_text(design: Design) -> str:
@@ -199,7 +111,9 @@ def main() -> None:
     for model in options.models:
         for trace in options.traces:
             for goal in options.goals:
-                inputs = question(model, trace, goal, seed=options.seed, seeds=options.seeds)
+                inputs = splitwise_question(
+                    model, trace, goal, seed=options.seed, seeds=options.seeds
+                )
                 row = ask(inputs, is_corrected_exhausted=options.exhaustive_corrected)
                 rows.append({"model": model, "trace": trace, "goal": goal, **row})
                 show(f"{model}, {Path(trace).stem}, least {goal}", row)

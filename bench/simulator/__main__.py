@@ -19,13 +19,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.simulator.event_loop import PeerRequest, run_event_loop
 from placement.demand import Workload
 from placement.profiles import DistserveProfile, load_profile
 from placement.simulate import Simulator
 from placement.simulation.timing import DistserveTiming
 from placement.simulation.trace import Times, Trace
 from placement.simulation.values import Pool, PoolRole, Rules, SimulationConfig
+from tests.support.event_loop import PeerRequest, run_event_loop
 
 LENGTHS = Path(__file__).parent / "data" / "sharegpt.csv"
 NUM_ROUNDS = 5

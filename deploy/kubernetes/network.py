@@ -19,6 +19,7 @@ from deploy.kubernetes.values import (
     labels,
     metadata,
 )
+from pdserve.domain.messages import Role
 
 DNS_PEER: Manifest = {
     "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
@@ -46,12 +47,10 @@ def services(options: RenderOptions, pools: Sequence[Pool]) -> list[Manifest]:
 
 def network_policies(options: RenderOptions, pools: Sequence[Pool]) -> list[Manifest]:
     """Default-deny for the namespace, then one policy a component with its edges."""
-    prefill, decode = (
-        {"podSelector": {"matchLabels": labels(options, role)}} for role in ("prefill", "decode")
-    )
+    prefill, decode = ({"podSelector": {"matchLabels": labels(options, role)}} for role in Role)
     clients = {"namespaceSelector": {}, "podSelector": {"matchLabels": CLIENT_LABEL}}
     roles = {pool.role for pool in pools}
-    workers = [peer for role, peer in (("prefill", prefill), ("decode", decode)) if role in roles]
+    workers = [peer for role, peer in zip(Role, (prefill, decode), strict=True) if role in roles]
     found = [
         _policy(f"{options.name}-default-deny", {}, ingress=[], egress=[]),
         _policy(
@@ -62,18 +61,18 @@ def network_policies(options: RenderOptions, pools: Sequence[Pool]) -> list[Mani
         ),
     ]
     for role in sorted(roles):
-        found.append(_worker_policy(options, role, has_prefill="prefill" in roles))
+        found.append(_worker_policy(options, role, has_prefill=Role.PREFILL in roles))
     found += [_ranks_policy(options, pool) for pool in pools if pool.is_multi_node]
     return found
 
 
-def _worker_policy(options: RenderOptions, role: str, *, has_prefill: bool) -> Manifest:
+def _worker_policy(options: RenderOptions, role: Role, *, has_prefill: bool) -> Manifest:
     router, prefill, decode = (
         {"podSelector": {"matchLabels": labels(options, each)}}
         for each in ("router", "prefill", "decode")
     )
     egress = [_to([router], INTERNAL_PORT), dns_egress()]
-    if role == "prefill":
+    if role is Role.PREFILL:
         ingress = [_from([decode], WORKER_PORT, KV_PORT)]
     else:
         ingress = [_from([router], WORKER_PORT)]

@@ -3,10 +3,10 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from deploy.deployment import PlacedWorker
 from pdserve.config.processes import WorkerSettings
+from pdserve.domain.messages import Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +14,7 @@ class Pool:
     """`replicas` workers with the same settings on the same kind of node."""
 
     name: str
-    role: Literal["prefill", "decode"]
+    role: Role
     settings: WorkerSettings  # of its first worker
     replicas: int
     gpu: str
@@ -47,7 +47,7 @@ def pools_of(workers: Sequence[PlacedWorker]) -> tuple[Pool, ...]:
     for worker in workers:
         alike = worker.settings.model_copy(update={"worker_id": "any", "cpus": (), "port": 0})
         alike = alike.model_copy(update={"metrics_port": 0})
-        key = (worker.settings.role, worker.gpu, str(worker.num_gpus), alike.model_dump_json())
+        key = (str(worker.settings.role), worker.gpu, str(worker.num_gpus), alike.model_dump_json())
         groups.setdefault(key, []).append(worker)
     roles = Counter(key[0] for key in groups)
     taken: Counter[str] = Counter()

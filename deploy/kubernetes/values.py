@@ -90,7 +90,7 @@ def labels(options: RenderOptions, component: str, pool: str = "") -> dict[str, 
     found = {
         "app.kubernetes.io/name": "pdserve",
         "app.kubernetes.io/instance": options.name,
-        "app.kubernetes.io/component": component,
+        "app.kubernetes.io/component": str(component),  # YAML knows no enumerations
     }
     return {**found, "pdserve/pool": pool} if pool else found
 

@@ -18,7 +18,9 @@ from deploy.kubernetes.values import (
     labels,
     metadata,
 )
+from deploy.processes import MODULES
 from pdserve.config.processes import RouterSettings
+from pdserve.domain.messages import Role
 
 HOSTNAME = "kubernetes.io/hostname"
 ZONE = "topology.kubernetes.io/zone"
@@ -30,7 +32,6 @@ ROUTER_RESOURCES: Manifest = {
     "limits": {"cpu": 2, "memory": "2Gi", "ephemeral-storage": "1Gi"},
 }
 ROUTER_SCRATCH_BYTES = 64 * 2**20
-MODULES = {"prefill": "prefill_worker", "decode": "decode_worker"}
 LWS_INDEX_LABEL = "leaderworkerset.sigs.k8s.io/worker-index"
 RENDEZVOUS_PORT = 29500
 
@@ -134,9 +135,10 @@ def _worker_spec(
     options: RenderOptions, pool: Pool, size: PodSize, pools: Sequence[Pool]
 ) -> Manifest:
     gpu = accelerator(pool.gpu, options.gpu_labels) if pool.num_gpus else None
-    kv = {"kv": KV_PORT} if pool.role == "prefill" else {}  # decode workers read, nobody reads them
+    # Decode workers read, nobody reads them.
+    kv = {"kv": KV_PORT} if pool.role is Role.PREFILL else {}
     container = Container(
-        name=pool.role,
+        name=str(pool.role),
         image=options.image_worker,
         module=MODULES[pool.role],
         settings_file=f"{pool.name}.yaml",

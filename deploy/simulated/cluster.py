@@ -19,6 +19,7 @@ from deploy.deployment import Deployment
 from kvtransfer.transports.memory import MemoryTransport
 from pdserve.config.processes import EngineSettings, WorkerSettings
 from pdserve.domain.ids import Epoch
+from pdserve.domain.messages import Role
 from pdserve.engine.calibration import measure_coefficients
 from pdserve.engine.contract import Engine
 from pdserve.engine.model_files import resolve_model_dir
@@ -29,8 +30,9 @@ from pdserve.rpc.memory_network import MemoryNetwork
 from pdserve.rpc.registration import Registration
 from pdserve.worker.parts import WorkerParts, running
 from prefill_worker.building import PrefillWorker, open_prefill_worker
-from router.building import Router, build_router, slo_book
+from router.building import Router, build_router
 from router.cluster_view import Health
+from router.slo import SloBook
 
 ROUTER = "router"
 POLL_S = 1e-4
@@ -70,7 +72,7 @@ async def open_simulated_cluster(
             model_name=settings.model_name or settings.model,
             tokenizer=tokenizer,
             encode=encode,
-            slo=slo_book(settings),
+            slo=SloBook(settings.slo),
             connect=network.connect,
             clock=asyncio.get_running_loop().time,
             rng=rng,
@@ -85,7 +87,7 @@ async def open_simulated_cluster(
             parts = await _parts(placed.settings, engine, rng)
             name = placed.name
             worker: PrefillWorker | DecodeWorker
-            if placed.settings.role == "prefill":
+            if placed.settings.role is Role.PREFILL:
                 worker = cluster.prefill[name] = await stack.enter_async_context(
                     open_prefill_worker(parts, [transport])
                 )

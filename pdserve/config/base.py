@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeGuard, TypeVar, cast, get_args
+from typing import Any, ClassVar, TypeGuard, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,6 +16,7 @@ class Settings(BaseModel):
     """Base of all settings: unknown names are errors, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    renamed: ClassVar[Mapping[str, str]] = {}  # fields of earlier versions to what they are called
 
 
 S = TypeVar("S", bound=Settings)
@@ -95,7 +96,7 @@ def read_yaml(path: Path) -> object:
         raise LocalFault(f"{where}: {problem}") from None
 
 
-def _explain(kind: type[BaseModel], issue: dict[str, object]) -> str:
+def _explain(kind: type[Settings], issue: dict[str, object]) -> str:
     location = issue["loc"]
     assert isinstance(location, tuple)
     field = ".".join(str(part) for part in location) or "settings"
@@ -103,8 +104,11 @@ def _explain(kind: type[BaseModel], issue: dict[str, object]) -> str:
         rule = str(issue["msg"]).removeprefix("Value error, ")
         is_scalar = isinstance(issue["input"], str | int | float | bool | None)
         return f"{field}: {rule}; got {issue['input']!r}" if is_scalar else f"{field}: {rule}"
-    known = _field_names(kind, location[:-1])
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    owner = _kind_at(kind, location[:-1])
+    known, name = list(owner.model_fields), str(location[-1])
+    if name in owner.renamed:
+        return f"{field}: is called {owner.renamed[name]}"
+    close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
     return f"{field}: unknown field; {hint}"
 
@@ -114,17 +118,14 @@ def _alternatives(annotation: object) -> tuple[Any, ...]:
     return get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
 
 
-def _is_model(annotation: object) -> TypeGuard[type[BaseModel]]:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _is_settings(annotation: object) -> TypeGuard[type[Settings]]:
+    return isinstance(annotation, type) and issubclass(annotation, Settings)
 
 
-def _field_names(kind: type[BaseModel], path: tuple[object, ...]) -> list[str]:
+def _kind_at(kind: type[Settings], path: tuple[object, ...]) -> type[Settings]:
+    """What holds the fields at `path`; `Settings`, which has none, inside of a list."""
     for part in path:
         field = kind.model_fields.get(str(part))
-        nested = (
-            [each for each in _alternatives(field.annotation) if _is_model(each)] if field else []
-        )
-        if not nested:
-            return []
-        kind = nested[0]
-    return list(kind.model_fields)
+        alternatives = _alternatives(field.annotation) if field else ()
+        kind = next(filter(_is_settings, alternatives), Settings)
+    return kind

@@ -27,6 +27,10 @@ class Reads(StrEnum):
     NONE = "none"  # a decode worker beside prefill workers: its own only while there are none
 
 
+READS_OF_ROLE = {Role.PREFILL: Reads.OTHERS, Role.DECODE: Reads.NONE}
+"""What a worker reads that is not told otherwise: it stands beside workers of the other role."""
+
+
 # Router and decode worker -------------------------------------------------------------------------
 
 

@@ -43,9 +43,9 @@ W = TypeVar("W", bound=Waiter)
 class WaitingQueue(Generic[K, W]):
     """Bounded, in the order of a discipline."""
 
-    def __init__(self, discipline: Discipline, max_num_waiting: int) -> None:
+    def __init__(self, discipline: Discipline, max_num_queued: int) -> None:
         self._discipline = discipline
-        self._max_num_waiting = max_num_waiting
+        self._max_num_queued = max_num_queued
         self._entries: list[tuple[tuple[float, int], W]] = []  # sorted; no two places are equal
         self._places: dict[K, tuple[float, int]] = {}
         self._num_pushed = 0
@@ -65,7 +65,7 @@ class WaitingQueue(Generic[K, W]):
 
     def push(self, key: K, waiter: W) -> bool:
         """Queue one; False when the queue is full."""
-        if len(self) >= self._max_num_waiting:
+        if len(self) >= self._max_num_queued:
             return False
         self._num_pushed += 1
         place = self._places[key] = (self._discipline(waiter), self._num_pushed)

@@ -21,6 +21,7 @@ from prometheus_client import (
 from prometheus_client.exposition import choose_encoder
 
 from pdserve import __version__
+from pdserve.config.processes import SloClass
 from pdserve.domain.errors import Reason
 from pdserve.domain.ids import PROTOCOL_VERSION
 from pdserve.domain.latency import LiveSteps, StepCoefficients
@@ -93,16 +94,6 @@ class ProcessMetrics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClassPromise:
-    """What the metrics show of one SLO class."""
-
-    name: str
-    ttft_s: float
-    tpot_s: float
-    target: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterNow:
     """The router at one moment."""
 
@@ -119,7 +110,7 @@ class RouterMetrics(ProcessMetrics, RouterWatch):
         self,
         name: str,
         *,
-        promises: Sequence[ClassPromise],
+        promises: Sequence[SloClass],
         slo_results: Sequence[str],
         worker_labels: Sequence[tuple[str, str]],
     ) -> None:
@@ -181,12 +172,12 @@ class RouterMetrics(ProcessMetrics, RouterWatch):
         for labels in self._worker_labels:
             self._workers.labels(*labels).set(tally[labels])
 
-    def _show_promises(self, promises: Sequence[ClassPromise], slo_results: Sequence[str]) -> None:
+    def _show_promises(self, promises: Sequence[SloClass], slo_results: Sequence[str]) -> None:
         limit, target = self._gauge(m.SLO_LIMIT), self._gauge(m.SLO_TARGET)
         for promise in promises:
             limit.labels(promise.name, "ttft").set(promise.ttft_s)
             limit.labels(promise.name, "tpot").set(promise.tpot_s)
-            target.labels(promise.name).set(promise.target)
+            target.labels(promise.name).set(promise.attainment)
             for result in slo_results:
                 self._slo_requests.labels(promise.name, result)
 

@@ -17,8 +17,6 @@ READS_TO_PROTO = {
     m.Reads.NONE: pb.READS_NONE,
 }
 READS_FROM_PROTO = {number: reads for reads, number in READS_TO_PROTO.items()}
-READS_OF_ROLE = {m.Role.PREFILL: m.Reads.OTHERS, m.Role.DECODE: m.Reads.NONE}
-"""What a worker reads that does not say it, since its version is older."""
 
 
 def hello_to_proto(hello: m.WorkerHello) -> pb.WorkerHello:
@@ -36,7 +34,7 @@ def hello_from_proto(message: pb.WorkerHello) -> m.WorkerHello:
     if message.role not in ROLE_FROM_PROTO:
         raise ValueError(f"unknown role {message.role}")
     role = ROLE_FROM_PROTO[message.role]
-    reads = READS_OF_ROLE[role]
+    reads = m.READS_OF_ROLE[role]
     if message.reads != pb.READS_UNSPECIFIED:
         if message.reads not in READS_FROM_PROTO:
             raise ValueError(f"unknown reads {message.reads}")

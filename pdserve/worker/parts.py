@@ -12,9 +12,7 @@ from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, WorkerId
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import (
     HandoffHello,
-    Reads,
     RemoteRegion,
-    Role,
     WorkerHello,
     WorkerLoad,
 )
@@ -45,8 +43,8 @@ class WorkerParts:
         settings, spec = self.settings, self.engine.spec
         return WorkerHello(
             worker_id=WorkerId(settings.worker_id),
-            role=Role(settings.role),
-            reads=Reads(settings.reads),
+            role=settings.role,
+            reads=settings.reads,
             num_stages=settings.engine.pp,
             epoch=self.epoch,
             protocol_version=PROTOCOL_VERSION,

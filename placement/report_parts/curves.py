@@ -11,7 +11,7 @@ from pdserve.domain.errors import LocalFault
 from placement.demand import Workload
 from placement.simulate import simulate
 from placement.simulation.summary import attainment_interval, clean, judge_load
-from placement.simulation.values import SimulationConfig, SimulationResult, SloClass
+from placement.simulation.values import SimulationConfig, SimulationResult, TrafficClass
 
 HOUR_S = 3600.0
 BUCKET_S = 60.0
@@ -92,7 +92,7 @@ class Candidate:
 class Curves:
     """All that a report draws; what is None or empty is left out of the page."""
 
-    slo: tuple[SloClass, ...] = ()
+    slo: tuple[TrafficClass, ...] = ()
     attainment: AttainmentCurve | None = None
     cost: tuple[CostPoint, ...] = ()
     trade_offs: tuple[TradeOff, ...] = ()
@@ -100,7 +100,8 @@ class Curves:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; what is infinite or undefined becomes None."""
-        cleaned = clean(asdict(self))
+        slo = [each.model_dump(mode="json") for each in self.slo]
+        cleaned = clean(asdict(self) | {"slo": slo})
         assert isinstance(cleaned, dict)
         return cleaned
 
@@ -241,7 +242,7 @@ def _met(config: SimulationConfig, result: SimulationResult) -> list[Any]:
     ]
 
 
-def _meets(result: SimulationResult, slo: SloClass) -> Any:
+def _meets(result: SimulationResult, slo: TrafficClass) -> Any:
     return (result.ttft_s <= slo.ttft_s) & (result.tpot_s <= slo.tpot_s)
 
 

@@ -20,7 +20,7 @@ from pdserve.domain.errors import LocalFault
 from placement.search.designs import Counts, Design, Worker
 from placement.search.phase_times import PhaseTimes, phase_times
 from placement.simulation.trace import Ints
-from placement.simulation.values import PoolRole, Rules, SloClass
+from placement.simulation.values import PoolRole, Rules, TrafficClass
 
 BOUND_SLACK = 1.2  # lengths differ from the sample, and a finite trace leaves work to its end
 BATCH_SPREAD = 1.3  # standard deviations of the batch that an estimate leaves room for
@@ -48,7 +48,7 @@ class Bounds:
         self,
         workers: Iterable[Worker],
         rules: Rules,
-        slo: tuple[SloClass, ...],
+        slo: tuple[TrafficClass, ...],
         sample: tuple[Ints, Ints],
         *,
         gap_cv: float,
@@ -81,7 +81,7 @@ class Bounds:
 
     # Floors.
 
-    def floor(self, slo: SloClass) -> Floor:
+    def floor(self, slo: TrafficClass) -> Floor:
         """The least promise of a class that the best worker can keep, unloaded."""
         readers = [w for w in self.workers if w.role is not PoolRole.DECODE]
         writers = [w for w in self.workers if w.role is not PoolRole.PREFILL]
@@ -95,7 +95,7 @@ class Bounds:
             tpot_worker=best_tpot[1],
         )
 
-    def ttft_floor(self, worker: Worker, slo: SloClass) -> float:
+    def ttft_floor(self, worker: Worker, slo: TrafficClass) -> float:
         """The attainment's quantile of one worker's unloaded time to the first token."""
         latency_s = self.times(worker).latency_s + self._handoff_s
         # The attainment's quantile, from below: only so many prompts may fail.

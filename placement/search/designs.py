@@ -10,8 +10,8 @@ from placement.simulation.values import (
     Rules,
     Scheduler,
     SimulationConfig,
-    SloClass,
     SplitwiseOptions,
+    TrafficClass,
     can_serve,
 )
 
@@ -169,7 +169,7 @@ class Design:
     def config(
         self,
         rules: Rules,
-        slo: tuple[SloClass, ...],
+        slo: tuple[TrafficClass, ...],
         pdserve: PdserveOptions,
         splitwise: SplitwiseOptions,
     ) -> SimulationConfig:

@@ -19,8 +19,8 @@ from placement.simulation.values import (
     PdserveOptions,
     Rules,
     SimulationConfig,
-    SloClass,
     SplitwiseOptions,
+    TrafficClass,
 )
 
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
@@ -67,7 +67,7 @@ class Evaluator:
         judge: Judge,
         *,
         rules: Rules,
-        slo: tuple[SloClass, ...],
+        slo: tuple[TrafficClass, ...],
         horizon_s: float,
         num_seeds: int,
         spare_workers: int = 0,

@@ -7,7 +7,7 @@ import numpy as np
 
 from placement.simulation.timing import SplitwiseTiming
 from placement.simulation.trace import Floats, Ints, Times, Trace
-from placement.simulation.values import SloClass
+from placement.simulation.values import TrafficClass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ LOST = Margin(all=-1.0, ttft=-1.0, tpot=-1.0, attainment=0.0)
 Judge = Callable[[Times, Trace, Ints], Margin]
 
 
-def class_judge(slo: Sequence[SloClass]) -> Judge:
+def class_judge(slo: Sequence[TrafficClass]) -> Judge:
     """Joint attainment of each class against its target."""
 
     def judge(times: Times, trace: Trace, class_index: Ints) -> Margin:

@@ -10,7 +10,7 @@ from placement.search.evaluate import Evaluator, interval_of_mean
 from placement.search.results import ClassPrediction, Economy, Prediction
 from placement.simulation.summary import Verdict, attainment_interval, judge_load
 from placement.simulation.trace import Ints, Times, Trace
-from placement.simulation.values import SimulationResult, SloClass
+from placement.simulation.values import SimulationResult, TrafficClass
 
 PERCENTILES = (50, 90, 99)
 Run = tuple[Times, Trace, Ints]
@@ -129,7 +129,7 @@ def _utilisation(design: Design, runs: list[Run]) -> dict[str, float]:
 
 
 def _class_prediction(
-    item: SloClass, runs: list[Run], index: int | None, *, has_percentiles: bool
+    item: TrafficClass, runs: list[Run], index: int | None, *, has_percentiles: bool
 ) -> ClassPrediction:
     """Of the requests of class `index`; None: of all."""
     joint, ttfts, tpots = [], [], []
@@ -174,7 +174,7 @@ def _percentiles(runs: list[Run], index: int | None) -> dict[str, dict[str, floa
     return found
 
 
-def _met(slo: tuple[SloClass, ...], run: Run) -> Any:
+def _met(slo: tuple[TrafficClass, ...], run: Run) -> Any:
     """Which requests of a run met the promises of their class, in order of arrival."""
     times, _, classes = run
     if not slo:

@@ -25,8 +25,8 @@ from placement.simulation.values import (
     PoolRole,
     Rules,
     Scheduler,
-    SloClass,
     SplitwiseOptions,
+    TrafficClass,
 )
 
 
@@ -37,7 +37,7 @@ class Problem:
     inputs: PlanInputs
     fleets: tuple[Fleet, ...]
     found: Found
-    slo: tuple[SloClass, ...]
+    slo: tuple[TrafficClass, ...]
     space: Space
     traffic: Traffic
     judge: Judge
@@ -71,7 +71,7 @@ class Problem:
 
 def new_problem(inputs: PlanInputs) -> Problem:
     """Resolve names, files and sizes; raises `LocalFault` for what cannot be, and why."""
-    slo = tuple(SloClass(**item.model_dump()) for item in inputs.classes)
+    slo = inputs.classes
     fleets = resolve_fleets(inputs)
     traffic = Traffic(inputs.workload, slo, seed=inputs.search.seed)
     sample = traffic.sample()
@@ -140,7 +140,7 @@ def new_problem(inputs: PlanInputs) -> Problem:
 def _bounds(
     inputs: PlanInputs,
     workers: tuple[Worker, ...],
-    slo: tuple[SloClass, ...],
+    slo: tuple[TrafficClass, ...],
     traffic: Traffic,
     tokens: int,
     handoff_s: float,
@@ -220,9 +220,9 @@ def _is_dominated(worker: Worker, others: tuple[Worker, ...], rules: Rules) -> b
     )
 
 
-def _nominal_class(workers: tuple[Worker, ...]) -> SloClass:
+def _nominal_class(workers: tuple[Worker, ...]) -> TrafficClass:
     """For bounds under Splitwise's relative limits, which have no seconds: far away."""
-    return SloClass(ttft_s=60.0, tpot_s=10.0, attainment=0.5)
+    return TrafficClass(ttft_s=60.0, tpot_s=10.0, attainment=0.5)
 
 
 def _splitwise_judge(inputs: PlanInputs) -> Judge:

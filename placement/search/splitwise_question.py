@@ -33,7 +33,7 @@ from placement.search.results import Rival
 from placement.search.space import Space
 from placement.simulation.timing import SplitwiseTiming, StepTiming
 from placement.simulation.trace import Floats, Ints
-from placement.simulation.values import PdserveOptions, Rules, SloClass
+from placement.simulation.values import PdserveOptions, Rules, TrafficClass
 
 SWEEP_PROMPT = 512
 STEP_TOKENS = 2048
@@ -91,7 +91,7 @@ def corrected_problem(problem: Problem) -> Problem:
     bounds = Bounds(
         workers,
         Rules.PDSERVE,
-        (SloClass(ttft_s=60.0, tpot_s=10.0, attainment=0.5),),
+        (TrafficClass(ttft_s=60.0, tpot_s=10.0, attainment=0.5),),
         sample,
         gap_cv=problem.traffic.gap_cv,
         max_step_tokens=STEP_TOKENS,

@@ -13,7 +13,7 @@ from pdserve.domain.errors import LocalFault
 from placement.demand import ArrivalProcess, Workload, WorkloadSpec
 from placement.plan_inputs import WorkloadInputs
 from placement.simulation.trace import Floats, Ints, Trace
-from placement.simulation.values import SloClass
+from placement.simulation.values import TrafficClass
 
 MIN_REQUESTS = 100
 MAX_REQUESTS = 3_000_000
@@ -35,7 +35,7 @@ class Traffic:
     def __init__(
         self,
         inputs: WorkloadInputs,
-        slo: tuple[SloClass, ...],
+        slo: tuple[TrafficClass, ...],
         *,
         seed: int = 0,
         length_scale: float = 1.0,

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pdserve.config.base import Settings, parse_settings, read_yaml
-from pdserve.config.processes import POLICY
+from pdserve.config.processes import DEFAULT_BLOCK_SIZE, POLICY, BlockSize
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.pair_cost import PolicyName
 from pdserve.domain.waiting import QueueOrder
@@ -30,8 +30,8 @@ from placement.simulation.values import (
     Rules,
     Scheduler,
     SimulationConfig,
-    SloClass,
     SplitwiseOptions,
+    TrafficClass,
 )
 
 EXAMPLE = """\
@@ -88,14 +88,6 @@ class PoolSettings(Settings):
     link_gb_per_s: float | None = Field(None, gt=0, description="KV link, 1e9 bytes per second")
 
 
-class SloSettings(Settings):
-    ttft_s: float = Field(gt=0)
-    tpot_s: float = Field(gt=0)
-    attainment: float = Field(0.9, gt=0, le=1)
-    share: float = Field(1.0, gt=0)
-    name: str = "all"
-
-
 class ArrivalSettings(Settings):
     rate: float | None = Field(None, gt=0, description="requests/s")
     concurrency: int | None = Field(None, ge=1, description="closed loop")
@@ -112,7 +104,7 @@ class PdserveSettings(Settings):
 
     max_step_tokens: int = Field(512, ge=1, le=1_000_000)
     max_num_requests: int = Field(64, ge=1, le=100_000)
-    block_size: int = Field(16, ge=1, le=1024)
+    block_size: BlockSize = DEFAULT_BLOCK_SIZE
     max_tokens_factor: float = Field(1.0, ge=1, description="max_tokens asked / tokens made")
     handoff_s: float = Field(0.002, ge=0)
     busy_handoff_s: float = Field(0.0, ge=0)
@@ -142,7 +134,7 @@ class SimulationSettings(Settings):
     rules: Rules = Rules.PDSERVE
     latency: SimulatedLatency
     pools: tuple[PoolSettings, ...] = Field(min_length=1)
-    slo: SloSettings | tuple[SloSettings, ...] | None = None
+    slo: TrafficClass | tuple[TrafficClass, ...] | None = None
     arrivals: ArrivalSettings | Literal["recorded"] | None = None
     pdserve: PdserveSettings = PdserveSettings()
     splitwise: SplitwiseSettings = SplitwiseSettings()
@@ -165,12 +157,12 @@ def parse_config(data: object, *, source: str, folder: Path | None = None) -> Si
     """Check and resolve settings; file names in them are relative to `folder`."""
     if isinstance(data, Mapping):
         # Item by item first: an unknown field of a list's item is then named with its neighbours.
-        for name, kind in (("pools", PoolSettings), ("slo", SloSettings)):
+        for name, kind in (("pools", PoolSettings), ("slo", TrafficClass)):
             items = data.get(name)
             for index, item in enumerate(items if isinstance(items, list) else ()):
                 parse_settings(kind, item, source=f"{source}: {name}[{index}]")
         if isinstance(data.get("slo"), Mapping):
-            parse_settings(SloSettings, data["slo"], source=f"{source}: slo")
+            parse_settings(TrafficClass, data["slo"], source=f"{source}: slo")
         if isinstance(data.get("arrivals"), Mapping):
             parse_settings(ArrivalSettings, data["arrivals"], source=f"{source}: arrivals")
     settings = parse_settings(SimulationSettings, data, source=source)
@@ -194,11 +186,11 @@ def parse_config(data: object, *, source: str, folder: Path | None = None) -> Si
     )
 
 
-def _named(classes: tuple[SloSettings, ...]) -> tuple[SloClass, ...]:
+def _named(classes: tuple[TrafficClass, ...]) -> tuple[TrafficClass, ...]:
     """Classes by their names; several without one are class 0, class 1, ..."""
     has_no_names = len(classes) > 1 and all("name" not in c.model_fields_set for c in classes)
     return tuple(
-        SloClass(**item.model_dump() | ({"name": f"class {index}"} if has_no_names else {}))
+        item.model_copy(update={"name": f"class {index}"} if has_no_names else None)
         for index, item in enumerate(classes)
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from placement.simulation.trace import Floats
-from placement.simulation.values import SimulationConfig, SimulationResult, SloClass
+from placement.simulation.values import SimulationConfig, SimulationResult, TrafficClass
 
 PERCENTILES = (50, 90, 99)
 Z_95 = 1.96
@@ -182,7 +182,7 @@ def _mean_number(begin: Floats, end: Floats, low: float, high: float) -> float:
 
 
 def _summarise_class(
-    slo: SloClass, result: SimulationResult, members: Any, met: Any
+    slo: TrafficClass, result: SimulationResult, members: Any, met: Any
 ) -> ClassSummary:
     num = int(members.sum())
     ttft_met = result.ttft_s[members] <= slo.ttft_s

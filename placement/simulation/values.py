@@ -6,7 +6,9 @@ from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from pdserve.config.processes import DEFAULT_BLOCK_SIZE, SloClass, SloName
 from pdserve.domain.pair_cost import PolicyName
 from pdserve.domain.waiting import QueueOrder
 from placement.simulation.timing import DistserveTiming, SplitwiseTiming, StepTiming
@@ -76,15 +78,11 @@ class Pool:
         return self.replicas * self.tp * self.pp
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SloClass:
-    """A promise, and the share of requests that it is made to."""
+class TrafficClass(SloClass):
+    """A class, and the share of requests that are of it."""
 
-    ttft_s: float
-    tpot_s: float
-    attainment: float = 0.9
-    share: float = 1.0
-    name: str = "all"
+    name: SloName = "all"
+    share: float = Field(1.0, gt=0)
 
 
 class Scheduler(StrEnum):
@@ -115,7 +113,7 @@ class PdserveOptions:
 
     max_step_tokens: int = 512  # prompt tokens in one prefill step
     max_num_requests: int = 64  # decoded at once by one instance
-    block_size: int = 16
+    block_size: int = DEFAULT_BLOCK_SIZE
     max_tokens_factor: float = 1.0  # max_tokens that clients ask for / tokens they get
     handoff_s: float = 0.002  # messages between router and workers, part of TTFT
     busy_handoff_s: float = 0.0  # added to it while the decode instance is in a step
@@ -138,7 +136,7 @@ class SimulationConfig:
 
     pools: tuple[Pool, ...]
     rules: Rules = Rules.PDSERVE
-    slo: tuple[SloClass, ...] = ()
+    slo: tuple[TrafficClass, ...] = ()
     rate: float | None = None
     concurrency: int | None = None
     pdserve: PdserveOptions = PdserveOptions()

@@ -15,6 +15,7 @@ from pdserve.client.values import Sampling
 from tests.support.plans import STEP_TIMES, plan, pool
 from tests.support.up_runs import Up, error_line, pdserve
 
+GOLDEN_PLANS = Path(__file__).parents[1] / "golden" / "kubernetes" / "plans"
 PORTS = ("--port", "0", "--internal-port", "0")
 
 
@@ -94,6 +95,43 @@ def test_a_mixed_plan_keeps_its_roles(tmp_path: Path, own_runs: dict[str, str]) 
         }
         pairs = asyncio.run(pairs_of(run.said["address"], num=30))
         assert set(pairs) == {("prefill-0", "decode-0"), ("", "decode-1")}
+        done = pdserve("smoke", "--json", cluster=run)
+        assert done.returncode == 0, done.stdout
+    finally:
+        run.kill_all()
+
+
+def test_a_plan_with_two_pools_of_one_role_and_a_hundred_workers_serves(
+    tmp_path: Path, own_runs: dict[str, str]
+) -> None:
+    pools = [
+        pool("prefill", 30, kv_tokens=8000, step_times=STEP_TIMES),
+        pool("prefill", 3, kv_tokens=4000, step_times=STEP_TIMES),
+        pool("decode", 67, kv_tokens=8000, step_times=STEP_TIMES),
+    ]
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan(pools=pools)))
+    run = Up(str(path), "--engine", "timed", *PORTS, env=own_runs)
+    try:
+        hellos = [worker["hello"] for worker in status_of(run)["workers"]]
+        sizes = {hello["worker_id"]: hello["num_blocks"] for hello in hellos}
+        assert len(sizes) == 100
+        assert [sizes[f"prefill-{index}"] for index in (0, 29, 30, 32)] == [1000, 1000, 500, 500]
+        pairs = asyncio.run(pairs_of(run.said["address"], num=60))
+        assert len({reader for reader, _ in pairs}) > 1
+        assert len({writer for _, writer in pairs}) > 1
+    finally:
+        run.kill_all()
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN_PLANS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_plan_that_is_rendered_comes_up_here_too(
+    path: Path, own_runs: dict[str, str]
+) -> None:
+    here = ("--engine", "timed", "--model", "demo", "--device", "cpu", "--scale", "0.1")
+    times = ("--set", f"coefficients={json.dumps(STEP_TIMES)}")
+    run = Up(str(path), *here, *times, *PORTS, env=own_runs)
+    try:
         done = pdserve("smoke", "--json", cluster=run)
         assert done.returncode == 0, done.stdout
     finally:

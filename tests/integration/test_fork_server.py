@@ -39,8 +39,8 @@ def worker(
 ) -> ForkedProcess:
     fields = {"role": "decode", "worker_id": "decode-0", "engine": timed_engine(), **changes}
     settings = WorkerSettings.model_validate(fields)
-    log_path = folder / "decode-0.log"
-    return ForkedProcess(name, "decode-0", "decode", settings, log_path, dies_at_once=dies_at_once)
+    log = folder / "decode-0.log"
+    return ForkedProcess(name, "decode-0", settings.role, settings, log, dies_at_once=dies_at_once)
 
 
 def is_forked(process: ForkedProcess) -> bool:

@@ -154,7 +154,7 @@ def test_processes_start_with_the_plans_limits(plan: str, overlay: str) -> None:
         assert owner["spec"]["replicas"] == pool["replicas"]
         assert worker.max_step_tokens == limits["max_step_tokens"]
         assert worker.max_num_requests == limits["max_num_requests"]
-        assert worker.max_num_waiting >= limits["max_num_waiting"]
+        assert worker.max_num_queued >= limits["max_num_waiting"]
         assert worker.engine.num_blocks * worker.engine.block_size == pool["kv_tokens"]
         assert worker.routers == ("pdserve-router-internal:7451",)
         assert (worker.transports, worker.host, worker.worker_id) == (("tcp",), "10.1.2.3", "pod-0")

@@ -163,7 +163,7 @@ async def test_tokenizer_process_that_is_killed_is_replaced() -> None:
 
 
 async def test_too_many_texts_are_refused_with_a_time() -> None:
-    lane = LaneSettings(max_chars=None, num_processes=1, niceness=0, max_num_waiting=2)
+    lane = LaneSettings(max_chars=None, num_processes=1, niceness=0, max_num_queued=2)
     async with open_encoder([lane]) as encoder:
         tasks = [asyncio.create_task(encoder.encode(HUGE)) for _ in range(3)]
         await until_at_work()

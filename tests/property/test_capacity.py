@@ -103,7 +103,7 @@ def idle_decode_worker_takes(hello: WorkerHello, num_prompt: int, max_tokens: in
             BlockPool(hello.num_blocks),
             block_size=hello.block_size,
             max_num_requests=1,
-            max_num_waiting=0,
+            max_num_queued=0,
             discipline=DISCIPLINES["fcfs"],
             queue_s=1.0,
             clock=lambda: 0.0,

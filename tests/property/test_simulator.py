@@ -5,11 +5,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bench.simulator.event_loop import PeerRequest, run_event_loop
 from placement.simulation.distserve import DistserveCluster
 from placement.simulation.timing import DistserveTiming
 from placement.simulation.trace import Trace
 from placement.simulation.values import Pool, PoolRole
+from tests.support.event_loop import PeerRequest, run_event_loop
 
 A_TICK_MS = 1e-6
 

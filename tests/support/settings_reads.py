@@ -2,10 +2,11 @@
 
 A name alone would prove little: `x.name` is read of many things. Here a read counts for the class
 that declares the field, wherever the expression's type is that class, a subclass, or a union with
-one. What does not count: validators (they check a value, they do not act on it), and
-`model_dump(mode="json")`, which only writes a file. `model_dump()` counts for all fields that it
-does not exclude, since its values go on into another object. A field that can have one value only
-(a version) tells nothing and needs no reader.
+one. What does not count: validators (they check a value, they do not act on it),
+`model_dump(mode="json")`, which only writes a file, and `model_dump(include=...)`, which hands
+fields on to settings that declare them too and must be read there. `model_dump()` counts for all
+fields that it does not exclude, since its values go on into another object. A field that can have
+one value only (a version) tells nothing and needs no reader.
 """
 
 from collections.abc import Iterator, Mapping
@@ -81,6 +82,8 @@ def _fields(info: nodes.TypeInfo) -> Iterator[str]:
             (target,) = statement.lvalues
             if not isinstance(target, nodes.NameExpr) or target.name.startswith("_"):
                 continue
+            if isinstance(target.node, nodes.Var) and target.node.is_classvar:
+                continue
             declared = types.get_proper_type(statement.type)
             if not isinstance(declared, types.LiteralType):
                 yield target.name
@@ -127,7 +130,7 @@ class _Reads:
         arguments = dict(zip(call.arg_names, call.args, strict=True))
         if not isinstance(callee, nodes.MemberExpr) or callee.name != "model_dump":
             return
-        if "mode" in arguments:
+        if "mode" in arguments or "include" in arguments:
             return
         excluded = _strings(arguments.get("exclude"))
         for info in self._models(callee.expr):

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from decode_worker.building import open_decode_worker
 from kvtransfer.digest import block_digest
@@ -35,6 +35,7 @@ from pdserve.domain.messages import (
     PrefillTarget,
     RemoteRegion,
     RequestOutput,
+    Role,
     StartHandoff,
     StepOutputs,
     Submit,
@@ -173,7 +174,7 @@ class PrefillNode:
 
     async def start(self) -> None:
         pair = self._pair
-        parts = pair.parts("prefill", self.name, self.epoch)
+        parts = pair.parts(Role.PREFILL, self.name, self.epoch)
         self.engine = parts.engine
         self._stack.callback(self.engine.close)
         self.worker = await self._stack.enter_async_context(
@@ -347,10 +348,10 @@ class WorkerPair:
         self._epoch = 0
         self._stack = contextlib.AsyncExitStack()
 
-    def parts(self, role: Literal["prefill", "decode"], name: str, epoch: Epoch) -> WorkerParts:
+    def parts(self, role: Role, name: str, epoch: Epoch) -> WorkerParts:
         sizes = self.sizes
-        coefficients = sizes.prefill_steps if role == "prefill" else sizes.decode_steps
-        num_blocks = sizes.prefill_blocks if role == "prefill" else sizes.decode_blocks
+        coefficients = sizes.prefill_steps if role is Role.PREFILL else sizes.decode_steps
+        num_blocks = sizes.prefill_blocks if role is Role.PREFILL else sizes.decode_blocks
         settings = WorkerSettings(
             worker_id=name,
             role=role,
@@ -363,7 +364,7 @@ class WorkerPair:
             ),
             max_step_tokens=sizes.max_step_tokens,
             max_num_requests=sizes.max_num_requests,
-            max_num_waiting=sizes.max_num_waiting,
+            max_num_queued=sizes.max_num_waiting,
             max_local_prefill_tokens=sizes.max_local_prefill_tokens,
             timers=self.timers,
         )
@@ -379,7 +380,7 @@ class WorkerPair:
         await self._stack.enter_async_context(self.network)
         for index in range(self.sizes.num_prefill):
             self.prefill.append(await self._start_prefill(f"prefill-{index}"))
-        parts = self.parts("decode", "decode-0", Epoch(1))
+        parts = self.parts(Role.DECODE, "decode-0", Epoch(1))
         assert isinstance(parts.engine, TimedEngine)
         self.engine = parts.engine
         self._stack.callback(parts.engine.close)

@@ -78,3 +78,15 @@ def test_generated_files_match_their_sources(script: str) -> None:
         cwd=ROOT,
         env={"PYTHONPATH": str(ROOT)},
     )
+
+
+def test_only_the_tests_of_the_benchmarks_import_them() -> None:
+    """The product's tests run where `bench` is not, and do not break when a benchmark changes."""
+    texts = {
+        path.relative_to(ROOT): path.read_text(encoding="utf-8")
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+    }
+    imports = re.compile(r"^\s*(from|import) bench\b", re.MULTILINE)
+    found = [path for path, text in texts.items() if imports.search(text)]
+    assert [str(path) for path in found if path.parts[:2] != ("tests", "bench")] == []
+    assert found, "the tests of the benchmarks are there"

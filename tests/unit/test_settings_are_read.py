@@ -9,11 +9,11 @@ PRODUCT = [
     *("pdserve", "router", "prefill_worker", "decode_worker", "kvtransfer", "placement", "deploy"),
 ]
 EXAMPLE = """
-from typing import Literal, Optional
+from typing import ClassVar, Literal, Optional
 
 
 class Settings:
-    def model_dump(self, mode: str = "python", exclude: Optional[set[str]] = None) -> dict:
+    def model_dump(self, mode: str = "python", include=None, exclude=None) -> dict:
         return {}
 
 
@@ -48,6 +48,8 @@ class Cluster(Settings):
     version: Literal[1] = 1
     timers: Timers = Timers()
     pool: Optional[Pool] = None
+    handed_on: int = 1
+    renamed: ClassVar[dict] = {}
 
 
 class Other:
@@ -62,6 +64,10 @@ def start(cluster: Cluster, other: Other, **settings: object) -> float:
     if cluster.pool is not None:
         start(cluster, other, **cluster.pool.model_dump(exclude={"left_out", "name"}))
     return cluster.timers.used_s + other.unused_s + len(other.name)
+
+
+def hand_on(cluster: Cluster) -> dict:
+    return cluster.model_dump(include={"handed_on"})
 
 
 def write(timers: Timers) -> dict:
@@ -83,6 +89,7 @@ def test_a_read_counts_for_the_class_that_declares_the_field(tmp_path: Path) -> 
     (package / "reader.py").write_text(READER)
     found = find_reads(tmp_path, ["product"], base="product.models.Settings")
     assert found.unread() == [
+        "product.models.Cluster.handed_on",
         "product.models.Pool.left_out",
         "product.models.Pool.name",
         "product.models.Timers.only_checked_s",

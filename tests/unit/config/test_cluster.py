@@ -4,10 +4,20 @@ from typing import Any
 import pytest
 import yaml
 
-from pdserve.config.base import lay_over, parse_assignment, parse_settings, read_yaml
-from pdserve.config.cluster import ClusterSettings, example_yaml, parse_cluster_settings
-from pdserve.config.processes import RouterSettings, WorkerSettings
+from pdserve.config.base import Settings, lay_over, parse_assignment, parse_settings, read_yaml
+from pdserve.config.cluster import (
+    ClusterSettings,
+    DecodePool,
+    PrefillPool,
+    RouterPool,
+    example_yaml,
+    parse_cluster_settings,
+)
+from pdserve.config.processes import EngineSettings, RouterSettings, WorkerSettings
 from pdserve.domain.errors import LocalFault
+from pdserve.domain.messages import Role
+
+CHAT = {"name": "chat", "ttft_s": 1.0, "tpot_s": 0.1}
 
 
 def read(path: Path, flags: dict[str, object]) -> ClusterSettings:
@@ -32,13 +42,17 @@ def problem(data: object) -> str:
         ({"decode": {"replicas": 0}}, "decode.replicas: Input should be greater than or equal"),
         ({"decode": 3}, "decode: "),
         ({"router": {"port": 70000}}, "router.port: "),
-        ({"router": {"port": 7, "internal_port": 7}}, "router.internal_port must differ"),
+        ({"router": {"port": 7, "internal_port": 7}}, "router: port and internal_port must differ"),
         ({"router": {"policy": "best"}}, "router.policy: Input should be 'least_total_time' or '"),
         ({"decode": {"queue_order": "lifo"}}, "decode.queue_order: Input should be 'fcfs' or 'dea"),
         ({"transports": []}, "transports: "),
         ({"transports": ["rdma"]}, "transports.0: "),
         ({"timers": {"drain_s": float("nan")}}, "timers.drain_s: "),
         ({"engine": "timed"}, "engine: timed needs coefficients"),
+        ({"decode": {"max_num_waiting": 8}}, "decode.max_num_waiting: is called max_num_queued"),
+        ({"decode": {"max_num_queued": 0}}, "decode.max_num_queued: Input should be greater than"),
+        ({"router": {"slo": [CHAT, CHAT]}}, "router.slo: each class needs a name of its own"),
+        ({"router": {"slo": [{**CHAT, "nam": 1}]}}, "router.slo.0.nam: unknown field"),
         ([], "expected a mapping of settings, got list"),
     ],
 )
@@ -119,6 +133,57 @@ def test_every_worker_gets_its_pool_and_what_the_pools_share() -> None:
     assert {worker.engine.block_size for worker in workers} == {8}
     assert {worker.routers for worker in workers} == {("127.0.0.1:9",)}
     assert {worker.timers.drain_s for worker in workers} == {5.0}
+
+
+def test_blocks_of_a_pool_are_those_of_the_cluster_unless_it_has_its_own() -> None:
+    settings = ClusterSettings.model_validate({"num_blocks": 30, "decode": {"num_blocks": 20}})
+    workers = settings.worker_settings("")
+    assert [(each.role, each.engine.num_blocks) for each in workers] == [
+        ("prefill", 30),
+        ("decode", 20),
+    ]
+
+
+def test_a_pool_may_have_a_hundred_workers_and_each_its_name_and_metrics_port() -> None:
+    settings = ClusterSettings.model_validate({"decode": {"replicas": 100, "metrics_port": 8000}})
+    workers = settings.worker_settings("")[1:]
+    assert [each.worker_id for each in workers] == [f"decode-{index}" for index in range(100)]
+    assert [each.metrics_port for each in workers] == list(range(8000, 8100))
+
+
+def test_what_is_said_of_a_process_is_all_of_it_or_only_what_was_given() -> None:
+    settings = ClusterSettings.model_validate(
+        {"timers": {"drain_s": 5}, "router": {"port": 0}, "decode": {"max_step_tokens": 9}}
+    )
+    assert settings.router_data(only_given=True) == {"timers": {"drain_s": 5.0}, "port": 0}
+    given = settings.worker_data(Role.DECODE, only_given=True)
+    assert (given["timers"], given["engine"], given["max_step_tokens"]) == ({"drain_s": 5.0}, {}, 9)
+    for name in ("max_num_requests", "transports", "metrics_port"):
+        assert name not in given
+        assert name in settings.worker_data(Role.DECODE)
+    assert RouterSettings.model_validate(settings.router_data()) == settings.router_settings()
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        (RouterSettings, ClusterSettings),
+        (RouterSettings, RouterPool),
+        (EngineSettings, ClusterSettings),
+        (WorkerSettings, ClusterSettings),
+        (WorkerSettings, PrefillPool),
+        (WorkerSettings, DecodePool),
+    ],
+)
+def test_a_field_of_a_process_is_in_a_cluster_file_what_it_is_to_the_process(
+    kind: type[Settings], part: type[Settings]
+) -> None:
+    shared = set(part.model_fields) & set(kind.model_fields)
+    if kind is WorkerSettings:
+        shared -= {"engine", "metrics_port"}  # a name of an engine; ports counted up from one
+    assert len(shared) > 2
+    for name in shared:
+        assert repr(part.model_fields[name]) == repr(kind.model_fields[name]), name
 
 
 def test_no_prefill_workers_is_colocated_serving() -> None:

@@ -44,7 +44,7 @@ def intake_of(
     num_blocks: int, order: QueueOrder = "fcfs", **changes: Any
 ) -> tuple[Intake, BlockPool]:
     pool = BlockPool(num_blocks)
-    fields = {"max_num_requests": 8, "max_num_waiting": 8, "queue_s": 10.0, **changes}
+    fields = {"max_num_requests": 8, "max_num_queued": 8, "queue_s": 10.0, **changes}
     clock = asyncio.get_running_loop().time
     discipline = DISCIPLINES[order]
     return Intake(pool, block_size=BLOCK_SIZE, discipline=discipline, clock=clock, **fields), pool
@@ -102,7 +102,7 @@ async def test_places_are_limited_as_blocks_are() -> None:
 
 @virtual
 async def test_full_queue_refuses_at_once_with_advice() -> None:
-    intake, _ = intake_of(1, max_num_waiting=1)
+    intake, _ = intake_of(1, max_num_queued=1)
     await intake.admit(request_of(1))
     waiting = asyncio.create_task(intake.admit(request_of(1)))
     await asyncio.sleep(0)

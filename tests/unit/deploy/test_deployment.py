@@ -3,6 +3,7 @@ from hypothesis import strategies as st
 
 from deploy.deployment import Deployment, deployment_of_cluster
 from pdserve.config.cluster import ClusterSettings
+from pdserve.domain.messages import Role
 
 
 def deployment(num_prefill: int, num_decode: int) -> Deployment:
@@ -13,7 +14,7 @@ def deployment(num_prefill: int, num_decode: int) -> Deployment:
     )
 
 
-def cores(pinned: Deployment, role: str) -> list[set[int]]:
+def cores(pinned: Deployment, role: Role) -> list[set[int]]:
     return [set(worker.settings.cpus) for worker in pinned.of_role(role)]
 
 
@@ -23,7 +24,7 @@ def test_roles_never_share_a_core_and_no_worker_goes_without(
 ) -> None:
     cpus = range(7, 7 + num_cpus)
     pinned = deployment(num_prefill, num_decode).pinned_to(cpus)
-    readers, writers = cores(pinned, "prefill"), cores(pinned, "decode")
+    readers, writers = cores(pinned, Role.PREFILL), cores(pinned, Role.DECODE)
     assert all([*readers, *writers])
     used_by = [set().union(*pool) for pool in (readers, writers)]
     assert not used_by[0] & used_by[1]

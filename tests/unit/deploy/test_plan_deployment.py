@@ -10,6 +10,7 @@ from deploy.deployment import Deployment
 from deploy.opening import read_deployment
 from pdserve.config.override import ModelOverride
 from pdserve.domain.errors import LocalFault
+from pdserve.domain.messages import Role
 from tests.support.plans import STEP_TIMES, plan, pool
 
 
@@ -30,7 +31,7 @@ def test_pools_become_workers_with_the_plans_limits(tmp_path: Path) -> None:
         assert settings.engine.num_blocks == (500 if settings.role == "prefill" else 1000)
         assert worker.num_gpus == 0
     assert {
-        worker.settings.max_local_prefill_tokens for worker in deployment.of_role("decode")
+        worker.settings.max_local_prefill_tokens for worker in deployment.of_role(Role.DECODE)
     } == {0}
     router = deployment.router
     assert (router.max_num_waiting, router.max_wait_s) == (40, 2.0)
@@ -70,7 +71,7 @@ def test_plan_that_limits_no_number_leaves_the_workers_their_own_limit(tmp_path:
     limits = {**plan()["limits"], "max_num_waiting": 0}
     deployment = opened(tmp_path, plan(limits=limits))
     assert deployment.router.max_num_waiting == 0
-    assert {worker.settings.max_num_waiting for worker in deployment.workers} == {256}
+    assert {worker.settings.max_num_queued for worker in deployment.workers} == {256}
 
 
 def test_timed_pipelines_are_said_to_be_slower_than_planned(tmp_path: Path) -> None:
@@ -81,9 +82,36 @@ def test_timed_pipelines_are_said_to_be_slower_than_planned(tmp_path: Path) -> N
 
 def test_cells_multiply_the_pools(tmp_path: Path) -> None:
     deployment = opened(tmp_path, plan(cells=3))
-    assert len(deployment.of_role("prefill")) == 6
-    assert len(deployment.of_role("decode")) == 9
+    assert len(deployment.of_role(Role.PREFILL)) == 6
+    assert len(deployment.of_role(Role.DECODE)) == 9
     assert len({worker.name for worker in deployment.workers}) == 15
+
+
+def test_pools_of_one_role_keep_what_is_their_own_and_are_numbered_through(tmp_path: Path) -> None:
+    slow = {**STEP_TIMES, "fixed_s": 0.5}
+    pools = [
+        pool("prefill", 2, kv_tokens=800, step_times=STEP_TIMES),
+        pool("decode", 70, kv_tokens=1600, step_times=STEP_TIMES),
+        pool("prefill", 1, tp=2, kv_tokens=80, step_times=slow),
+        pool("colocated", 30, kv_tokens=2400, step_times=slow),
+    ]
+    given = ("prefill.max_num_requests=3", "decode.metrics_port=9000")
+    deployment = opened(tmp_path, plan(pools=pools), *given, flags={"engine": "timed"})
+    readers, writers = deployment.of_role(Role.PREFILL), deployment.of_role(Role.DECODE)
+    assert [each.name for each in readers] == ["prefill-0", "prefill-1", "prefill-2"]
+    engines = [each.settings.engine for each in readers]
+    assert [(each.num_blocks, each.tp) for each in engines] == [(100, 1), (100, 1), (10, 2)]
+    assert [each.coefficients and each.coefficients.fixed_s for each in engines] == [
+        *(0.001, 0.001),
+        0.5,
+    ]
+    assert [each.name for each in writers] == [f"decode-{index}" for index in range(100)]
+    assert [each.settings.metrics_port for each in writers] == list(range(9000, 9100))
+    assert [each.settings.engine.num_blocks for each in writers] == [200] * 70 + [300] * 30
+    assert [each.settings.reads for each in writers] == ["none"] * 70 + ["own"] * 30
+    assert {each.settings.max_num_requests for each in readers} == {3}
+    assert {each.settings.max_num_requests for each in writers} == {12}
+    assert deployment.router.max_num_requests == 100 * 12 + 40
 
 
 def test_override_of_the_plan_reaches_every_worker_unless_another_is_given(tmp_path: Path) -> None:
@@ -95,6 +123,10 @@ def test_override_of_the_plan_reaches_every_worker_unless_another_is_given(tmp_p
     deployment = opened(tmp_path, plan(override_config=short), flags=flags)
     given = {worker.settings.engine.override_config for worker in deployment.workers}
     assert given == {ModelOverride(max_context_tokens=32)}
+    both = "override_config.max_position_embeddings=128"
+    deployment = opened(tmp_path, plan(override_config=short), both)
+    given = {worker.settings.engine.override_config for worker in deployment.workers}
+    assert given == {ModelOverride(max_context_tokens=64, max_position_embeddings=128)}
 
 
 def test_scaling_keeps_one_of_each_and_says_so(tmp_path: Path) -> None:
@@ -115,8 +147,8 @@ def test_flags_win_over_the_plan(tmp_path: Path) -> None:
     )
     assert deployment.router.model == "demo-draft"
     assert deployment.router.port == 0
-    assert {w.settings.engine.num_blocks for w in deployment.of_role("decode")} == {7}
-    assert {w.settings.engine.num_blocks for w in deployment.of_role("prefill")} == {500}
+    assert {w.settings.engine.num_blocks for w in deployment.of_role(Role.DECODE)} == {7}
+    assert {w.settings.engine.num_blocks for w in deployment.of_role(Role.PREFILL)} == {500}
 
 
 def test_timed_engines_run_on_the_step_times_of_their_own_pool(tmp_path: Path) -> None:
@@ -145,7 +177,7 @@ def test_workers_read_what_the_plan_has_for_their_pool(tmp_path: Path) -> None:
         "decode-1": "own",
         "decode-2": "own",
     }
-    for worker in deployment.of_role("decode"):
+    for worker in deployment.of_role(Role.DECODE):
         assert worker.settings.max_local_prefill_tokens == 0
 
 
@@ -154,7 +186,7 @@ def test_decode_workers_of_a_cluster_file_read_their_own_where_it_has_no_prefill
     tmp_path: Path, num_prefill: int, reads: str
 ) -> None:
     deployment = opened(tmp_path, {"prefill": {"replicas": num_prefill}})
-    assert [worker.settings.reads for worker in deployment.of_role("decode")] == [reads]
+    assert [worker.settings.reads for worker in deployment.of_role(Role.DECODE)] == [reads]
 
 
 def test_gpus_of_the_catalogue_are_asked_for_by_rank(tmp_path: Path) -> None:
@@ -170,7 +202,7 @@ def test_gpus_of_the_catalogue_are_asked_for_by_rank(tmp_path: Path) -> None:
     assert (first.gpu, first.num_gpus, first.gpus_per_node) == ("h100_sxm", 4, 8)
     assert first.settings.engine.device == "cuda"
     assert (first.settings.engine.tp, first.settings.engine.pp) == (2, 2)
-    nodes = [worker.node for worker in deployment.of_role("decode")]
+    nodes = [worker.node for worker in deployment.of_role(Role.DECODE)]
     assert nodes == ["h200_sxm:0", "h200_sxm:1", "cell 1 h200_sxm:0", "cell 1 h200_sxm:1"]
 
 
@@ -178,6 +210,23 @@ def test_gpu_plan_on_the_cpu_says_that_its_prediction_does_not_hold(tmp_path: Pa
     data = plan(pools=[{**pool("prefill", 1), "gpu": "h100"}, {**pool("decode", 1), "gpu": "h100"}])
     deployment = opened(tmp_path, data, flags={"device": "cpu"})
     assert deployment.notes == ("the plan is for GPUs: its prediction does not hold on the CPU",)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("decode.num_block=7", "decode.num_block: unknown field; did you mean num_blocks?"),
+        ("decode.max_num_waiting=7", "decode.max_num_waiting: is called max_num_queued"),
+        ("dtype=int4", "dtype: Input should be"),
+        ("router.port=7451", "router: port and internal_port must differ"),
+    ],
+)
+def test_bad_options_beside_a_plan_are_named_as_they_were_given(
+    tmp_path: Path, given: str, said: str
+) -> None:
+    with pytest.raises(LocalFault) as caught:
+        opened(tmp_path, plan(), given)
+    assert said in caught.value.message
 
 
 @pytest.mark.parametrize(
@@ -189,6 +238,11 @@ def test_gpu_plan_on_the_cpu_says_that_its_prediction_does_not_hold(tmp_path: Pa
         ({"pools": [{**pool("colocated", 1), "gpu": "h101"}]}, "did you mean "),
         ({"pools": [{**pool("colocated", 1), "gpu": "my-chip"}]}, "--gpus-file"),
         ({"modle": "demo"}, "did you mean model?"),
+        ({"slo": [{"name": "a\nb", "ttft_s": 1, "tpot_s": 1}]}, "slo.0.name: String should match"),
+        (
+            {"slo": [{"name": f"c{index}", "ttft_s": 1, "tpot_s": 1} for index in range(17)]},
+            "slo: Tuple should have at most 16 items",
+        ),
     ],
 )
 def test_bad_plans_are_named(tmp_path: Path, changes: dict[str, object], said: str) -> None:

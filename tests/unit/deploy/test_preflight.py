@@ -2,12 +2,15 @@ import socket
 from pathlib import Path
 
 import pytest
+import yaml
 
 from deploy import preflight
 from deploy.deployment import deployment_of_cluster
+from deploy.opening import read_deployment
 from deploy.preflight import Footprint, available_bytes, check_deployment
 from pdserve.config.cluster import ClusterSettings
 from pdserve.domain.errors import LocalFault
+from tests.support.plans import plan, pool
 
 FREE_PORTS = {"router": {"port": 0, "internal_port": 0}}
 
@@ -38,6 +41,40 @@ def test_port_in_use_is_named_with_what_to_do(flag: str) -> None:
             check_cluster(settings(router={"port": 0, "internal_port": 0, name: port}))
     assert f"port {port} on 127.0.0.1 is in use" in caught.value.message
     assert caught.value.message.endswith(flag)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"prefill": {"metrics_port": 65535, "replicas": 2}},
+            "prefill-1 would get 65536, ",
+        ),
+        (
+            {"prefill": {"metrics_port": 7500}, "decode": {"metrics_port": 7499, "replicas": 2}},
+            "decode-1 would get 7500, which prefill-0.metrics_port has",
+        ),
+        (
+            {"router": {"port": 7460, "internal_port": 0, "metrics_port": 7460}},
+            "router would get 7460, which router.port has",
+        ),
+    ],
+)
+def test_metrics_ports_that_cannot_be_are_named(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(LocalFault, match=f"metrics_port: {said}"):
+        check_cluster(settings(**changes))
+
+
+def test_metrics_ports_of_a_plans_pools_are_counted_up_over_all_pools_of_a_role(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "plan.yaml"
+    pools = [pool("prefill", 1), pool("decode", 2), pool("decode", 2)]
+    path.write_text(yaml.safe_dump(plan(pools=pools)))
+    ports = {"router.port": 0, "router.internal_port": 0, "decode.metrics_port": 65533}
+    with pytest.raises(LocalFault, match="metrics_port: decode-3 would get 65536"):
+        check_deployment(read_deployment(path, ports, ()))
+    check_deployment(read_deployment(path, {**ports, "decode.metrics_port": 65532}, ()))
 
 
 def test_unknown_model_directory_is_named(tmp_path: Path) -> None:

@@ -23,5 +23,5 @@ def test_last_words_are_the_end_of_the_log(tmp_path: Path) -> None:
 
 def test_only_workers_have_blocks(tmp_path: Path) -> None:
     worker = WorkerSettings(role="decode", worker_id="decode-0")
-    assert LocalProcess("decode-0", "decode", worker, tmp_path).num_blocks == 1024
+    assert LocalProcess("decode-0", worker.role, worker, tmp_path).num_blocks == 1024
     assert LocalProcess("router", "router", RouterSettings(), tmp_path).num_blocks == 0

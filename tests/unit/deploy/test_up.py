@@ -8,6 +8,7 @@ from deploy.opening import read_deployment
 from deploy.up import DEFAULT_ADDRESSES
 from pdserve.config.processes import RouterSettings
 from pdserve.domain.errors import LocalFault
+from pdserve.domain.messages import Role
 
 
 def opened(flags: dict[str, object], *assignments: str) -> Deployment:
@@ -26,7 +27,7 @@ def test_assignments_are_yaml_and_flags_win_over_them() -> None:
         {"decode.replicas": 3},
         *("decode.replicas=2", "prefix_reuse=false", "transports=[tcp]", "timers.drain_s=1.5"),
     )
-    assert len(deployment.of_role("decode")) == 3
+    assert len(deployment.of_role(Role.DECODE)) == 3
     settings = deployment.workers[0].settings
     assert settings.engine.prefix_reuse is False
     assert settings.transports == ("tcp",)

@@ -8,7 +8,7 @@ from placement.search.bounds import Bounds
 from placement.search.designs import Worker
 from placement.search.phase_times import phase_times
 from placement.simulation.timing import StepTiming
-from placement.simulation.values import Pool, PoolRole, Rules, SloClass
+from placement.simulation.values import Pool, PoolRole, Rules, TrafficClass
 
 TERMS = StepCoefficients(
     fixed_s=0.001,
@@ -52,7 +52,7 @@ def test_a_line_of_two_points_goes_on_to_any_batch(pp: int) -> None:
 
 
 def test_places_are_for_those_who_are_read_as_well_as_for_the_batch() -> None:
-    slo = SloClass(ttft_s=OUTPUT * 0.02, tpot_s=0.02)  # reading may take as long as answering
+    slo = TrafficClass(ttft_s=OUTPUT * 0.02, tpot_s=0.02)  # reading may take as long as answering
     worker = decode_worker()
     bounds = Bounds(
         [worker], Rules.PDSERVE, (slo,), SAMPLE, gap_cv=1.0, max_step_tokens=512, max_batch=512

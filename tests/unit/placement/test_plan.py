@@ -17,7 +17,7 @@ from placement.search.bursts import burst_above
 from placement.search.results import PlanResult
 from placement.search.traffic import Traffic
 from placement.simulate import Simulator
-from placement.simulation.values import PdserveOptions, Rules, SloClass, SplitwiseOptions
+from placement.simulation.values import PdserveOptions, Rules, SplitwiseOptions, TrafficClass
 from placement.solver import solve
 from tests.support.plan_inputs import small_inputs
 
@@ -192,7 +192,7 @@ def test_limits_refuse_nobody_of_the_recorded_bursts_that_the_plan_was_made_for(
         max_wait_s=plan.limits.max_wait_s,
     )
     simulator = Simulator(result.design.config(Rules.PDSERVE, (), limits, SplitwiseOptions()))
-    traffic = Traffic(inputs.workload, (SloClass(ttft_s=slo["ttft_s"], tpot_s=0.2),))
+    traffic = Traffic(inputs.workload, (TrafficClass(ttft_s=slo["ttft_s"], tpot_s=0.2),))
     for seed in range(result.prediction.num_seeds):
         trace, _ = traffic.trace(seed, result.prediction.rate, result.prediction.horizon_s)
         assert simulator.run(trace).num_refused == 0

@@ -21,10 +21,10 @@ from placement.report import (
     render_report,
     write_report,
 )
-from placement.simulation.values import SloClass
+from placement.simulation.values import TrafficClass
 
 CURVES = Curves(
-    slo=(SloClass(ttft_s=0.2, tpot_s=0.1),),
+    slo=(TrafficClass(ttft_s=0.2, tpot_s=0.1),),
     attainment=AttainmentCurve(
         planned_rate=4.0,
         rates=(2.0, 4.0, 8.0),

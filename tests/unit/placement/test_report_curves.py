@@ -15,7 +15,7 @@ from placement.report import (
 from placement.simulate import simulate
 from placement.simulation.summary import summarise
 from placement.simulation.timing import StepTiming
-from placement.simulation.values import Pool, PoolRole, SimulationConfig, SloClass
+from placement.simulation.values import Pool, PoolRole, SimulationConfig, TrafficClass
 
 TIMING = StepTiming.of_coefficients(
     StepCoefficients(
@@ -26,11 +26,11 @@ TIMING = StepTiming.of_coefficients(
         decode_context_token_s=0.0,
     )
 )
-SLO = SloClass(ttft_s=0.06, tpot_s=0.01, attainment=0.9)
+SLO = TrafficClass(ttft_s=0.06, tpot_s=0.01, attainment=0.9)
 NUM = 600
 
 
-def config(num_prefill: int, slo: tuple[SloClass, ...] = (SLO,)) -> SimulationConfig:
+def config(num_prefill: int, slo: tuple[TrafficClass, ...] = (SLO,)) -> SimulationConfig:
     pools = (
         Pool(role=PoolRole.PREFILL, replicas=num_prefill, timing=TIMING),
         Pool(role=PoolRole.DECODE, replicas=2, timing=TIMING),
@@ -75,8 +75,8 @@ def test_attainment_is_what_a_simulation_at_that_rate_says() -> None:
 
 def test_every_class_has_its_curve() -> None:
     slo = (
-        SloClass(ttft_s=0.06, tpot_s=0.01, name="chat", share=0.5),
-        SloClass(ttft_s=1.0, tpot_s=0.05, name="batch", share=0.5),
+        TrafficClass(ttft_s=0.06, tpot_s=0.01, name="chat", share=0.5),
+        TrafficClass(ttft_s=1.0, tpot_s=0.05, name="batch", share=0.5),
     )
     curve = attainment_curve(config(1, slo), workload(), 40.0, shares=(1.0,))
     chat, batch = curve.classes

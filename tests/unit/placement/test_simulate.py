@@ -25,7 +25,7 @@ from placement.simulation.values import (
     PoolRole,
     SimulationConfig,
     SimulationResult,
-    SloClass,
+    TrafficClass,
 )
 
 COEFFICIENTS = StepCoefficients(
@@ -35,7 +35,7 @@ COEFFICIENTS = StepCoefficients(
     decode_token_s=1e-4,
     decode_context_token_s=1e-7,
 )
-SLO = SloClass(ttft_s=0.5, tpot_s=0.05)
+SLO = TrafficClass(ttft_s=0.5, tpot_s=0.05)
 HANDOFF_S = 0.002
 
 
@@ -135,7 +135,7 @@ def test_deadline_order_reads_the_urgent_prompt_first() -> None:
     load = workload(
         (0.0, 2_000, 2), (0.001, 2_000, 2), (0.002, 100, 2), class_index=np.array([1, 1, 0])
     )
-    slo = (SloClass(ttft_s=0.1, tpot_s=1), SloClass(ttft_s=5, tpot_s=1))
+    slo = (TrafficClass(ttft_s=0.1, tpot_s=1), TrafficClass(ttft_s=5, tpot_s=1))
     fcfs = run(pair(), load, slo=slo)
     urgent = run(pair(), load, PdserveOptions(prefill_order="deadline"), slo=slo)
     assert urgent.ttft_s[2] < fcfs.ttft_s[2] / 3
@@ -218,7 +218,7 @@ def test_an_interval_holds_its_share_and_widens_with_runs_of_misses() -> None:
 
 
 def test_classes_are_drawn_by_share_and_the_same_each_time() -> None:
-    slo = (SloClass(ttft_s=1, tpot_s=1, share=3), SloClass(ttft_s=1, tpot_s=1, share=1))
+    slo = (TrafficClass(ttft_s=1, tpot_s=1, share=3), TrafficClass(ttft_s=1, tpot_s=1, share=1))
     classes = assign_classes(10_000, slo)
     assert float(np.mean(classes == 0)) == pytest.approx(0.75, abs=0.02)
     assert classes.tolist() == assign_classes(10_000, slo).tolist()

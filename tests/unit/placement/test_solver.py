@@ -5,12 +5,12 @@ import re
 
 import pytest
 
-from bench.planner.optimality import all_designs, two_type_question
 from pdserve.domain.errors import LocalFault
 from placement.plan_inputs import parse_inputs
 from placement.search.problem import new_problem
 from placement.search.results import NoPlan, PlanResult
 from placement.solver import solve
+from tests.support.exhaustive import all_designs, two_type_question
 from tests.support.plan_inputs import small_inputs, two_type_inputs
 
 

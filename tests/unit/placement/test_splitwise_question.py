@@ -2,19 +2,24 @@
 
 import pytest
 
-from bench.planner.splitwise import all_designs, exhaust, machines_apart, question
 from placement.plan_inputs import PlanInputs
 from placement.search.choose import new_evaluator
 from placement.search.problem import new_problem
 from placement.search.results import PlanResult
 from placement.simulation.values import PoolRole
 from placement.solver import solve
+from tests.support.exhaustive import (
+    designs_up_to,
+    exhaust,
+    machines_apart,
+    splitwise_question,
+)
 
 SHORT_S = 60.0
 
 
 def short(goal: str) -> PlanInputs:
-    inputs = question("llama2-70b", "azure-conv", goal, seed=0, seeds=1)
+    inputs = splitwise_question("llama2-70b", "azure-conv", goal, seed=0, seeds=1)
     search = inputs.search.model_copy(update={"duration_s": SHORT_S})
     return inputs.model_copy(update={"search": search})
 
@@ -56,13 +61,13 @@ def test_few_cheaper_designs_are_all_listed_from_the_cheapest_up() -> None:
     prices = [problem.price(other) for other in cheaper]
     assert prices == sorted(prices)
     limit = problem.price(design) * (1 - 1e-6)
-    assert set(cheaper) == {other for _, other in all_designs(problem, limit)}
+    assert set(cheaper) == {other for _, other in designs_up_to(problem, limit)}
     assert problem.space.cheaper(design, problem.price, len(cheaper) - 1) is None
     assert problem.space.cheaper(design, problem.price, 1) is None
 
 
 def test_corrected_answer_mixes_types_in_a_pool_where_that_is_cheaper() -> None:
-    inputs = question("llama2-70b", "azure-conv", "cost", seed=0, seeds=1)
+    inputs = splitwise_question("llama2-70b", "azure-conv", "cost", seed=0, seeds=1)
     result = solve(inputs)
     assert isinstance(result, PlanResult)
     assert result.corrected is not None

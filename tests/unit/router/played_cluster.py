@@ -7,6 +7,7 @@ from random import Random
 from types import MappingProxyType
 from typing import Any
 
+from pdserve.config.processes import SloClass
 from pdserve.config.timers import Timers
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch
 from pdserve.domain.messages import Cancel, PeerHello, RequestOutput, StepOutputs, Submit
@@ -21,7 +22,7 @@ from router.in_flight import InFlight
 from router.membership import Member, Membership
 from router.policy import least_total_time
 from router.requests import Chunk, GenerateCall
-from router.slo import SloBook, SloClass
+from router.slo import SloBook
 from tests.unit.router.builders import make_hello
 
 TIMERS = Timers(suspect_s=1e6, dead_s=2e6)

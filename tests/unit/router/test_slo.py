@@ -1,11 +1,12 @@
 import pytest
 
+from pdserve.config.processes import SloClass
 from pdserve.domain.errors import BadRequest
 from router.in_flight import Outcome
-from router.slo import Seen, SloBook, SloClass, SloResult, judge
+from router.slo import Seen, SloBook, SloResult, judge
 
 CHAT = SloClass(name="chat", ttft_s=1.0, tpot_s=0.1)
-BATCH = SloClass(name="batch", ttft_s=30.0, tpot_s=1.0, target=0.5)
+BATCH = SloClass(name="batch", ttft_s=30.0, tpot_s=1.0, attainment=0.5)
 
 
 def seen(ttft_s: float | None = None, tpot_s: float | None = None, total_s: float = 9.0) -> Seen:
