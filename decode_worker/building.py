@@ -64,7 +64,7 @@ async def open_decode_worker(
             block_size=spec.layout.block_size,
             max_num_requests=settings.max_num_requests,
             max_num_queued=settings.max_num_queued,
-            discipline=DISCIPLINES[settings.queue_order],
+            discipline=DISCIPLINES[settings.queue_order or "fcfs"],
             queue_s=timers.queue_s,
             clock=parts.clock,
         )

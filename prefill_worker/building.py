@@ -41,7 +41,7 @@ async def open_prefill_worker(
         max_step_tokens=settings.max_step_tokens,
         max_num_active=settings.max_num_requests,
         max_num_queued=settings.max_num_queued,
-        discipline=DISCIPLINES[settings.queue_order],
+        discipline=DISCIPLINES[settings.queue_order or "deadline"],
         lease_s=timers.lease_s,
         clock=parts.clock,
         watch=watch,

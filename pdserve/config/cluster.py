@@ -12,8 +12,6 @@ from pydantic import BaseModel, Field
 
 from pdserve.config.base import Settings, lay_over, parse_settings
 from pdserve.config.processes import (
-    ORDER_OF_ROLE,
-    QUEUE_ORDER,
     DecodeLimits,
     EngineSettings,
     ProcessSettings,
@@ -27,7 +25,6 @@ from pdserve.config.processes import (
 )
 from pdserve.domain.addresses import is_loopback
 from pdserve.domain.messages import READS_OF_ROLE, Reads, Role
-from pdserve.domain.waiting import QueueOrder
 
 
 class RouterPool(RouterLimits, RouterPorts):
@@ -57,8 +54,6 @@ class WorkerPool(Settings):
 
 class PrefillPool(WorkerLimits, WorkerPool):
     """Workers that read prompts. With 0 replicas the decode workers read them (colocated)."""
-
-    queue_order: QueueOrder = Field(ORDER_OF_ROLE[Role.PREFILL], description=QUEUE_ORDER)
 
 
 class DecodePool(DecodeLimits, WorkerPool):

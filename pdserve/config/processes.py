@@ -100,8 +100,6 @@ class SloClass(Settings):
 
 
 POLICY = "what is least where a request goes: least_total_time or least_requests"
-QUEUE_ORDER = "who of those that wait here is next: fcfs, or deadline (who leaves first)"
-ORDER_OF_ROLE: Mapping[Role, QueueOrder] = {Role.PREFILL: "deadline", Role.DECODE: "fcfs"}
 
 
 class RouterPorts(Settings):
@@ -235,9 +233,10 @@ class WorkerLimits(Settings):
 
     max_num_requests: int = Field(64, ge=1, description="computed at once by a worker")
     max_num_queued: int = Field(256, ge=1, description="queued at a worker; more are refused")
-    queue_order: QueueOrder = Field(
-        default_factory=lambda earlier: ORDER_OF_ROLE[earlier.get("role", Role.DECODE)],
-        description=QUEUE_ORDER,
+    queue_order: QueueOrder | None = Field(
+        None,
+        description="who of those that wait here is next: fcfs, or deadline (who leaves first); "
+        "null: deadline at prefill workers, fcfs at decode workers",
     )
     max_step_tokens: int = Field(512, ge=1, description="prompt tokens in one engine step at most")
 

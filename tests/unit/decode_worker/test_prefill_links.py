@@ -109,7 +109,7 @@ def test_worker_that_kv_cannot_come_from_is_refused_before_anything_is_asked(
             peer = await pair.script_prefill()
             hello = dataclasses.replace(hello_of(peer.name, Epoch(1), (peer.region,)), **change)
 
-            async def connect(address: str) -> PrefillLink:
+            async def connect(address: str, timers: Timers) -> PrefillLink:
                 theirs, peer.stream = memory_stream_pair("decode-0", peer.name)
                 peer.stream.try_send(hello)
                 return theirs

@@ -48,7 +48,7 @@ def test_policy_and_orders_are_those_of_the_plan_unless_others_are_given(tmp_pat
     default = opened(tmp_path, plan())
     assert default.router.policy == "least_total_time"
     orders = {worker.settings.role: worker.settings.queue_order for worker in default.workers}
-    assert orders == {"prefill": "deadline", "decode": "fcfs"}
+    assert orders == {"prefill": None, "decode": None}, "its role's own"
     other = plan(policy="least_requests")
     other["pools"] = [{**each, "queue_order": "deadline"} for each in other["pools"]]
     deployment = opened(tmp_path, other, "prefill.queue_order=fcfs")
