@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from kvtransfer.transports.base import MayRead
-from kvtransfer.transports.block_runs import block_runs, check_read
+from kvtransfer.transports.block_runs import check_read
 from kvtransfer.transports.sockets import recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
     MAX_BLOCKS_PER_REQUEST,
@@ -263,12 +263,7 @@ class TcpTransport:
     async def _recv_blocks(
         self, sock: socket.socket, memory: KvMemory, local_blocks: Sequence[BlockId]
     ) -> None:
-        """The reply has the blocks in order; neighbours here are one buffer."""
-        block_bytes = memory.layout.block_bytes
-        targets = [
-            memory.bytes[run.local * block_bytes : (run.local + run.count) * block_bytes]
-            for run in block_runs(range(len(local_blocks)), local_blocks)
-        ]
+        targets = [memory.block(block) for block in local_blocks]
         try:
             await recv_all(sock, targets, self._idle_timeout_s)
         finally:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from kvtransfer.transports.base import MayRead
-from kvtransfer.transports.sockets import BYTES_PER_TURN, recv_all, send_all, wait_readable
+from kvtransfer.transports.sockets import BYTES_PER_CALL, recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
     REQUEST_HEADER_BYTES,
     TOKEN_BYTES,
@@ -133,8 +133,7 @@ class TcpRegionServer:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             task = asyncio.current_task()
             wait_s = self._limits.idle_timeout_s
-            while await self._await_request(sock, wait_s):
-                block_ids = await self._receive_request(sock)
+            while block_ids := await self._receive_request(sock, wait_s):
                 if task is not None:
                     self._new.pop(task, None)
                 await self._reply(sock, block_ids)
@@ -146,19 +145,20 @@ class TcpRegionServer:
             self.num_dropped_connections += 1
             log.exception("kv_server.connection_broken")
 
-    async def _await_request(self, sock: socket.socket, timeout_s: float) -> bool:
-        """False if the peer closed, or did not ask for so long."""
-        with contextlib.suppress(TimeoutError):
-            await wait_readable(sock, timeout_s)
-            return bool(sock.recv(1, socket.MSG_PEEK))
-        return False
+    async def _receive_request(self, sock: socket.socket, wait_s: float) -> list[BlockId]:
+        """Empty if the peer closes, or does not ask for `wait_s`.
 
-    async def _receive_request(self, sock: socket.socket) -> list[BlockId]:
-        """One deadline for all of it: a peer that sends a byte now and then is not waited for."""
+        One deadline for all of it: a peer that sends a byte now and then is not waited for.
+        """
+        header, num_bytes = bytearray(REQUEST_HEADER_BYTES), 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                num_bytes = await asyncio.get_running_loop().sock_recv_into(sock, header)
+        if num_bytes == 0:
+            return []
         idle_s = self._limits.idle_timeout_s
         async with asyncio.timeout(idle_s):
-            header = bytearray(REQUEST_HEADER_BYTES)
-            await recv_all(sock, [header], idle_s)
+            await recv_all(sock, [memoryview(header)[num_bytes:]], idle_s)
             body = bytearray(4 * decode_request_header(header, self._token))
             await recv_all(sock, [body], idle_s)
         return decode_block_ids(body, self._memory.num_blocks)
@@ -170,7 +170,7 @@ class TcpRegionServer:
             await send_all(sock, [encode_reply(Status.NOT_ON_OFFER, 0)], idle_s)
             return
         block_bytes = self._memory.layout.block_bytes
-        batch_size = max(1, BYTES_PER_TURN // block_bytes)
+        batch_size = max(1, BYTES_PER_CALL // block_bytes)
         async with asyncio.timeout(self._limits.total_timeout_s):
             head = encode_reply(Status.OK, len(block_ids) * block_bytes)
             for first in range(0, len(block_ids), batch_size):

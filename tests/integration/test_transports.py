@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -31,6 +30,8 @@ from kvtransfer.transports.tcp import TcpTransport
 from kvtransfer.transports.tcp_frames import (
     REPLY_HEADER_BYTES,
     REQUEST_HEADER_BYTES,
+    Status,
+    encode_reply,
     encode_request,
 )
 from kvtransfer.transports.tcp_server import TcpRegionServer
@@ -414,7 +415,7 @@ async def test_a_peer_that_trickles_fails_by_the_total_timeout(target: KvMemory)
     async def trickle(sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         await loop.sock_recv(sock, 1)
-        await loop.sock_sendall(sock, struct.pack("<BQ", 0, BLOCK_BYTES))
+        await loop.sock_sendall(sock, encode_reply(Status.OK, BLOCK_BYTES))
         while True:
             await loop.sock_sendall(sock, b"x")
             await asyncio.sleep(0.01)
@@ -443,7 +444,7 @@ async def slow_peer(reply_s: float) -> AsyncIterator[RemoteRegion]:
         loop = asyncio.get_running_loop()
         while await loop.sock_recv(sock, REQUEST_HEADER_BYTES + 4):
             await asyncio.sleep(reply_s)
-            await loop.sock_sendall(sock, struct.pack("<BQ", 0, BLOCK_BYTES) + bytes(BLOCK_BYTES))
+            await loop.sock_sendall(sock, encode_reply(Status.OK, BLOCK_BYTES) + bytes(BLOCK_BYTES))
 
     async with raw_server(answer) as port:
         yield region_at(port)
@@ -752,7 +753,7 @@ async def test_blocks_taken_back_while_they_are_sent_end_the_reply() -> None:
         calls.append(block_ids)
         return len(calls) == 1
 
-    with kv_memory(4, 1 << 20, seed=1) as source, kv_memory(4, 1 << 20) as target:
+    with kv_memory(4, 4 << 20, seed=1) as source, kv_memory(4, 4 << 20) as target:
         transport = tcp_transport()
         server = await transport.serve(source, only_once)
         async with fails_within(NOTICE_S):
