@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.kvtransfer.peer import layout_of
-from kvtransfer.digest import block_digest
 from kvtransfer.transports import open_transports
 from pdserve.config.timers import Timers
 from pdserve.domain.ids import BlockId, HandoffId, RequestId
 from pdserve.domain.messages import RemoteRegion
+from pdserve.engine.digest import block_digest
 from pdserve.engine.kv_memory import KvMemory
 
 MOVED_BYTES = 16 << 20

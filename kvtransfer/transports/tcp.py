@@ -9,8 +9,7 @@ from typing import Any
 
 import structlog
 
-from kvtransfer.transports.base import MayRead
-from kvtransfer.transports.block_runs import check_read
+from kvtransfer.transports.base import MayRead, check_read
 from kvtransfer.transports.sockets import recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
     MAX_BLOCKS_PER_REQUEST,
@@ -25,7 +24,7 @@ from kvtransfer.transports.tcp_server import KEEP_ALIVE_S, ServerLimits, TcpRegi
 from pdserve.domain.errors import TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
-from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.kv_store import KvStore, block_runs
 
 log = structlog.get_logger(__name__)
 
@@ -164,7 +163,7 @@ class TcpTransport:
         )
         self._peers: dict[_Address, _Connections] = {}
 
-    async def serve(self, memory: KvMemory, may_read: MayRead) -> TcpRegionServer:
+    async def serve(self, memory: KvStore, may_read: MayRead) -> TcpRegionServer:
         """Listen; raises `LocalFault` where the port cannot be had."""
         return TcpRegionServer(
             memory,
@@ -189,7 +188,7 @@ class TcpTransport:
         self,
         region: RemoteRegion,
         remote_blocks: Sequence[BlockId],
-        memory: KvMemory,
+        memory: KvStore,
         local_blocks: Sequence[BlockId],
     ) -> None:
         check_read(region, remote_blocks, memory, local_blocks)
@@ -236,7 +235,7 @@ class TcpTransport:
         self,
         peer: _Connections,
         remote_blocks: Sequence[BlockId],
-        memory: KvMemory,
+        memory: KvStore,
         local_blocks: Sequence[BlockId],
     ) -> None:
         try:
@@ -261,9 +260,13 @@ class TcpTransport:
             raise TransferFailed("the peer refuses: the blocks are not on offer")
 
     async def _recv_blocks(
-        self, sock: socket.socket, memory: KvMemory, local_blocks: Sequence[BlockId]
+        self, sock: socket.socket, memory: KvStore, local_blocks: Sequence[BlockId]
     ) -> None:
-        targets = [memory.block(block) for block in local_blocks]
+        if (targets := memory.host_blocks(local_blocks)) is None:
+            staging = bytearray(len(local_blocks) * memory.layout.block_bytes)
+            await recv_all(sock, [staging], self._idle_timeout_s)
+            runs = block_runs(range(len(local_blocks)), local_blocks)
+            return await memory.copy_in(staging, list(runs))
         try:
             await recv_all(sock, targets, self._idle_timeout_s)
         finally:

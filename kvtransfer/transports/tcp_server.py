@@ -24,7 +24,7 @@ from pdserve.config.binding import explain_listening, listen
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
-from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.kv_store import KvStore, block_runs
 
 log = structlog.get_logger()
 
@@ -59,7 +59,7 @@ class TcpRegionServer:
 
     def __init__(
         self,
-        memory: KvMemory,
+        memory: KvStore,
         may_read: MayRead,
         *,
         host: str,
@@ -177,5 +177,13 @@ class TcpRegionServer:
                 batch = block_ids[first : first + batch_size]
                 if first and not self._may_read(batch):
                     raise BadFrame("the blocks were taken back while they were sent")
-                blocks = [self._memory.block(block_id) for block_id in batch]
+                blocks = await self._bytes_of(batch)
                 await send_all(sock, [head, *blocks] if not first else blocks, idle_s)
+
+    async def _bytes_of(self, block_ids: Sequence[BlockId]) -> list[memoryview]:
+        if (blocks := self._memory.host_blocks(block_ids)) is not None:
+            return blocks
+        staging = bytearray(len(block_ids) * self._memory.layout.block_bytes)
+        runs = block_runs(range(len(block_ids)), block_ids)
+        await self._memory.copy_out(staging, list(runs))
+        return [memoryview(staging)]

@@ -21,7 +21,6 @@ import pytest
 import structlog
 import uvloop
 
-from kvtransfer.digest import block_digest
 from kvtransfer.receiver import HandoffReceiver
 from kvtransfer.transports import open_transports
 from kvtransfer.transports.base import MayRead, Transport
@@ -39,6 +38,7 @@ from pdserve.config.timers import Timers
 from pdserve.domain.errors import Reason, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import BlocksOffered, RemoteRegion
+from pdserve.engine.digest import block_digest
 from pdserve.engine.kv_memory import KvMemory
 from tests.support.kv_handoff import blocks, handoff_id, kv_memory
 

@@ -199,9 +199,12 @@ class Run:
         async with WorkerPair(sizes, timers=timers) as self.pair:
             self.pair.make_wire = lambda left, right: UnrulyWire(left, right, self.weather)
             read_s = rng.choice([0.0, 0.01, 0.05])
+            thread_above_bytes = rng.choice([0, 1 << 20])
             self.pair.transport.pause_s = lambda: rng.uniform(0, read_s)
             self.pair.transport.is_corrupt = lambda: rng.random() < self.corrupt_share
             self.pair.transport.asks = rng.random() < 0.5
+            for kv in (self.pair.engine.kv, *(node.engine.kv for node in self.pair.prefill)):
+                kv.thread_above_bytes = thread_above_bytes
             for node in self.pair.prefill:
                 shaky: Any = ShakyEngine(node.engine, lambda: rng.random() < self.failed_share)
                 node.loop._engine = shaky

@@ -21,9 +21,7 @@ from decode_worker.handoff import Handoffs
 from decode_worker.intake import Intake
 from decode_worker.prefill_links import PrefillLinks
 from decode_worker.service import DecodeService
-from kvtransfer.digest import block_digest
-from kvtransfer.transports.base import MayRead
-from kvtransfer.transports.block_runs import check_read
+from kvtransfer.transports.base import MayRead, check_read
 from pdserve.config.timers import Timers
 from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.errors import PeerFault, TransferFailed, WorkerLost
@@ -47,7 +45,9 @@ from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, SampledToken
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
+from pdserve.engine.digest import block_digest
 from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.kv_store import KvStore
 from pdserve.engine.model_files import ModelFiles, resolve_model_dir
 from pdserve.engine.timed_engine import TimedEngine, timed_tokens
 from pdserve.engine.tokenizer import Tokenizer
@@ -143,7 +143,8 @@ class PairTransport:
         self._num_served = 0
         self._served: dict[str, tuple[KvMemory, MayRead]] = {}
 
-    async def serve(self, memory: KvMemory, may_read: MayRead) -> "PairServer":
+    async def serve(self, memory: KvStore, may_read: MayRead) -> "PairServer":
+        assert isinstance(memory, KvMemory)
         self._num_served += 1
         place = str(self._num_served)
         self._served[place] = (memory, may_read)
@@ -165,10 +166,11 @@ class PairTransport:
         self,
         region: RemoteRegion,
         remote_blocks: Sequence[BlockId],
-        memory: KvMemory,
+        memory: KvStore,
         local_blocks: Sequence[BlockId],
     ) -> None:
         check_read(region, remote_blocks, memory, local_blocks)
+        assert isinstance(memory, KvMemory)
         self.num_reads += 1
         for remote, local in zip(remote_blocks, local_blocks, strict=True):
             await asyncio.sleep(self.pause_s())
