@@ -12,10 +12,10 @@ from decode_worker.intake import Intake
 from decode_worker.prefill_links import PrefillLinks
 from decode_worker.service import DecodeService
 from kvtransfer.transports import open_transports
-from kvtransfer.transports.base import Transport
+from kvtransfer.transports.base import End, Transport
 from kvtransfer.transports.faulty import FaultyTransport
 from pdserve.config.processes import WorkerSettings
-from pdserve.domain.ids import PROTOCOL_VERSION, WorkerId
+from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, WorkerId
 from pdserve.domain.messages import HandoffHello, PeerHello
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.calibration import measure_coefficients
@@ -63,9 +63,10 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
             block_bytes=spec.layout.block_bytes,
             transports=settings.transports,
         )
-        transports = _open_transports(settings)
+        transports = _open_transports(settings, epoch)
         for transport in transports:
             stack.push_async_callback(transport.close)
+            await transport.register(engine.kv)
         links = PrefillLinks(
             lambda address: connect_prefill(address, timers),
             HandoffHello(
@@ -149,9 +150,9 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
         log.info("worker.drained")
 
 
-def _open_transports(settings: WorkerSettings) -> tuple[Transport, ...]:
+def _open_transports(settings: WorkerSettings, epoch: Epoch) -> tuple[Transport, ...]:
     transports = open_transports(
-        settings.transports, settings.host, settings.kv_port, timers=settings.timers
+        settings.transports, settings.host, settings.kv_port, timers=settings.timers, end=End(epoch)
     )
     if settings.corrupt_kv_blocks == 0:
         return transports

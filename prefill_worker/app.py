@@ -8,6 +8,7 @@ import structlog
 
 from kvtransfer.session import TERMINAL, Phase
 from kvtransfer.transports import open_transports
+from kvtransfer.transports.base import End
 from pdserve.config.processes import WorkerSettings
 from pdserve.domain.ids import PROTOCOL_VERSION, WorkerId
 from pdserve.domain.messages import HandoffHello
@@ -71,7 +72,7 @@ async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event
         )
         regions = []
         transports = open_transports(
-            settings.transports, settings.host, settings.kv_port, timers=settings.timers
+            settings.transports, settings.host, settings.kv_port, timers=timers, end=End(epoch)
         )
         for transport in transports:
             region_server = await transport.serve(engine.kv, loop.senders.may_read)

@@ -2,8 +2,8 @@
 
 A prefill worker has read a chunk of a prompt, and offers its blocks: 128 of 2 MiB, as 2,000 tokens
 of a large model have. The digests are made on the event loop, or where the KV memory makes them.
-Both take turns in every round. Prints the medians of the longest turn of the loop, in processor time
-of its thread, so that other processes do not count, and of the time until the offer was there.
+Both take turns in every round. Prints the medians of the longest turn of the loop, in processor
+time of its thread, so that other processes do not count, and of the time until the offer was there.
 """
 
 import argparse

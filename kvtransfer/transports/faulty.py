@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from kvtransfer.transports.base import MayRead, RegionServer, Transport
+from kvtransfer.transports.base import MayRead, OnRead, RegionServer, Transport, ignore
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
 from pdserve.engine.kv_store import BlockRun, KvStore
@@ -23,8 +23,13 @@ class FaultyTransport:
         self._inner = inner
         self.corrupt = corrupt
 
-    async def serve(self, memory: KvStore, may_read: MayRead) -> RegionServer:
-        return await self._inner.serve(memory, may_read)
+    async def register(self, memory: KvStore) -> None:
+        await self._inner.register(memory)
+
+    async def serve(
+        self, memory: KvStore, may_read: MayRead, on_read: OnRead = ignore
+    ) -> RegionServer:
+        return await self._inner.serve(memory, may_read, on_read)
 
     def can_reach(self, region: RemoteRegion) -> bool:
         return self._inner.can_reach(region)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from kvtransfer.transports.base import MayRead, check_read
+from kvtransfer.transports.base import MayRead, OnRead, check_read, ignore
 from pdserve.domain.errors import LocalFault, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
@@ -38,6 +38,8 @@ def start_time(pid: int) -> str:
 
 class ShmRegionServer:
     """Nothing runs here: the region can be read for as long as the memory lives."""
+
+    sees_reads = False
 
     def __init__(self, region: RemoteRegion) -> None:
         self.region = region
@@ -123,7 +125,12 @@ class ShmTransport:
         self._attachments: dict[tuple[object, ...], _Attachment] = {}
         self._host = host_identity() if hasattr(os, "pidfd_open") else ""
 
-    async def serve(self, memory: KvStore, may_read: MayRead) -> ShmRegionServer:
+    async def register(self, memory: KvStore) -> None:
+        """Every store can be copied into as it is."""
+
+    async def serve(
+        self, memory: KvStore, may_read: MayRead, on_read: OnRead = ignore
+    ) -> ShmRegionServer:
         """Say where `memory` is; raises `LocalFault` where the system cannot share it."""
         if not isinstance(memory, KvMemory) or memory.fd is None or not self._host:
             raise LocalFault("KV lies in no memfd of this host: use the tcp transport")

@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from kvtransfer.transports.base import MayRead, check_read
+from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, check_read, ignore
 from kvtransfer.transports.sockets import recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
     MAX_BLOCKS_PER_REQUEST,
@@ -142,6 +142,7 @@ class TcpTransport:
         host: str = "127.0.0.1",
         *,
         port: int = 0,
+        end: End = NOBODY,
         advertised_host: str | None = None,
         connect_timeout_s: float,
         idle_timeout_s: float,
@@ -151,6 +152,7 @@ class TcpTransport:
     ) -> None:
         self._host = host
         self._port = port
+        self._end = end
         self._advertised_host = advertised_host or host
         self._connect_timeout_s = connect_timeout_s
         self._idle_timeout_s = idle_timeout_s
@@ -163,11 +165,17 @@ class TcpTransport:
         )
         self._peers: dict[_Address, _Connections] = {}
 
-    async def serve(self, memory: KvStore, may_read: MayRead) -> TcpRegionServer:
+    async def register(self, memory: KvStore) -> None:
+        """What is not the host's memory goes through a copy."""
+
+    async def serve(
+        self, memory: KvStore, may_read: MayRead, on_read: OnRead = ignore
+    ) -> TcpRegionServer:
         """Listen; raises `LocalFault` where the port cannot be had."""
         return TcpRegionServer(
             memory,
             may_read,
+            on_read,
             host=self._host,
             port=self._port,
             advertised_host=self._advertised_host,
@@ -245,7 +253,7 @@ class TcpTransport:
             limit_s = self._connect_timeout_s
             raise TransferFailed(f"the peer took no connection within {limit_s:g} s") from None
         try:
-            request = encode_request(peer.address.token, remote_blocks)
+            request = encode_request(peer.address.token, self._end, remote_blocks)
             await send_all(sock, [request], self._idle_timeout_s)
             header = bytearray(REPLY_HEADER_BYTES)
             await recv_all(sock, [header], self._idle_timeout_s)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from kvtransfer.transports.base import MayRead
+from kvtransfer.transports.base import End, MayRead, OnRead, ReadEvent
 from kvtransfer.transports.sockets import BYTES_PER_CALL, recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
     REQUEST_HEADER_BYTES,
@@ -57,10 +57,13 @@ class TcpRegionServer:
     it the connection, and nothing else.
     """
 
+    sees_reads = True
+
     def __init__(
         self,
         memory: KvStore,
         may_read: MayRead,
+        on_read: OnRead,
         *,
         host: str,
         port: int,
@@ -71,6 +74,7 @@ class TcpRegionServer:
         self.num_refused_reads = 0
         self._memory = memory
         self._may_read = may_read
+        self._on_read = on_read
         self._limits = limits
         self._token = secrets.token_bytes(TOKEN_BYTES)
         self._num_connections = 0
@@ -133,10 +137,10 @@ class TcpRegionServer:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             task = asyncio.current_task()
             wait_s = self._limits.idle_timeout_s
-            while block_ids := await self._receive_request(sock, wait_s):
+            while request := await self._receive_request(sock, wait_s):
                 if task is not None:
                     self._new.pop(task, None)
-                await self._reply(sock, block_ids)
+                await self._reply(sock, *request)
                 wait_s = KEEP_ALIVE_S
         except (BadFrame, OSError) as error:
             self.num_dropped_connections += 1
@@ -145,8 +149,10 @@ class TcpRegionServer:
             self.num_dropped_connections += 1
             log.exception("kv_server.connection_broken")
 
-    async def _receive_request(self, sock: socket.socket, wait_s: float) -> list[BlockId]:
-        """Empty if the peer closes, or does not ask for `wait_s`.
+    async def _receive_request(
+        self, sock: socket.socket, wait_s: float
+    ) -> tuple[End, list[BlockId]] | None:
+        """None if the peer closes, or does not ask for `wait_s`.
 
         One deadline for all of it: a peer that sends a byte now and then is not waited for.
         """
@@ -155,20 +161,28 @@ class TcpRegionServer:
             async with asyncio.timeout(wait_s):
                 num_bytes = await asyncio.get_running_loop().sock_recv_into(sock, header)
         if num_bytes == 0:
-            return []
+            return None
         idle_s = self._limits.idle_timeout_s
         async with asyncio.timeout(idle_s):
             await recv_all(sock, [memoryview(header)[num_bytes:]], idle_s)
-            body = bytearray(4 * decode_request_header(header, self._token))
+            reader, num_blocks = decode_request_header(header, self._token)
+            body = bytearray(4 * num_blocks)
             await recv_all(sock, [body], idle_s)
-        return decode_block_ids(body, self._memory.num_blocks)
+        return reader, decode_block_ids(body, self._memory.num_blocks)
 
-    async def _reply(self, sock: socket.socket, block_ids: Sequence[BlockId]) -> None:
-        idle_s = self._limits.idle_timeout_s
+    async def _reply(self, sock: socket.socket, reader: End, block_ids: Sequence[BlockId]) -> None:
         if not self._may_read(block_ids):
             self.num_refused_reads += 1
-            await send_all(sock, [encode_reply(Status.NOT_ON_OFFER, 0)], idle_s)
+            refusal = encode_reply(Status.NOT_ON_OFFER, 0)
+            await send_all(sock, [refusal], self._limits.idle_timeout_s)
             return
+        self._on_read(ReadEvent(reader, tuple(block_ids), is_over=False))
+        try:
+            await self._send_blocks(sock, block_ids)
+        finally:
+            self._on_read(ReadEvent(reader, tuple(block_ids), is_over=True))
+
+    async def _send_blocks(self, sock: socket.socket, block_ids: Sequence[BlockId]) -> None:
         block_bytes = self._memory.layout.block_bytes
         batch_size = max(1, BYTES_PER_CALL // block_bytes)
         async with asyncio.timeout(self._limits.total_timeout_s):
@@ -178,7 +192,9 @@ class TcpRegionServer:
                 if first and not self._may_read(batch):
                     raise BadFrame("the blocks were taken back while they were sent")
                 blocks = await self._bytes_of(batch)
-                await send_all(sock, [head, *blocks] if not first else blocks, idle_s)
+                await send_all(
+                    sock, [head, *blocks] if not first else blocks, self._limits.idle_timeout_s
+                )
 
     async def _bytes_of(self, block_ids: Sequence[BlockId]) -> list[memoryview]:
         if (blocks := self._memory.host_blocks(block_ids)) is not None:

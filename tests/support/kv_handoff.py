@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
 
-from kvtransfer.transports.base import MayRead, check_read
+from kvtransfer.transports.base import MayRead, OnRead, check_read, ignore
 from pdserve.domain.errors import TransferFailed
 from pdserve.domain.ids import BlockId, HandoffId, RequestId
 from pdserve.domain.layout import KvLayout, LayerKv
@@ -66,6 +66,8 @@ def pause() -> Generator[None, None, None]:
 
 
 class DirectServer:
+    sees_reads = True
+
     def __init__(self, region: RemoteRegion) -> None:
         self.region = region
 
@@ -82,7 +84,11 @@ class DirectTransport:
         self.num_reads = 0
         self._served: list[tuple[KvMemory, MayRead]] = []
 
-    async def serve(self, memory: KvStore, may_read: MayRead) -> DirectServer:
+    async def register(self, memory: KvStore) -> None: ...
+
+    async def serve(
+        self, memory: KvStore, may_read: MayRead, on_read: OnRead = ignore
+    ) -> DirectServer:
         assert isinstance(memory, KvMemory)
         return DirectServer(self.add(memory, may_read))
 

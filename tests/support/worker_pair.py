@@ -21,7 +21,7 @@ from decode_worker.handoff import Handoffs
 from decode_worker.intake import Intake
 from decode_worker.prefill_links import PrefillLinks
 from decode_worker.service import DecodeService
-from kvtransfer.transports.base import MayRead, check_read
+from kvtransfer.transports.base import MayRead, OnRead, check_read, ignore
 from pdserve.config.timers import Timers
 from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.errors import PeerFault, TransferFailed, WorkerLost
@@ -141,9 +141,15 @@ class PairTransport:
         self.asks = True
         self.num_reads = 0
         self._num_served = 0
+        self._registered: list[KvStore] = []
         self._served: dict[str, tuple[KvMemory, MayRead]] = {}
 
-    async def serve(self, memory: KvStore, may_read: MayRead) -> "PairServer":
+    async def register(self, memory: KvStore) -> None:
+        self._registered.append(memory)
+
+    async def serve(
+        self, memory: KvStore, may_read: MayRead, on_read: OnRead = ignore
+    ) -> "PairServer":
         assert isinstance(memory, KvMemory)
         self._num_served += 1
         place = str(self._num_served)
@@ -171,6 +177,7 @@ class PairTransport:
     ) -> None:
         check_read(region, remote_blocks, memory, local_blocks)
         assert isinstance(memory, KvMemory)
+        assert memory in self._registered, "read into memory that is not registered"
         self.num_reads += 1
         for remote, local in zip(remote_blocks, local_blocks, strict=True):
             await asyncio.sleep(self.pause_s())
@@ -190,6 +197,8 @@ class PairTransport:
 
 
 class PairServer:
+    sees_reads = True
+
     def __init__(self, region: RemoteRegion, transport: PairTransport) -> None:
         self.region = region
         self._transport = transport
@@ -485,6 +494,7 @@ class WorkerPair:
             queue_s=timers.queue_s,
             clock=clock,
         )
+        await self.transport.register(self.engine.kv)
         self.handoffs = Handoffs(
             self.links, self.engine.kv, vocab_size=self.engine.spec.vocab_size, clock=clock
         )
