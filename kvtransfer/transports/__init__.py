@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from kvtransfer.transports.base import NOBODY, End, Transport
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
+from kvtransfer.transports.tcp_server import TcpLimits
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.messages import RemoteRegion
@@ -15,9 +16,11 @@ _MAKERS: dict[str, Callable[[str, int, Timers, End], Transport]] = {
         host,
         port=port,
         end=end,
-        connect_timeout_s=timers.connect_s,
-        idle_timeout_s=timers.transfer_idle_s,
-        total_timeout_s=timers.transfer_s,
+        limits=TcpLimits(
+            connect_timeout_s=timers.connect_s,
+            idle_timeout_s=timers.transfer_idle_s,
+            total_timeout_s=timers.transfer_s,
+        ),
     ),
 }
 

@@ -24,7 +24,7 @@ from pdserve.config.binding import explain_listening, listen
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
-from pdserve.engine.kv_store import KvStore, block_runs
+from pdserve.engine.kv_store import KvStore, bytes_of
 
 log = structlog.get_logger()
 
@@ -43,10 +43,14 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServerLimits:
-    idle_timeout_s: float  # a started request or reply that does not move
-    total_timeout_s: float  # one reply
-    max_num_connections: int
+class TcpLimits:
+    """Of one side's silence, of a whole read or reply, and of how much happens at a time."""
+
+    connect_timeout_s: float
+    idle_timeout_s: float
+    total_timeout_s: float
+    max_num_connections_per_peer: int = 8
+    max_num_served_connections: int = 256
 
 
 class TcpRegionServer:
@@ -67,8 +71,7 @@ class TcpRegionServer:
         *,
         host: str,
         port: int,
-        advertised_host: str,
-        limits: ServerLimits,
+        limits: TcpLimits,
     ) -> None:
         self.num_dropped_connections = 0
         self.num_refused_reads = 0
@@ -84,7 +87,7 @@ class TcpRegionServer:
         self.region = RemoteRegion(
             transport="tcp",
             address={
-                "host": advertised_host,
+                "host": host,
                 "port": str(self._listener.getsockname()[1]),
                 "token": self._token.hex(),
             },
@@ -112,7 +115,7 @@ class TcpRegionServer:
                 self._admit(sock, connections)
 
     def _admit(self, sock: socket.socket, connections: asyncio.TaskGroup) -> None:
-        if self._num_connections >= self._limits.max_num_connections:
+        if self._num_connections >= self._limits.max_num_served_connections:
             self.num_dropped_connections += 1
             oldest = next(iter(self._new), None)
             if oldest is None:
@@ -191,15 +194,7 @@ class TcpRegionServer:
                 batch = block_ids[first : first + batch_size]
                 if first and not self._may_read(batch):
                     raise BadFrame("the blocks were taken back while they were sent")
-                blocks = await self._bytes_of(batch)
+                blocks = await bytes_of(self._memory, batch)
                 await send_all(
                     sock, [head, *blocks] if not first else blocks, self._limits.idle_timeout_s
                 )
-
-    async def _bytes_of(self, block_ids: Sequence[BlockId]) -> list[memoryview]:
-        if (blocks := self._memory.host_blocks(block_ids)) is not None:
-            return blocks
-        staging = bytearray(len(block_ids) * self._memory.layout.block_bytes)
-        runs = block_runs(range(len(block_ids)), block_ids)
-        await self._memory.copy_out(staging, list(runs))
-        return [memoryview(staging)]

@@ -76,3 +76,12 @@ class KvStore(Protocol):
     def close(self) -> None:
         """Give the memory back; safe to call twice."""
         ...
+
+
+async def bytes_of(store: KvStore, block_ids: Sequence[BlockId]) -> list[memoryview]:
+    """What blocks hold, in order: themselves, or a copy if they are not the host's."""
+    if (blocks := store.host_blocks(block_ids)) is not None:
+        return blocks
+    staging = bytearray(len(block_ids) * store.layout.block_bytes)
+    await store.copy_out(staging, list(block_runs(range(len(block_ids)), block_ids)))
+    return [memoryview(staging)]

@@ -33,7 +33,7 @@ from kvtransfer.transports.tcp_frames import (
     encode_reply,
     encode_request,
 )
-from kvtransfer.transports.tcp_server import TcpRegionServer
+from kvtransfer.transports.tcp_server import TcpLimits, TcpRegionServer
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import Reason, TransferFailed
 from pdserve.domain.ids import BlockId, Epoch
@@ -58,14 +58,14 @@ def tcp_transport(
     max_num_served_connections: int = 256,
     end: End = END,
 ) -> TcpTransport:
-    return TcpTransport(
-        end=end,
+    limits = TcpLimits(
         connect_timeout_s=2.0,
         idle_timeout_s=idle_timeout_s,
         total_timeout_s=total_timeout_s,
         max_num_connections_per_peer=max_num_connections_per_peer,
         max_num_served_connections=max_num_served_connections,
     )
+    return TcpTransport(limits=limits, end=end)
 
 
 MAKERS: dict[str, Callable[[], Transport]] = {"shm": ShmTransport, "tcp": tcp_transport}
