@@ -8,9 +8,10 @@ import structlog
 
 from decode_worker.building import open_decode_worker
 from kvtransfer.transports import open_transports
-from kvtransfer.transports.base import Transport
+from kvtransfer.transports.base import End, Transport
 from kvtransfer.transports.faulty import FaultyTransport
 from pdserve.config.processes import WorkerSettings
+from pdserve.domain.ids import Epoch
 from pdserve.engine.model_files import resolve_model_dir
 from pdserve.engine.tokenizer import Tokenizer
 from pdserve.observe.prometheus import DecodeMetrics
@@ -37,7 +38,7 @@ async def _open(parts: WorkerParts) -> AsyncIterator[ServedRole]:
     )
     async with open_decode_worker(
         parts,
-        _open_transports(settings),
+        _open_transports(settings, parts.epoch),
         tokenizer=Tokenizer.load(resolve_model_dir(settings.engine.model)),
         connect=connect_prefill,
         watch=metrics,
@@ -50,9 +51,9 @@ async def _open(parts: WorkerParts) -> AsyncIterator[ServedRole]:
         )
 
 
-def _open_transports(settings: WorkerSettings) -> tuple[Transport, ...]:
+def _open_transports(settings: WorkerSettings, epoch: Epoch) -> tuple[Transport, ...]:
     transports = open_transports(
-        settings.transports, settings.host, settings.kv_port, timers=settings.timers
+        settings.transports, settings.host, settings.kv_port, timers=settings.timers, end=End(epoch)
     )
     if settings.corrupt_kv_blocks == 0:
         return transports

@@ -49,6 +49,7 @@ async def open_decode_worker(
     async with contextlib.AsyncExitStack() as stack:
         for transport in transports:
             stack.push_async_callback(transport.close)
+            await transport.register(engine.kv)
         links = await stack.enter_async_context(
             PrefillLinks(connect, parts.handoff_hello(), transports, timers, watch)
         )

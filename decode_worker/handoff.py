@@ -10,7 +10,7 @@ from kvtransfer.receiver import HandoffReceiver
 from pdserve.domain.errors import PeerFault, Reason, Refused
 from pdserve.domain.ids import HandoffId, WorkerId
 from pdserve.domain.messages import BlocksPulled, PrefillDone, PrefillTarget, StartHandoff
-from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.kv_store import KvStore
 from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
 
 log = structlog.get_logger(__name__)
@@ -24,7 +24,7 @@ class Handoffs:
     def __init__(
         self,
         links: PrefillLinks,
-        memory: KvMemory,
+        memory: KvStore,
         *,
         vocab_size: int,
         clock: Clock,

@@ -4,9 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from kvtransfer.digest import DIGEST_BYTES, block_digest
 from kvtransfer.session import Event, HandoffSession, Phase, ProtocolViolation
-from kvtransfer.threads import run_to_end
 from kvtransfer.transports.base import Transport
 from pdserve.domain.errors import PdserveError, PeerFault, Reason, Refused, TransferFailed
 from pdserve.domain.ids import BlockId, HandoffId
@@ -23,7 +21,8 @@ from pdserve.domain.messages import (
     Role,
 )
 from pdserve.domain.tokens import Failed
-from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.digest import DIGEST_BYTES
+from pdserve.engine.kv_store import KvStore
 
 
 class HandoffReceiver:
@@ -44,12 +43,11 @@ class HandoffReceiver:
         *,
         transport: Transport,
         region: RemoteRegion,
-        memory: KvMemory,
+        memory: KvStore,
         local_blocks: Sequence[BlockId],
         first_block: int,
         vocab_size: int,
         on_first_token: Callable[[PrefillDone], bool],
-        thread_above_bytes: int = 1 << 20,
     ) -> None:
         check_invariant(len(local_blocks) > 0, "a handoff moves at least one block", handoff)
         self.handoff = handoff
@@ -63,7 +61,6 @@ class HandoffReceiver:
         self._first_block = first_block
         self._vocab_size = vocab_size
         self._on_first_token = on_first_token
-        self._thread_above_bytes = thread_above_bytes
         self._next_offer = first_block
         self._offers: deque[BlocksOffered] = deque()
         self._done: PrefillDone | None = None
@@ -223,32 +220,22 @@ class HandoffReceiver:
 
     async def _read(self, offer: BlocksOffered, places: Sequence[int]) -> list[int]:
         """Read these places of the offer; returns those that do not match their digests."""
-        start = offer.first_block - self._first_block
+        indices = [offer.first_block + place for place in places]
+        local_blocks = [self._local_blocks[index - self._first_block] for index in indices]
         await self._transport.read(
             self._region,
             [offer.block_ids[place] for place in places],
             self._memory,
-            [self._local_blocks[start + place] for place in places],
+            local_blocks,
         )
-        num_bytes = len(places) * self._memory.layout.block_bytes
-        self.num_bytes += num_bytes
-
-        def find_corrupt(is_cancelled: Callable[[], bool]) -> list[int]:
-            return [place for place in places if not (is_cancelled() or self._holds(offer, place))]
-
-        if num_bytes > self._thread_above_bytes:
-            corrupt = await run_to_end(find_corrupt)
-        else:
-            corrupt = find_corrupt(lambda: False)
+        self.num_bytes += len(places) * self._memory.layout.block_bytes
+        digests = await self._memory.digests(self.handoff, indices, local_blocks)
         if not self._is_going:  # the peer may have given the blocks to another by then
             raise TransferFailed("the handoff ended while blocks were read", reason=Reason.FENCED)
+        both = zip(places, digests, strict=True)
+        corrupt = [place for place, digest in both if digest != offer.digests[place]]
         self.num_corrupt_blocks += len(corrupt)
         return corrupt
-
-    def _holds(self, offer: BlocksOffered, place: int) -> bool:
-        block_index = offer.first_block + place
-        content = self._memory.block(self._local_blocks[block_index - self._first_block])
-        return block_digest(self.handoff, block_index, content) == offer.digests[place]
 
     def end(self) -> EndHandoff | None:
         """This side needs nothing more, whatever the phase: returns the message to send.

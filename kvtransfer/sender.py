@@ -1,19 +1,18 @@
 """The prefill side of handoffs: what is offered, for how long, and when it is given back.
 
-A block is pinned from its offer until the peer says it is pulled, or the handoff ends. Nothing
-here waits: `now_s` is any monotonic clock of this process.
+A block is pinned from before it is digested until the peer says it is pulled, or the handoff ends.
+Nothing here waits but for digests: `now_s` is any monotonic clock of this process.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from kvtransfer.digest import block_digest
 from kvtransfer.session import ENDINGS, SAID_BY, Event, HandoffSession, Phase, ProtocolViolation
 from pdserve.domain.ids import BlockId, HandoffId
 from pdserve.domain.invariants import check_invariant
 from pdserve.domain.messages import BlocksOffered, BlocksPulled, Role, StartHandoff
-from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.kv_store import KvStore
 
 PeerT = TypeVar("PeerT", bound=Hashable)
 
@@ -50,7 +49,7 @@ class HandoffSender:
         start: StartHandoff,
         *,
         block_table: BlockTableLike,
-        memory: KvMemory,
+        memory: KvStore,
         lease_s: float,
         now_s: float,
     ) -> None:
@@ -78,10 +77,12 @@ class HandoffSender:
     def is_over(self) -> bool:
         return self._session.is_over
 
-    def offer(self, num_computed_tokens: int, *, is_last: bool) -> BlocksOffered | None:
+    async def offer(self, num_computed_tokens: int, *, is_last: bool) -> BlocksOffered | None:
         """Pin and describe the blocks that became complete; None if there are none, or it is over.
 
-        `is_last` means the whole prompt is computed, and adds its partial last block.
+        `is_last` means the whole prompt is computed, and adds its partial last block. One offer is
+        made at a time. If the handoff ends meanwhile, `end` has given the blocks back: who shares
+        them out keeps them from others until this call is over.
         """
         if self.is_over:
             return None
@@ -92,16 +93,15 @@ class HandoffSender:
         if end <= first:
             return None
         block_ids = tuple(self._block_table.block_ids[first:end])
-        digests = tuple(
-            block_digest(self.handoff, first + place, self._memory.block(block_id))
-            for place, block_id in enumerate(block_ids)
-        )
         self._block_table.pin(first, end - first)
+        digests = await self._memory.digests(self.handoff, range(first, end), block_ids)
+        if self.is_over:
+            return None
         self._session.say(Event.OFFER)
         self._offered.update(block_ids)
         self._next_offer = end
         return BlocksOffered(
-            handoff=self.handoff, first_block=first, block_ids=block_ids, digests=digests
+            handoff=self.handoff, first_block=first, block_ids=block_ids, digests=tuple(digests)
         )
 
     def sampled(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 from kvtransfer.session import TERMINAL, Phase
 from kvtransfer.transports import open_transports
+from kvtransfer.transports.base import End
 from pdserve.config.processes import WorkerSettings
 from pdserve.observe.prometheus import PrefillMetrics
 from pdserve.rpc.links import prefill_service
@@ -31,7 +32,11 @@ async def _open(parts: WorkerParts) -> AsyncIterator[ServedRole]:
         outcomes=[phase.name.lower() for phase in Phase if phase in _ENDS],
     )
     transports = open_transports(
-        settings.transports, settings.host, settings.kv_port, timers=settings.timers
+        settings.transports,
+        settings.host,
+        settings.kv_port,
+        timers=settings.timers,
+        end=End(parts.epoch),
     )
     async with open_prefill_worker(parts, transports, watch=metrics) as worker:
         metrics.num_open_handoffs = lambda: len(worker.loop.senders)

@@ -68,6 +68,8 @@ class PrefillLoop:
         self._clock = clock
         self._watch = watch
         self._active: list[PrefillRequest] = []
+        self._to_offer: dict[PrefillRequest, None] = {}  # in this order, each once
+        self._has_offers = asyncio.Event()
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._num_steps = 0
@@ -153,16 +155,18 @@ class PrefillLoop:
         self._watch.handoff_ended(sender.phase.name.lower())
 
     async def run(self) -> None:
-        """Read prompts until cancelled."""
-        while True:
-            self._expire()
-            self._active = [request for request in self._active if not _is_over(request)]
-            self._admit()
-            plan = plan_chunks(self._active, self._max_step_tokens)
-            if plan:
-                await self._step(plan)
-            else:
-                await self._wait_for_work()
+        """Read prompts, and offer their blocks, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._offer_all())
+            while True:
+                self._expire()
+                self._active = [request for request in self._active if not _is_over(request)]
+                self._admit()
+                plan = plan_chunks(self._active, self._max_step_tokens)
+                if plan:
+                    await self._step(plan)
+                else:
+                    await self._wait_for_work()
 
     def _expire(self) -> None:
         now_s = self._clock()
@@ -258,11 +262,29 @@ class PrefillLoop:
         self._offer(request)
 
     def _offer(self, request: PrefillRequest) -> None:
-        assert request.sender is not None
-        is_last = request.num_tokens_left == 0
-        offer = request.sender.offer(request.num_computed_tokens, is_last=is_last)
-        if offer is not None:
-            self.tell(request.peer, offer)
+        self._to_offer[request] = None
+        self._has_offers.set()
+
+    async def _offer_all(self) -> None:
+        """Digest and offer what was read, while the engine steps on."""
+        while True:
+            await self._has_offers.wait()
+            self._has_offers.clear()
+            while self._to_offer:
+                request = next(iter(self._to_offer))
+                del self._to_offer[request]
+                if _is_over(request):
+                    continue
+                assert request.table is not None
+                assert request.sender is not None
+                request.table.enter_step()  # an end does not give away what is being digested
+                try:
+                    is_last = request.num_tokens_left == 0
+                    offer = await request.sender.offer(request.num_computed_tokens, is_last=is_last)
+                finally:
+                    request.table.leave_step()
+                if offer is not None:
+                    self.tell(request.peer, offer)
 
     async def _wait_for_work(self) -> None:
         """Until something arrives, ends, or runs out of time."""

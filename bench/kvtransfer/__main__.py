@@ -6,7 +6,7 @@
     digest     what checking the blocks costs on top
 
 All contenders take turns in every round, so that a noisy neighbour hits them alike. Prints a table
-of medians and writes JSON.
+of medians, with the medians of the ratios within a round, and writes JSON.
 """
 
 import argparse
@@ -28,16 +28,16 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.kvtransfer.peer import layout_of
-from kvtransfer.digest import block_digest
 from kvtransfer.transports import open_transports
 from pdserve.config.timers import Timers
 from pdserve.domain.ids import BlockId, HandoffId, RequestId
 from pdserve.domain.messages import RemoteRegion
+from pdserve.engine.digest import block_digest
 from pdserve.engine.kv_memory import KvMemory
 
 MOVED_BYTES = 16 << 20
 MEMORY_BYTES = 64 << 20
-BLOCK_SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10)
+BLOCK_SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 2 << 20)
 HANDOFF = HandoffId(RequestId("bench"), 1, 1)
 GIB = 1 << 30
 
@@ -51,7 +51,8 @@ class Measure:
     median_s: float
     best_s: float
     gib_per_s: float
-    ratio_to_memcpy: float
+    ratio_to_memcpy: float  # time in a round over memcpy's, median
+    speed_to_asyncio: float  # plain sockets' time in a round over its own, median
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,10 @@ async def measure(block_bytes: int, num_rounds: int) -> list[Measure]:
         }
         name_to_seconds = await time_rounds(contenders, num_rounds)
         peer.kill()
-    limit_s = statistics.median(name_to_seconds["memcpy"])
+
+    def ratio(one: Sequence[float], other: Sequence[float]) -> float:
+        return statistics.median(left / right for left, right in zip(one, other, strict=True))
+
     return [
         Measure(
             contender=name,
@@ -162,7 +166,8 @@ async def measure(block_bytes: int, num_rounds: int) -> list[Measure]:
             median_s=statistics.median(seconds),
             best_s=min(seconds),
             gib_per_s=MOVED_BYTES / GIB / statistics.median(seconds),
-            ratio_to_memcpy=statistics.median(seconds) / limit_s,
+            ratio_to_memcpy=ratio(seconds, name_to_seconds["memcpy"]),
+            speed_to_asyncio=ratio(name_to_seconds["asyncio"], seconds),
         )
         for name, seconds in name_to_seconds.items()
     ]
@@ -174,10 +179,11 @@ def print_table(measures: Sequence[Measure]) -> None:
     table.add_column("block")
     for name in names:
         table.add_column(name, justify="right")
+    table.add_column("tcp to asyncio", justify="right")
     for block_bytes in BLOCK_SIZES:
         row = {one.contender: one for one in measures if one.block_bytes == block_bytes}
         cells = [f"{row[name].gib_per_s:.2f} ({row[name].ratio_to_memcpy:.1f})" for name in names]
-        table.add_row(f"{block_bytes >> 10} KiB", *cells)
+        table.add_row(f"{block_bytes >> 10} KiB", *cells, f"{row['tcp'].speed_to_asyncio:.2f}")
     Console().print(table)
 
 

@@ -16,6 +16,7 @@ P = ParamSpec("P")
 
 START_S = 1000.0
 MAX_TURNS_WITHOUT_TIME = 100_000
+MAX_THREAD_S = 0.02
 _NANOSECOND = 1e-9
 
 
@@ -37,6 +38,24 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._clock.now_s
+
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., T], *args: Any
+    ) -> asyncio.Future[T]:
+        """After some virtual time, in this thread: another would end at a moment of its own."""
+        future: asyncio.Future[T] = self.create_future()
+
+        def run() -> None:
+            try:
+                result = func(*args)
+            except Exception as error:  # noqa: BLE001  raised where it is awaited
+                future.set_exception(error)
+            else:
+                if not future.cancelled():
+                    future.set_result(result)
+
+        self.call_later(self._rng.uniform(0, MAX_THREAD_S) if self._rng else 0.0, run)
+        return future
 
     def block(self, elapsed_s: float) -> None:
         """Let time pass within a callback, as a slow computation does."""

@@ -2,29 +2,34 @@
 
 from collections.abc import Callable, Sequence
 
-from kvtransfer.transports.base import Transport
+from kvtransfer.transports.base import NOBODY, End, Transport
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
+from kvtransfer.transports.tcp_server import TcpLimits
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.messages import RemoteRegion
 
-_MAKERS: dict[str, Callable[[str, int, Timers], Transport]] = {
-    ShmTransport.name: lambda host, port, timers: ShmTransport(),
-    TcpTransport.name: lambda host, port, timers: TcpTransport(
+_MAKERS: dict[str, Callable[[str, int, Timers, End], Transport]] = {
+    ShmTransport.name: lambda host, port, timers, end: ShmTransport(),
+    TcpTransport.name: lambda host, port, timers, end: TcpTransport(
         host,
         port=port,
-        connect_timeout_s=timers.connect_s,
-        idle_timeout_s=timers.transfer_idle_s,
-        total_timeout_s=timers.transfer_s,
+        end=end,
+        limits=TcpLimits(
+            connect_timeout_s=timers.connect_s,
+            idle_timeout_s=timers.transfer_idle_s,
+            total_timeout_s=timers.transfer_s,
+        ),
     ),
 }
 
 
 def open_transports(
-    names: Sequence[str], host: str, port: int = 0, *, timers: Timers
+    names: Sequence[str], host: str, port: int = 0, *, timers: Timers, end: End = NOBODY
 ) -> tuple[Transport, ...]:
     """The named transports, in order of preference; `host` and `port` are where tcp listens.
+    `end` is this process, as those will know it whom it reads from.
 
     Timers are for tcp: shm copies from memory, where nobody can keep it waiting.
 
@@ -33,7 +38,7 @@ def open_transports(
     unknown = [name for name in names if name not in _MAKERS]
     if unknown:
         raise LocalFault(f"no transport {unknown[0]!r}; there are {', '.join(_MAKERS)}")
-    return tuple(_MAKERS[name](host, port, timers) for name in names)
+    return tuple(_MAKERS[name](host, port, timers, end) for name in names)
 
 
 def choose(

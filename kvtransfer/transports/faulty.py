@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from kvtransfer.transports.base import MayRead, RegionServer, Transport
+from kvtransfer.transports.base import MayRead, OnRead, RegionServer, Transport, ignore
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
-from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.kv_store import BlockRun, KvStore
 
 
 class FaultyTransport:
@@ -23,8 +23,13 @@ class FaultyTransport:
         self._inner = inner
         self.corrupt = corrupt
 
-    async def serve(self, memory: KvMemory, may_read: MayRead) -> RegionServer:
-        return await self._inner.serve(memory, may_read)
+    async def register(self, memory: KvStore) -> None:
+        await self._inner.register(memory)
+
+    async def serve(
+        self, memory: KvStore, may_read: MayRead, on_read: OnRead = ignore
+    ) -> RegionServer:
+        return await self._inner.serve(memory, may_read, on_read)
 
     def can_reach(self, region: RemoteRegion) -> bool:
         return self._inner.can_reach(region)
@@ -33,15 +38,17 @@ class FaultyTransport:
         self,
         region: RemoteRegion,
         remote_blocks: Sequence[BlockId],
-        memory: KvMemory,
+        memory: KvStore,
         local_blocks: Sequence[BlockId],
     ) -> None:
         await self._inner.read(region, remote_blocks, memory, local_blocks)
         for block_id in local_blocks:
             if self.corrupt != "all" and self.num_corrupted >= self.corrupt:
                 return
-            block = memory.block(block_id)
+            block, run = bytearray(region.block_bytes), [BlockRun(0, block_id, 1)]
+            await memory.copy_out(block, run)
             block[self.num_corrupted % len(block)] ^= 1
+            await memory.copy_in(block, run)
             self.num_corrupted += 1
 
     async def close_peer(self, region: RemoteRegion) -> None:

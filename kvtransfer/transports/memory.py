@@ -3,15 +3,16 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
-from kvtransfer.transports.base import MayRead
-from kvtransfer.transports.block_runs import check_read
+from kvtransfer.transports.base import MayRead, OnRead, check_read, ignore
 from pdserve.domain.errors import TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
-from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.kv_store import BlockRun, KvStore, bytes_of
 
 
 class MemoryRegionServer:
+    sees_reads = False
+
     def __init__(self, region: RemoteRegion, forget: Callable[[], object]) -> None:
         self.region = region
         self._forget = forget
@@ -21,16 +22,23 @@ class MemoryRegionServer:
 
 
 class MemoryTransport:
-    """One object serves all workers of the process; each block takes `block_s()`."""
+    """One object serves all workers of the process; each block takes `block_s()`.
+
+    It asks `may_read` of each block, but tells nobody of reads.
+    """
 
     name = "memory"
 
     def __init__(self, block_s: Callable[[], float] = lambda: 0.0) -> None:
         self.block_s = block_s
         self._num_served = 0
-        self._served: dict[str, tuple[KvMemory, MayRead]] = {}
+        self._served: dict[str, tuple[KvStore, MayRead]] = {}
 
-    async def serve(self, memory: KvMemory, may_read: MayRead) -> MemoryRegionServer:
+    async def register(self, memory: KvStore) -> None: ...
+
+    async def serve(
+        self, memory: KvStore, may_read: MayRead, on_read: OnRead = ignore
+    ) -> MemoryRegionServer:
         self._num_served += 1
         place = str(self._num_served)
         self._served[place] = (memory, may_read)
@@ -49,7 +57,7 @@ class MemoryTransport:
         self,
         region: RemoteRegion,
         remote_blocks: Sequence[BlockId],
-        memory: KvMemory,
+        memory: KvStore,
         local_blocks: Sequence[BlockId],
     ) -> None:
         check_read(region, remote_blocks, memory, local_blocks)
@@ -60,7 +68,8 @@ class MemoryTransport:
             source, may_read = served
             if not may_read([remote]):
                 raise TransferFailed("the peer refuses: the block is not on offer")
-            memory.block(local)[:] = source.block(remote)
+            [content] = await bytes_of(source, [remote])
+            await memory.copy_in(content, [BlockRun(0, local, 1)])
 
     async def close_peer(self, region: RemoteRegion) -> None: ...
 

@@ -12,22 +12,16 @@ import mmap
 import os
 import select
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-import numpy as np
-
-from kvtransfer.threads import run_to_end
-from kvtransfer.transports.base import MayRead
-from kvtransfer.transports.block_runs import BlockRun, block_runs, check_read
+from kvtransfer.transports.base import MayRead, OnRead, check_read, ignore
 from pdserve.domain.errors import LocalFault, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
 from pdserve.engine.kv_memory import KvMemory
-
-THREAD_ABOVE_BYTES = 1 << 20
-"""Smaller copies take less time than handing them to a thread."""
+from pdserve.engine.kv_store import KvStore, block_runs
 
 
 def host_identity() -> str:
@@ -44,6 +38,8 @@ def start_time(pid: int) -> str:
 
 class ShmRegionServer:
     """Nothing runs here: the region can be read for as long as the memory lives."""
+
+    sees_reads = False
 
     def __init__(self, region: RemoteRegion) -> None:
         self.region = region
@@ -129,10 +125,15 @@ class ShmTransport:
         self._attachments: dict[tuple[object, ...], _Attachment] = {}
         self._host = host_identity() if hasattr(os, "pidfd_open") else ""
 
-    async def serve(self, memory: KvMemory, may_read: MayRead) -> ShmRegionServer:
+    async def register(self, memory: KvStore) -> None:
+        """Every store can be copied into as it is."""
+
+    async def serve(
+        self, memory: KvStore, may_read: MayRead, on_read: OnRead = ignore
+    ) -> ShmRegionServer:
         """Say where `memory` is; raises `LocalFault` where the system cannot share it."""
-        if memory.fd is None or not self._host:
-            raise LocalFault("this system has no memfd: use the tcp transport")
+        if not isinstance(memory, KvMemory) or memory.fd is None or not self._host:
+            raise LocalFault("KV lies in no memfd of this host: use the tcp transport")
         pid = os.getpid()
         address = {
             "host": self._host,
@@ -175,20 +176,12 @@ class ShmTransport:
         self,
         region: RemoteRegion,
         remote_blocks: Sequence[BlockId],
-        memory: KvMemory,
+        memory: KvStore,
         local_blocks: Sequence[BlockId],
     ) -> None:
         check_read(region, remote_blocks, memory, local_blocks)
-        runs = list(block_runs(remote_blocks, local_blocks))
         with self._attached(region) as peer:
-
-            def copy(is_cancelled: Callable[[], bool]) -> None:
-                _copy_runs(peer.memory, memory, runs, is_cancelled)
-
-            if len(remote_blocks) * region.block_bytes <= THREAD_ABOVE_BYTES:
-                copy(lambda: False)
-            else:
-                await run_to_end(copy)
+            await memory.copy_in(peer.memory, list(block_runs(remote_blocks, local_blocks)))
             if not peer.is_alive:
                 raise TransferFailed("the peer died while it was read")
 
@@ -203,18 +196,3 @@ class ShmTransport:
         attachment = self._attachments.pop(key, None)
         if attachment is not None:
             attachment.leave()
-
-
-def _copy_runs(
-    remote: mmap.mmap, memory: KvMemory, runs: Sequence[BlockRun], is_cancelled: Callable[[], bool]
-) -> None:
-    """By numpy, whose copies let other threads run, unlike those of memoryview."""
-    block_bytes = memory.layout.block_bytes
-    source = np.frombuffer(remote, np.uint8)
-    target = np.frombuffer(memory.bytes, np.uint8)
-    for run in runs:
-        if is_cancelled():
-            return
-        start, end = run.remote * block_bytes, (run.remote + run.count) * block_bytes
-        place = run.local * block_bytes
-        target[place : place + end - start] = source[start:end]

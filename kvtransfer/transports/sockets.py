@@ -7,56 +7,19 @@ scattered blocks goes many at a time here, by `sendmsg` and `recvmsg_into`.
 import asyncio
 import contextlib
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 BUFFERS_PER_CALL = 256
-BYTES_PER_TURN = 1 << 20
+BYTES_PER_CALL = 4 << 20
 """How much one connection moves before others get their turn of the event loop."""
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-async def wait_readable(sock: socket.socket, timeout_s: float) -> None:
-    """Raises `TimeoutError` if nothing can be read for that long."""
-    loop = asyncio.get_running_loop()
-    await _wait(loop.add_reader, loop.remove_reader, sock, timeout_s)
-
-
-async def wait_writable(sock: socket.socket, timeout_s: float) -> None:
-    """Raises `TimeoutError` if nothing can be written for that long."""
-    loop = asyncio.get_running_loop()
-    await _wait(loop.add_writer, loop.remove_writer, sock, timeout_s)
-
-
-async def _wait(
-    add: Callable[..., None], remove: Callable[[int], object], sock: socket.socket, timeout_s: float
-) -> None:
-    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    fd = sock.fileno()
-    if fd < 0:
-        raise ConnectionAbortedError("closed by this side")
-    add(fd, _wake, future)
-    try:
-        async with asyncio.timeout(timeout_s):
-            await future
-    finally:
-        with contextlib.suppress(ValueError, OSError):  # closed meanwhile by this side
-            remove(fd)
 
 
 async def send_all(
     sock: socket.socket, buffers: Sequence[bytes | memoryview], idle_timeout_s: float
 ) -> None:
     """Send every byte; raises `OSError`, which `TimeoutError` is one of."""
-    views = [memoryview(buffer) for buffer in buffers]
-
-    def send(batch: list[memoryview]) -> int:
-        return sock.sendmsg(batch)
-
-    await _move(sock, views, send, wait_writable, idle_timeout_s)
+    loop = asyncio.get_running_loop()
+    await _move(sock, buffers, sock.sendmsg, loop.add_writer, loop.remove_writer, idle_timeout_s)
 
 
 async def recv_all(
@@ -64,44 +27,68 @@ async def recv_all(
 ) -> None:
     """Fill every buffer; raises `OSError`, also if the peer closes before.
 
-    After a cancelled call nothing is written: bytes move only between two awaits.
+    From the moment when the call is cancelled nothing is written any more.
     """
-    views = [memoryview(buffer) for buffer in buffers]  # of its own, to release
 
     def recv(batch: list[memoryview]) -> int:
-        num_bytes: int = sock.recvmsg_into(batch)[0]
-        if num_bytes == 0:
-            raise ConnectionResetError("closed by the peer")
-        return num_bytes
+        if num_bytes := sock.recvmsg_into(batch)[0]:
+            return num_bytes
+        raise ConnectionResetError("closed by the peer")
 
-    try:
-        await _move(sock, views, recv, wait_readable, idle_timeout_s)
-    finally:
-        for view in views:  # else a failure's traceback keeps the memory from being closed
-            view.release()
+    loop = asyncio.get_running_loop()
+    await _move(sock, buffers, recv, loop.add_reader, loop.remove_reader, idle_timeout_s)
 
 
 async def _move(
     sock: socket.socket,
-    views: list[memoryview],
+    buffers: Sequence[bytes | bytearray | memoryview],
     move: Callable[[list[memoryview]], int],
-    wait: Callable[[socket.socket, float], Awaitable[None]],
+    watch: Callable[..., object],
+    unwatch: Callable[[int], object],
     idle_timeout_s: float,
 ) -> None:
-    first = 0
-    turn_bytes = 0
-    while first < len(views):
+    """`move` some of what is left in every turn of the loop in which the socket is ready.
+
+    All buffers but the first are of one size.
+    """
+    loop = asyncio.get_running_loop()
+    views = [memoryview(buffer) for buffer in buffers]  # of its own, to release
+    count = max(1, min(BUFFERS_PER_CALL, BYTES_PER_CALL // max(1, len(views[-1]))))
+    first = _skip(views, 0, 0)
+    done: asyncio.Future[None] = loop.create_future()  # cancelled with the caller
+    patience: asyncio.Timeout | None = None
+
+    def turn() -> None:
+        nonlocal first
+        if done.done():
+            return
         try:
-            num_bytes = move(views[first : first + BUFFERS_PER_CALL])
+            if first < len(views):
+                first = _skip(views, first, move(views[first : first + count]))
+            if first == len(views):
+                done.set_result(None)
         except (BlockingIOError, InterruptedError):
-            await wait(sock, idle_timeout_s)
-            turn_bytes = 0
-            continue
-        first = _skip(views, first, num_bytes)
-        turn_bytes += num_bytes
-        if turn_bytes >= BYTES_PER_TURN:
-            await asyncio.sleep(0)
-            turn_bytes = 0
+            return
+        except OSError as error:  # raised where it is awaited
+            done.set_exception(error)
+        else:
+            if patience is not None:
+                patience.reschedule(loop.time() + idle_timeout_s)
+
+    try:
+        turn()
+        if not done.done():
+            async with asyncio.timeout(idle_timeout_s) as patience:
+                watch(fd := sock.fileno(), turn)
+                try:
+                    await done
+                finally:
+                    with contextlib.suppress(ValueError, OSError):  # closed by this side
+                        unwatch(fd)
+        done.result()
+    finally:
+        for view in views:  # else a failure's traceback keeps the memory from being closed
+            view.release()
 
 
 def _skip(views: list[memoryview], first: int, num_bytes: int) -> int:

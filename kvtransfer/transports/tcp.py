@@ -9,8 +9,7 @@ from typing import Any
 
 import structlog
 
-from kvtransfer.transports.base import MayRead
-from kvtransfer.transports.block_runs import block_runs, check_read
+from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, check_read, ignore
 from kvtransfer.transports.sockets import recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
     MAX_BLOCKS_PER_REQUEST,
@@ -21,11 +20,11 @@ from kvtransfer.transports.tcp_frames import (
     decode_reply,
     encode_request,
 )
-from kvtransfer.transports.tcp_server import KEEP_ALIVE_S, ServerLimits, TcpRegionServer
+from kvtransfer.transports.tcp_server import KEEP_ALIVE_S, TcpLimits, TcpRegionServer
 from pdserve.domain.errors import TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
-from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.kv_store import KvStore, block_runs
 
 log = structlog.get_logger(__name__)
 
@@ -128,7 +127,7 @@ def _is_quiet(sock: socket.socket) -> bool:
 
 
 class TcpTransport:
-    """Serves on `host` and `port` (0: a free one); readers are told `advertised_host`, or `host`.
+    """Serves on `host` and `port` (0: a free one); readers are told the same.
 
     A read fails when its connection does not open within `connect_timeout_s`, nothing moves for
     `idle_timeout_s`, or after `total_timeout_s` in all. All count from when the peer is asked:
@@ -139,76 +138,53 @@ class TcpTransport:
     name = "tcp"
 
     def __init__(
-        self,
-        host: str = "127.0.0.1",
-        *,
-        port: int = 0,
-        advertised_host: str | None = None,
-        connect_timeout_s: float,
-        idle_timeout_s: float,
-        total_timeout_s: float,
-        max_num_connections_per_peer: int = 8,
-        max_num_served_connections: int = 256,
+        self, host: str = "127.0.0.1", *, limits: TcpLimits, port: int = 0, end: End = NOBODY
     ) -> None:
         self._host = host
         self._port = port
-        self._advertised_host = advertised_host or host
-        self._connect_timeout_s = connect_timeout_s
-        self._idle_timeout_s = idle_timeout_s
-        self._total_timeout_s = total_timeout_s
-        self._max_num_connections_per_peer = max_num_connections_per_peer
-        self._limits = ServerLimits(
-            idle_timeout_s=idle_timeout_s,
-            total_timeout_s=total_timeout_s,
-            max_num_connections=max_num_served_connections,
-        )
+        self._end = end
+        self._limits = limits
         self._peers: dict[_Address, _Connections] = {}
 
-    async def serve(self, memory: KvMemory, may_read: MayRead) -> TcpRegionServer:
+    async def register(self, memory: KvStore) -> None:
+        """What is not the host's memory goes through a copy."""
+
+    async def serve(
+        self, memory: KvStore, may_read: MayRead, on_read: OnRead = ignore
+    ) -> TcpRegionServer:
         """Listen; raises `LocalFault` where the port cannot be had."""
-        return TcpRegionServer(
-            memory,
-            may_read,
-            host=self._host,
-            port=self._port,
-            advertised_host=self._advertised_host,
-            limits=self._limits,
-        )
+        host, port, limits = self._host, self._port, self._limits
+        return TcpRegionServer(memory, may_read, on_read, host=host, port=port, limits=limits)
 
     def can_reach(self, region: RemoteRegion) -> bool:
         """Whether it is a TCP address; whether anyone answers shows at the first read."""
-        if region.transport != self.name:
-            return False
-        try:
-            _Address.of(region)
-        except TransferFailed:
-            return False
-        return True
+        with contextlib.suppress(TransferFailed):
+            return region.transport == self.name and bool(_Address.of(region))
+        return False
 
     async def read(
         self,
         region: RemoteRegion,
         remote_blocks: Sequence[BlockId],
-        memory: KvMemory,
+        memory: KvStore,
         local_blocks: Sequence[BlockId],
     ) -> None:
         check_read(region, remote_blocks, memory, local_blocks)
         address = _Address.of(region)
-        peer = self._peers.get(address)
-        if peer is None:
-            peer = _Connections(address, self._max_num_connections_per_peer)
+        if (peer := self._peers.get(address)) is None:
+            peer = _Connections(address, self._limits.max_num_connections_per_peer)
             self._peers[address] = peer
         await self._take_slot(peer)
         try:
-            async with asyncio.timeout(self._total_timeout_s) as patience:
+            async with asyncio.timeout(self._limits.total_timeout_s) as patience:
                 for first in range(0, len(remote_blocks), MAX_BLOCKS_PER_REQUEST):
                     part = slice(first, first + MAX_BLOCKS_PER_REQUEST)
                     await self._read_part(peer, remote_blocks[part], memory, local_blocks[part])
         except TimeoutError as error:
             if patience.expired():
-                message = f"the peer took longer than {self._total_timeout_s:g} s"
+                message = f"the peer took longer than {self._limits.total_timeout_s:g} s"
             else:
-                message = f"the peer was silent for {self._idle_timeout_s:g} s"
+                message = f"the peer was silent for {self._limits.idle_timeout_s:g} s"
             raise TransferFailed(message) from error
         except (OSError, BadFrame) as error:
             raise TransferFailed("the connection to the peer broke") from error
@@ -225,10 +201,10 @@ class TcpTransport:
         try:
             await peer.slots.acquire()
         finally:
-            if (waited_s := loop.time() - since_s) > self._idle_timeout_s:
+            if (waited_s := loop.time() - since_s) > self._limits.idle_timeout_s:
                 log.warning(
                     "kv_read.waited",
-                    max_num_connections=self._max_num_connections_per_peer,
+                    max_num_connections=self._limits.max_num_connections_per_peer,
                     waited_s=round(waited_s, 3),
                 )
 
@@ -236,20 +212,20 @@ class TcpTransport:
         self,
         peer: _Connections,
         remote_blocks: Sequence[BlockId],
-        memory: KvMemory,
+        memory: KvStore,
         local_blocks: Sequence[BlockId],
     ) -> None:
         try:
-            async with asyncio.timeout(self._connect_timeout_s):
+            async with asyncio.timeout(self._limits.connect_timeout_s):
                 sock = await peer.take()
         except TimeoutError:
-            limit_s = self._connect_timeout_s
+            limit_s = self._limits.connect_timeout_s
             raise TransferFailed(f"the peer took no connection within {limit_s:g} s") from None
         try:
-            request = encode_request(peer.address.token, remote_blocks)
-            await send_all(sock, [request], self._idle_timeout_s)
+            request = encode_request(peer.address.token, self._end, remote_blocks)
+            await send_all(sock, [request], self._limits.idle_timeout_s)
             header = bytearray(REPLY_HEADER_BYTES)
-            await recv_all(sock, [header], self._idle_timeout_s)
+            await recv_all(sock, [header], self._limits.idle_timeout_s)
             status = decode_reply(header, len(remote_blocks) * memory.layout.block_bytes)
             if status is Status.OK:
                 await self._recv_blocks(sock, memory, local_blocks)
@@ -261,16 +237,15 @@ class TcpTransport:
             raise TransferFailed("the peer refuses: the blocks are not on offer")
 
     async def _recv_blocks(
-        self, sock: socket.socket, memory: KvMemory, local_blocks: Sequence[BlockId]
+        self, sock: socket.socket, memory: KvStore, local_blocks: Sequence[BlockId]
     ) -> None:
-        """The reply has the blocks in order; neighbours here are one buffer."""
-        block_bytes = memory.layout.block_bytes
-        targets = [
-            memory.bytes[run.local * block_bytes : (run.local + run.count) * block_bytes]
-            for run in block_runs(range(len(local_blocks)), local_blocks)
-        ]
+        if (targets := memory.host_blocks(local_blocks)) is None:
+            staging = bytearray(len(local_blocks) * memory.layout.block_bytes)
+            await recv_all(sock, [staging], self._limits.idle_timeout_s)
+            runs = block_runs(range(len(local_blocks)), local_blocks)
+            return await memory.copy_in(staging, list(runs))
         try:
-            await recv_all(sock, targets, self._idle_timeout_s)
+            await recv_all(sock, targets, self._limits.idle_timeout_s)
         finally:
             for target in targets:
                 target.release()

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import structlog
 
-from kvtransfer.transports.base import MayRead
-from kvtransfer.transports.sockets import BYTES_PER_TURN, recv_all, send_all, wait_readable
+from kvtransfer.transports.base import End, MayRead, OnRead, ReadEvent
+from kvtransfer.transports.sockets import BYTES_PER_CALL, recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
     REQUEST_HEADER_BYTES,
     TOKEN_BYTES,
@@ -24,7 +24,7 @@ from pdserve.config.binding import explain_listening, listen
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
-from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.kv_store import KvStore, bytes_of
 
 log = structlog.get_logger()
 
@@ -43,10 +43,14 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServerLimits:
-    idle_timeout_s: float  # a started request or reply that does not move
-    total_timeout_s: float  # one reply
-    max_num_connections: int
+class TcpLimits:
+    """Of one side's silence, of a whole read or reply, and of how much happens at a time."""
+
+    connect_timeout_s: float
+    idle_timeout_s: float
+    total_timeout_s: float
+    max_num_connections_per_peer: int = 8
+    max_num_served_connections: int = 256
 
 
 class TcpRegionServer:
@@ -57,20 +61,23 @@ class TcpRegionServer:
     it the connection, and nothing else.
     """
 
+    sees_reads = True
+
     def __init__(
         self,
-        memory: KvMemory,
+        memory: KvStore,
         may_read: MayRead,
+        on_read: OnRead,
         *,
         host: str,
         port: int,
-        advertised_host: str,
-        limits: ServerLimits,
+        limits: TcpLimits,
     ) -> None:
         self.num_dropped_connections = 0
         self.num_refused_reads = 0
         self._memory = memory
         self._may_read = may_read
+        self._on_read = on_read
         self._limits = limits
         self._token = secrets.token_bytes(TOKEN_BYTES)
         self._num_connections = 0
@@ -80,7 +87,7 @@ class TcpRegionServer:
         self.region = RemoteRegion(
             transport="tcp",
             address={
-                "host": advertised_host,
+                "host": host,
                 "port": str(self._listener.getsockname()[1]),
                 "token": self._token.hex(),
             },
@@ -108,7 +115,7 @@ class TcpRegionServer:
                 self._admit(sock, connections)
 
     def _admit(self, sock: socket.socket, connections: asyncio.TaskGroup) -> None:
-        if self._num_connections >= self._limits.max_num_connections:
+        if self._num_connections >= self._limits.max_num_served_connections:
             self.num_dropped_connections += 1
             oldest = next(iter(self._new), None)
             if oldest is None:
@@ -133,11 +140,10 @@ class TcpRegionServer:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             task = asyncio.current_task()
             wait_s = self._limits.idle_timeout_s
-            while await self._await_request(sock, wait_s):
-                block_ids = await self._receive_request(sock)
+            while request := await self._receive_request(sock, wait_s):
                 if task is not None:
                     self._new.pop(task, None)
-                await self._reply(sock, block_ids)
+                await self._reply(sock, *request)
                 wait_s = KEEP_ALIVE_S
         except (BadFrame, OSError) as error:
             self.num_dropped_connections += 1
@@ -146,36 +152,49 @@ class TcpRegionServer:
             self.num_dropped_connections += 1
             log.exception("kv_server.connection_broken")
 
-    async def _await_request(self, sock: socket.socket, timeout_s: float) -> bool:
-        """False if the peer closed, or did not ask for so long."""
-        with contextlib.suppress(TimeoutError):
-            await wait_readable(sock, timeout_s)
-            return bool(sock.recv(1, socket.MSG_PEEK))
-        return False
+    async def _receive_request(
+        self, sock: socket.socket, wait_s: float
+    ) -> tuple[End, list[BlockId]] | None:
+        """None if the peer closes, or does not ask for `wait_s`.
 
-    async def _receive_request(self, sock: socket.socket) -> list[BlockId]:
-        """One deadline for all of it: a peer that sends a byte now and then is not waited for."""
+        One deadline for all of it: a peer that sends a byte now and then is not waited for.
+        """
+        header, num_bytes = bytearray(REQUEST_HEADER_BYTES), 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                num_bytes = await asyncio.get_running_loop().sock_recv_into(sock, header)
+        if num_bytes == 0:
+            return None
         idle_s = self._limits.idle_timeout_s
         async with asyncio.timeout(idle_s):
-            header = bytearray(REQUEST_HEADER_BYTES)
-            await recv_all(sock, [header], idle_s)
-            body = bytearray(4 * decode_request_header(header, self._token))
+            await recv_all(sock, [memoryview(header)[num_bytes:]], idle_s)
+            reader, num_blocks = decode_request_header(header, self._token)
+            body = bytearray(4 * num_blocks)
             await recv_all(sock, [body], idle_s)
-        return decode_block_ids(body, self._memory.num_blocks)
+        return reader, decode_block_ids(body, self._memory.num_blocks)
 
-    async def _reply(self, sock: socket.socket, block_ids: Sequence[BlockId]) -> None:
-        idle_s = self._limits.idle_timeout_s
+    async def _reply(self, sock: socket.socket, reader: End, block_ids: Sequence[BlockId]) -> None:
         if not self._may_read(block_ids):
             self.num_refused_reads += 1
-            await send_all(sock, [encode_reply(Status.NOT_ON_OFFER, 0)], idle_s)
+            refusal = encode_reply(Status.NOT_ON_OFFER, 0)
+            await send_all(sock, [refusal], self._limits.idle_timeout_s)
             return
+        self._on_read(ReadEvent(reader, tuple(block_ids), is_over=False))
+        try:
+            await self._send_blocks(sock, block_ids)
+        finally:
+            self._on_read(ReadEvent(reader, tuple(block_ids), is_over=True))
+
+    async def _send_blocks(self, sock: socket.socket, block_ids: Sequence[BlockId]) -> None:
         block_bytes = self._memory.layout.block_bytes
-        batch_size = max(1, BYTES_PER_TURN // block_bytes)
+        batch_size = max(1, BYTES_PER_CALL // block_bytes)
         async with asyncio.timeout(self._limits.total_timeout_s):
             head = encode_reply(Status.OK, len(block_ids) * block_bytes)
             for first in range(0, len(block_ids), batch_size):
                 batch = block_ids[first : first + batch_size]
                 if first and not self._may_read(batch):
                     raise BadFrame("the blocks were taken back while they were sent")
-                blocks = [self._memory.block(block_id) for block_id in batch]
-                await send_all(sock, [head, *blocks] if not first else blocks, idle_s)
+                blocks = await bytes_of(self._memory, batch)
+                await send_all(
+                    sock, [head, *blocks] if not first else blocks, self._limits.idle_timeout_s
+                )

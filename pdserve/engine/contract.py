@@ -8,7 +8,7 @@ from pdserve.domain.ids import BlockId
 from pdserve.domain.latency import StepShape
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Failed, SampledToken
-from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.kv_store import KvStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +90,9 @@ class Engine(Protocol):
     """Owns weights and KV memory. One step at a time; the caller owns the block tables."""
 
     spec: EngineSpec
-    kv: KvMemory
+
+    @property
+    def kv(self) -> KvStore: ...
 
     async def step(self, batch: StepBatch) -> StepResult:
         """Run the batch without blocking the event loop.

@@ -4,11 +4,21 @@ import contextlib
 import fcntl
 import mmap
 import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from pdserve.domain.ids import BlockId
+from pdserve.domain.ids import BlockId, HandoffId
 from pdserve.domain.layout import KvLayout
+from pdserve.engine.digest import block_digest
+from pdserve.engine.kv_store import BlockRun, HostBuffer
+from pdserve.engine.threads import run_to_end
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
 
 # All bits of the exponent: set in NaN and infinity alone.
 _EXPONENTS = {
@@ -19,14 +29,17 @@ _EXPONENTS = {
 
 
 class KvMemory:
-    """`num_blocks` blocks of `layout.block_bytes`, block 0 first, zeroed.
+    """Satisfies `KvStore` in the host's memory: block 0 first, zeroed.
 
     The memory is an anonymous file (memfd): a reader on the same host opens it through
     /proc/PID/fd, and no name is left behind however the process ends. Where the system has no
     memfd (not Linux) it is private memory and only network transports apply.
 
     `holds_numbers` is false for an engine that keeps other things than numbers of `layout.dtype`.
+    Work on at most `thread_above_bytes` takes less time than handing it to a thread.
     """
+
+    thread_above_bytes = 1 << 20
 
     def __init__(self, layout: KvLayout, num_blocks: int, *, holds_numbers: bool = True) -> None:
         self.layout = layout
@@ -49,8 +62,56 @@ class KvMemory:
         start = block_id * self.layout.block_bytes
         return self.bytes[start : start + self.layout.block_bytes]
 
+    def host_blocks(self, block_ids: Sequence[BlockId]) -> list[memoryview]:
+        return [self.block(block_id) for block_id in block_ids]
+
+    def tensor(self) -> "Tensor":
+        import torch  # an engine does; who only moves blocks must not need to
+
+        return torch.frombuffer(self.bytes, dtype=torch.uint8).view(self.num_blocks, -1)
+
+    async def copy_in(self, source: HostBuffer, runs: Sequence[BlockRun]) -> None:
+        spans = [(run.local, run.remote, run.count) for run in runs]
+        await self._copy(self.bytes, source, spans)
+
+    async def copy_out(self, target: HostBuffer, runs: Sequence[BlockRun]) -> None:
+        spans = [(run.remote, run.local, run.count) for run in runs]
+        await self._copy(target, self.bytes, spans)
+
+    async def _copy(
+        self, target: HostBuffer, source: HostBuffer, spans: Sequence[tuple[int, int, int]]
+    ) -> None:
+        """By numpy, whose copies let other threads run, unlike those of memoryview."""
+        size = self.layout.block_bytes
+
+        def copy(is_cancelled: Callable[[], bool]) -> None:
+            to, of = np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)
+            for to_block, of_block, count in spans:
+                if is_cancelled():
+                    return
+                start, place, num_bytes = of_block * size, to_block * size, count * size
+                to[place : place + num_bytes] = of[start : start + num_bytes]
+
+        await self._work(sum(count for _, _, count in spans), copy)
+
+    async def digests(
+        self, handoff: HandoffId, block_indices: Sequence[int], block_ids: Sequence[BlockId]
+    ) -> list[bytes]:
+        def digest(is_cancelled: Callable[[], bool]) -> list[bytes]:
+            return [
+                block_digest(handoff, index, self.block(block_id))
+                for index, block_id in zip(block_indices, block_ids, strict=True)
+                if not is_cancelled()
+            ]
+
+        return await self._work(len(block_ids), digest)
+
+    async def _work(self, num_blocks: int, work: Callable[[Callable[[], bool]], T]) -> T:
+        if num_blocks * self.layout.block_bytes <= self.thread_above_bytes:
+            return work(lambda: False)
+        return await run_to_end(work)
+
     def is_sound(self, block_id: BlockId) -> bool:
-        """No number in the block is NaN or infinite, so that it may be shared by its name."""
         if not self._holds_numbers:
             return True
         kind, exponent = _EXPONENTS[self.layout.dtype]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pdserve.domain.invariants import check_invariant
 from pdserve.engine.attention import AttentionCall, attend_dense, first_visible
-from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.kv_store import KvStore
 from pdserve.engine.numba_attention import CompiledAttention
 from pdserve.engine.packing import PackedBatch
 
@@ -25,7 +25,7 @@ class PagedCache:
     They are views of `kv`, strided over blocks; nothing here owns memory.
     """
 
-    def __init__(self, kv: KvMemory, compiled: CompiledAttention | None = None) -> None:
+    def __init__(self, kv: KvStore, compiled: CompiledAttention | None = None) -> None:
         """`compiled` attends short chunks and decode rows (float32 only); without it torch does."""
         layout = kv.layout
         is_fit = compiled is None or layout.dtype == "float32"
@@ -34,8 +34,8 @@ class PagedCache:
         self.compiled = compiled
         self.block_values = layout.block_bytes // layout.item_bytes
         self.offsets: list[tuple[int, int]] = []  # of each layer's K and V in a block, in values
-        self.memory = np.frombuffer(kv.bytes, dtype=np.float32) if compiled else np.zeros(0)
-        flat = torch.frombuffer(kv.bytes, dtype=DTYPES[layout.dtype]).view(kv.num_blocks, -1)
+        flat = kv.tensor().view(DTYPES[layout.dtype])
+        self.memory = flat.view(-1).numpy() if compiled else np.zeros(0)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for index, layer in enumerate(layout.layers):

@@ -1,4 +1,4 @@
-"""A block table that outlives the step it is in."""
+"""A block table that outlives whoever reads or writes its blocks."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,18 +8,18 @@ from pdserve.engine.block_pool import BlockTable
 
 
 class StepTable:
-    """One request's blocks, while engine steps read and write them.
+    """One request's blocks, while engine steps read and write them and digests are made of them.
 
-    A request can end in the middle of a step. Its blocks then go back only when the step is over:
+    A request can end in the middle of a step. Its blocks then go back only when nobody uses them:
     given away earlier, they could take another request's KV, which the step would write over.
     """
 
-    __slots__ = ("_is_in_step", "_is_released", "_num_held", "_on_released", "_table")
+    __slots__ = ("_is_released", "_num_held", "_num_users", "_on_released", "_table")
 
     def __init__(self, table: BlockTable, on_released: Callable[[], None]) -> None:
         self._table = table
         self._on_released = on_released
-        self._is_in_step = False
+        self._num_users = 0
         self._is_released = False
         self._num_held = table.num_cached_blocks
 
@@ -52,22 +52,21 @@ class StepTable:
         self._table.publish(names)
 
     def enter_step(self) -> None:
+        """Begin to use the blocks; each call is followed by one of `leave_step`."""
         check_invariant(not self._is_released, "no step uses blocks that are given back")
-        self._is_in_step = True
+        self._num_users += 1
 
     def leave_step(self) -> None:
-        self._is_in_step = False
-        if self._is_released:
-            self._give_back()
+        self._num_users -= 1
+        self._give_back_if_unused()
 
     def release(self) -> None:
-        """Give all blocks back, at once or after the running step; safe to call twice."""
-        if self._is_released:
-            return
-        self._is_released = True
-        if not self._is_in_step:
-            self._give_back()
+        """Give all blocks back, at once or when their last user leaves; safe to call twice."""
+        if not self._is_released:
+            self._is_released = True
+            self._give_back_if_unused()
 
-    def _give_back(self) -> None:
-        self._table.release()
-        self._on_released()
+    def _give_back_if_unused(self) -> None:
+        if self._is_released and self._num_users == 0:
+            self._table.release()
+            self._on_released()

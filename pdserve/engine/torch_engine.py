@@ -1,6 +1,5 @@
 """The engine that runs real models: `transformers` code over a paged KV cache, on CPU."""
 
-import asyncio
 import contextlib
 import ctypes
 import time
@@ -16,6 +15,7 @@ from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_shape import item_bytes
 from pdserve.engine.paged_model import PagedModel, load_model
 from pdserve.engine.sampling import draw_tokens
+from pdserve.engine.threads import run_to_end
 from pdserve.engine.tokenizer import Tokenizer
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
@@ -65,13 +65,7 @@ class TorchEngine:
 
     async def step(self, batch: StepBatch) -> StepResult:
         """Run the batch in the engine's thread. A cancelled call raises once the step is over."""
-        loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self._thread, self.compute, batch)
-        try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            await _finished(work)
-            raise
+        return await run_to_end(lambda is_cancelled: self.compute(batch), self._thread)
 
     def compute(self, batch: StepBatch) -> StepResult:
         """Run the batch in the calling thread; not while a `step` is running."""
@@ -89,16 +83,6 @@ class TorchEngine:
     def close(self) -> None:
         self._thread.shutdown(wait=True)
         self._model.close()
-
-
-async def _finished(work: asyncio.Future[StepResult]) -> None:
-    """Wait for `work` however often this task is cancelled; its outcome is nobody's business."""
-    while not work.done():
-        try:
-            await asyncio.wait([work])
-        except asyncio.CancelledError:
-            continue
-    work.exception()
 
 
 def _use_one_thread() -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -22,29 +21,32 @@ import pytest
 import structlog
 import uvloop
 
-from kvtransfer.digest import block_digest
 from kvtransfer.receiver import HandoffReceiver
 from kvtransfer.transports import open_transports
-from kvtransfer.transports.base import MayRead, Transport
+from kvtransfer.transports.base import End, MayRead, ReadEvent, Transport
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
 from kvtransfer.transports.tcp_frames import (
     REPLY_HEADER_BYTES,
     REQUEST_HEADER_BYTES,
+    Status,
+    encode_reply,
     encode_request,
 )
-from kvtransfer.transports.tcp_server import TcpRegionServer
+from kvtransfer.transports.tcp_server import TcpLimits, TcpRegionServer
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import Reason, TransferFailed
-from pdserve.domain.ids import BlockId
+from pdserve.domain.ids import BlockId, Epoch
 from pdserve.domain.messages import BlocksOffered, RemoteRegion
+from pdserve.engine.digest import block_digest
 from pdserve.engine.kv_memory import KvMemory
-from tests.support.kv_handoff import blocks, handoff_id, kv_memory
+from tests.support.kv_handoff import blocks, handoff_id, kv_memory, layout_of
 
 SEED = 20
 BLOCK_BYTES = 4096
 NUM_BLOCKS = 64  # of which the first 48 are on offer at a peer process
 NOTICE_S = 3.0  # within which every fault of a peer shows
+END = End(Epoch(77), 3)
 SHORT_NOTICE_S = 1.5  # and this where timers are set far below their defaults
 
 
@@ -54,14 +56,16 @@ def tcp_transport(
     total_timeout_s: float = 30.0,
     max_num_connections_per_peer: int = 8,
     max_num_served_connections: int = 256,
+    end: End = END,
 ) -> TcpTransport:
-    return TcpTransport(
+    limits = TcpLimits(
         connect_timeout_s=2.0,
         idle_timeout_s=idle_timeout_s,
         total_timeout_s=total_timeout_s,
         max_num_connections_per_peer=max_num_connections_per_peer,
         max_num_served_connections=max_num_served_connections,
     )
+    return TcpTransport(limits=limits, end=end)
 
 
 MAKERS: dict[str, Callable[[], Transport]] = {"shm": ShmTransport, "tcp": tcp_transport}
@@ -245,6 +249,61 @@ async def test_more_blocks_than_one_request_can_name_arrive_exactly(name: str) -
                 assert target.block(BlockId(place)) == source.block(BlockId(remote))
 
 
+async def test_the_serving_side_hears_of_each_read_and_who_reads(
+    name: str, target: KvMemory
+) -> None:
+    events: list[ReadEvent] = []
+    with kv_memory(NUM_BLOCKS, BLOCK_BYTES, seed=4) as source:
+        async with transport_of(name) as transport:
+            await transport.register(target)
+            await transport.register(target)
+            server = await transport.serve(source, {1, 2, 3}.issuperset, events.append)
+            await transport.read(server.region, blocks(3, 1), target, blocks(0, 1))
+            if server.sees_reads:
+                with pytest.raises(TransferFailed):
+                    await transport.read(server.region, blocks(4), target, blocks(0))
+            await server.close()
+    expected = [ReadEvent(END, blocks(3, 1), is_over) for is_over in (False, True)]
+    assert events == (expected if server.sees_reads else [])
+
+
+async def test_the_serving_side_hears_the_end_of_a_read_that_breaks() -> None:
+    events: asyncio.Queue[ReadEvent] = asyncio.Queue()
+    with memories(16, 4 << 20) as (source, target):
+        async with transport_of("tcp") as transport:
+            server = await transport.serve(source, lambda block_ids: True, events.put_nowait)
+            wanted = blocks(*range(16))
+            reading = asyncio.create_task(transport.read(server.region, wanted, target, wanted))
+            assert not (await events.get()).is_over
+            reading.cancel()
+            await asyncio.wait([reading])
+            async with asyncio.timeout(NOTICE_S):
+                assert (await events.get()).is_over
+            await server.close()
+
+
+class DeviceMemory(KvMemory):
+    """Whose bytes a transport may only have by copies."""
+
+    def host_blocks(self, block_ids: object) -> None:  # type: ignore[override]
+        return None
+
+
+async def test_memory_that_is_not_the_hosts_is_served_and_read_into_through_copies() -> None:
+    layout = layout_of(BLOCK_BYTES)
+    source, target = DeviceMemory(layout, 8), DeviceMemory(layout, 8)
+    source.bytes[:] = Random(9).randbytes(source.num_bytes)
+    async with transport_of("tcp") as transport:
+        server = await transport.serve(source, lambda block_ids: True)
+        await transport.read(server.region, blocks(5, 6, 1), target, blocks(2, 7, 0))
+        await server.close()
+    for remote, local in ((5, 2), (6, 7), (1, 0)):
+        assert target.block(BlockId(local)) == source.block(BlockId(remote))
+    assert target.block(BlockId(1)) == bytes(BLOCK_BYTES)
+    source.close()
+    target.close()
+
+
 async def test_a_region_of_another_shape_is_refused(name: str) -> None:
     async with peer_process(name) as peer, transport_of(name) as transport:
         with kv_memory(4, 2048) as target, pytest.raises(TransferFailed):
@@ -414,7 +473,7 @@ async def test_a_peer_that_trickles_fails_by_the_total_timeout(target: KvMemory)
     async def trickle(sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         await loop.sock_recv(sock, 1)
-        await loop.sock_sendall(sock, struct.pack("<BQ", 0, BLOCK_BYTES))
+        await loop.sock_sendall(sock, encode_reply(Status.OK, BLOCK_BYTES))
         while True:
             await loop.sock_sendall(sock, b"x")
             await asyncio.sleep(0.01)
@@ -443,7 +502,7 @@ async def slow_peer(reply_s: float) -> AsyncIterator[RemoteRegion]:
         loop = asyncio.get_running_loop()
         while await loop.sock_recv(sock, REQUEST_HEADER_BYTES + 4):
             await asyncio.sleep(reply_s)
-            await loop.sock_sendall(sock, struct.pack("<BQ", 0, BLOCK_BYTES) + bytes(BLOCK_BYTES))
+            await loop.sock_sendall(sock, encode_reply(Status.OK, BLOCK_BYTES) + bytes(BLOCK_BYTES))
 
     async with raw_server(answer) as port:
         yield region_at(port)
@@ -752,7 +811,7 @@ async def test_blocks_taken_back_while_they_are_sent_end_the_reply() -> None:
         calls.append(block_ids)
         return len(calls) == 1
 
-    with kv_memory(4, 1 << 20, seed=1) as source, kv_memory(4, 1 << 20) as target:
+    with kv_memory(4, 4 << 20, seed=1) as source, kv_memory(4, 4 << 20) as target:
         transport = tcp_transport()
         server = await transport.serve(source, only_once)
         async with fails_within(NOTICE_S):
@@ -764,17 +823,17 @@ async def test_blocks_taken_back_while_they_are_sent_end_the_reply() -> None:
 
 def rogue_requests(region: RemoteRegion) -> dict[str, bytes]:
     token = bytes.fromhex(region.address["token"])
-    good = encode_request(token, blocks(1))
+    good = encode_request(token, END, blocks(1))
     return {
         "garbage": Random(7).randbytes(500),
         "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + bytes(100),
-        "another token": encode_request(bytes(16), blocks(1)),
+        "another token": encode_request(bytes(16), END, blocks(1)),
         "another version": good[:4] + b"\xff\xff" + good[6:],
-        "too many blocks": good[:22] + b"\xff\xff\xff\xff",
-        "no blocks": good[:22] + bytes(4),
-        "a block beyond the region": encode_request(token, blocks(NUM_BLOCKS)),
+        "too many blocks": good[:-8] + b"\xff\xff\xff\xff",
+        "no blocks": good[:-8] + bytes(4),
+        "a block beyond the region": encode_request(token, END, blocks(NUM_BLOCKS)),
         "half a header": good[:10],
-        "half the blocks": encode_request(token, blocks(1, 2))[:-3],
+        "half the blocks": encode_request(token, END, blocks(1, 2))[:-3],
         "nothing": b"",
     }
 
@@ -799,7 +858,7 @@ async def test_rogue_connections_are_dropped_without_a_word_and_others_are_serve
 async def test_a_request_that_trickles_in_is_dropped_by_one_deadline() -> None:
     async with tcp_server() as (_, server, _):
         sock = await connect(server.region)
-        request = encode_request(bytes.fromhex(server.region.address["token"]), blocks(1, 2))
+        request = encode_request(bytes.fromhex(server.region.address["token"]), END, blocks(1, 2))
 
         async def trickle() -> None:
             with contextlib.suppress(OSError):
@@ -821,7 +880,7 @@ async def test_a_reader_that_stops_reading_is_dropped(target: KvMemory) -> None:
         sock = await connect(server.region)
         token = bytes.fromhex(server.region.address["token"])
         await asyncio.get_running_loop().sock_sendall(
-            sock, encode_request(token, blocks(*range(16)))
+            sock, encode_request(token, END, blocks(*range(16)))
         )
         await asyncio.get_running_loop().sock_recv(sock, 1)
         await asyncio.wait(connection_tasks(), timeout=NOTICE_S)

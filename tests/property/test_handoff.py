@@ -35,6 +35,7 @@ from pdserve.domain.messages import (
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, SampledToken
 from pdserve.engine.contract import StepBatch, StepResult
+from pdserve.engine.kv_memory import KvMemory
 from pdserve.rpc.memory_network import Wire
 from pdserve.rpc.streams import MemoryStream, iterate
 from tests.support.worker_pair import Call, Sizes, WorkerPair, oracle
@@ -200,9 +201,13 @@ class Run:
         async with WorkerPair(sizes, timers=timers) as self.pair:
             self.pair.network.make_wire = lambda left, right: UnrulyWire(left, right, self.weather)
             read_s = rng.choice([0.0, 0.01, 0.05])
+            thread_above_bytes = rng.choice([0, 1 << 20])
             self.pair.transport.block_s = lambda: rng.uniform(0, read_s)
             self.pair.transport.is_corrupt = lambda: rng.random() < self.corrupt_share
             self.pair.transport.asks = rng.random() < 0.5
+            for kv in (self.pair.engine.kv, *(node.engine.kv for node in self.pair.prefill)):
+                assert isinstance(kv, KvMemory)
+                kv.thread_above_bytes = thread_above_bytes
             for node in self.pair.prefill:
                 shaky: Any = ShakyEngine(node.engine, lambda: rng.random() < self.failed_share)
                 node.loop._engine = shaky

@@ -5,14 +5,14 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
 
-from kvtransfer.transports.base import MayRead
-from kvtransfer.transports.block_runs import check_read
+from kvtransfer.transports.base import MayRead, OnRead, check_read, ignore
 from pdserve.domain.errors import TransferFailed
 from pdserve.domain.ids import BlockId, HandoffId, RequestId
 from pdserve.domain.layout import KvLayout, LayerKv
 from pdserve.domain.messages import RemoteRegion, StartHandoff
 from pdserve.domain.sampling import SamplingParams
 from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.kv_store import KvStore
 
 BLOCK_SIZE = 4
 
@@ -66,6 +66,8 @@ def pause() -> Generator[None, None, None]:
 
 
 class DirectServer:
+    sees_reads = True
+
     def __init__(self, region: RemoteRegion) -> None:
         self.region = region
 
@@ -82,7 +84,12 @@ class DirectTransport:
         self.num_reads = 0
         self._served: list[tuple[KvMemory, MayRead]] = []
 
-    async def serve(self, memory: KvMemory, may_read: MayRead) -> DirectServer:
+    async def register(self, memory: KvStore) -> None: ...
+
+    async def serve(
+        self, memory: KvStore, may_read: MayRead, on_read: OnRead = ignore
+    ) -> DirectServer:
+        assert isinstance(memory, KvMemory)
         return DirectServer(self.add(memory, may_read))
 
     def add(self, memory: KvMemory, may_read: MayRead) -> RemoteRegion:
@@ -101,10 +108,11 @@ class DirectTransport:
         self,
         region: RemoteRegion,
         remote_blocks: Sequence[BlockId],
-        memory: KvMemory,
+        memory: KvStore,
         local_blocks: Sequence[BlockId],
     ) -> None:
         check_read(region, remote_blocks, memory, local_blocks)
+        assert isinstance(memory, KvMemory)
         source, may_read = self._served[int(region.address["place"])]
         self.num_reads += 1
         if not may_read(remote_blocks):

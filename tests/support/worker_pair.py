@@ -17,8 +17,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from decode_worker.building import open_decode_worker
-from kvtransfer.digest import block_digest
-from kvtransfer.transports.base import MayRead
+from kvtransfer.transports.base import MayRead, OnRead, ignore
 from kvtransfer.transports.memory import MemoryRegionServer, MemoryTransport
 from pdserve.config.processes import CoefficientSettings, EngineSettings, WorkerSettings
 from pdserve.config.timers import Timers
@@ -43,7 +42,9 @@ from pdserve.domain.messages import (
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, SampledToken
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
+from pdserve.engine.digest import block_digest
 from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.kv_store import KvStore
 from pdserve.engine.model_files import ModelFiles, resolve_model_dir
 from pdserve.engine.timed_engine import TimedEngine, timed_tokens
 from pdserve.engine.tokenizer import Tokenizer
@@ -136,21 +137,30 @@ class PairTransport(MemoryTransport):
         self.is_corrupt: Callable[[], bool] = lambda: False
         self.asks = True
         self.num_reads = 0
+        self._registered: list[KvStore] = []
 
-    async def serve(self, memory: KvMemory, may_read: MayRead) -> MemoryRegionServer:
-        return await super().serve(memory, lambda blocks: not self.asks or may_read(blocks))
+    async def register(self, memory: KvStore) -> None:
+        self._registered.append(memory)
+
+    async def serve(
+        self, memory: KvStore, may_read: MayRead, on_read: OnRead = ignore
+    ) -> MemoryRegionServer:
+        may = lambda blocks: not self.asks or may_read(blocks)  # noqa: E731
+        return await super().serve(memory, may, on_read)
 
     async def read(
         self,
         region: RemoteRegion,
         remote_blocks: Sequence[BlockId],
-        memory: KvMemory,
+        memory: KvStore,
         local_blocks: Sequence[BlockId],
     ) -> None:
+        assert memory in self._registered, "read into memory that is not registered"
         self.num_reads += 1
         await super().read(region, remote_blocks, memory, local_blocks)
         for block in local_blocks:
             if self.is_corrupt():
+                assert isinstance(memory, KvMemory)
                 memory.block(block)[0] ^= 1
 
 

@@ -26,6 +26,18 @@ def test_blocks_released_during_a_step_come_back_after_it() -> None:
     assert calls == ["released"]
 
 
+def test_blocks_come_back_when_the_last_of_their_users_leaves() -> None:
+    pool, calls = BlockPool(4), list[str]()
+    table = table_of(pool, 3, calls)
+    table.enter_step()
+    table.enter_step()
+    table.release()
+    table.leave_step()
+    assert (pool.usage().free, calls) == (1, [])
+    table.leave_step()
+    assert (pool.usage().free, calls) == (4, ["released"])
+
+
 def test_release_is_idempotent_in_and_out_of_a_step() -> None:
     pool, calls = BlockPool(4), list[str]()
     table = table_of(pool, 2, calls)

@@ -5,7 +5,6 @@ from typing import Literal
 
 import pytest
 
-from kvtransfer.digest import block_digest
 from kvtransfer.receiver import HandoffReceiver
 from kvtransfer.session import Phase, ProtocolViolation
 from kvtransfer.transports.base import Transport
@@ -28,6 +27,7 @@ from pdserve.domain.messages import (
     RemoteRegion,
 )
 from pdserve.domain.tokens import Failed, SampledToken
+from pdserve.engine.digest import block_digest
 from pdserve.engine.kv_memory import KvMemory
 from tests.support.kv_handoff import DirectTransport, blocks, handoff_id, kv_memory
 
@@ -51,6 +51,7 @@ class Pair:
     def receiver(
         self, *, corrupt: int | Literal["all"] = 0, thread_above_bytes: int = 1 << 20
     ) -> HandoffReceiver:
+        self.target.thread_above_bytes = thread_above_bytes
         transport: Transport = self.transport
         if corrupt:
             transport = FaultyTransport(transport, corrupt)
@@ -63,7 +64,6 @@ class Pair:
             first_block=FIRST,
             vocab_size=VOCAB_SIZE,
             on_first_token=self.take,
-            thread_above_bytes=thread_above_bytes,
         )
 
     def take(self, message: PrefillDone) -> bool:

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.digest import block_digest
 from kvtransfer.sender import HandoffSender, SenderTable, check_start
 from kvtransfer.session import Event, Phase, ProtocolViolation
 from pdserve.domain.ids import BlockId, HandoffId
 from pdserve.domain.messages import BlocksPulled
 from pdserve.engine.block_pool import BlockPool
+from pdserve.engine.digest import block_digest
 from pdserve.engine.kv_memory import KvMemory
 from tests.support.kv_handoff import BLOCK_SIZE, blocks, handoff_id, kv_memory, start_of
 
@@ -59,44 +59,48 @@ def pulled(first: int, count: int, handoff: HandoffId | None = None) -> BlocksPu
     return BlocksPulled(handoff=handoff or handoff_id(), first_block=first, num_blocks=count)
 
 
-def test_only_complete_blocks_are_offered_until_the_prompt_is_computed(
+async def test_only_complete_blocks_are_offered_until_the_prompt_is_computed(
     pool: BlockPool, memory: KvMemory
 ) -> None:
     sender = sender_of(pool, memory)
-    assert sender.offer(3, is_last=False) is None
-    first = sender.offer(9, is_last=False)
+    assert await sender.offer(3, is_last=False) is None
+    first = await sender.offer(9, is_last=False)
     assert first is not None
     assert (first.first_block, len(first.block_ids)) == (0, 2)
-    assert sender.offer(11, is_last=False) is None
-    last = sender.offer(14, is_last=True)
+    assert await sender.offer(11, is_last=False) is None
+    last = await sender.offer(14, is_last=True)
     assert last is not None
     assert (last.first_block, len(last.block_ids)) == (2, 2)
     sender.end(Event.FAIL)
 
 
-def test_blocks_that_the_peer_has_are_never_offered(pool: BlockPool, memory: KvMemory) -> None:
+async def test_blocks_that_the_peer_has_are_never_offered(
+    pool: BlockPool, memory: KvMemory
+) -> None:
     sender = sender_of(pool, memory, first_block=2)
-    assert sender.offer(8, is_last=False) is None
-    offer = sender.offer(14, is_last=True)
+    assert await sender.offer(8, is_last=False) is None
+    offer = await sender.offer(14, is_last=True)
     assert offer is not None
     assert (offer.first_block, len(offer.block_ids)) == (2, 2)
     sender.end(Event.FAIL)
 
 
-def test_an_offer_names_the_blocks_and_their_digests(pool: BlockPool, memory: KvMemory) -> None:
+async def test_an_offer_names_the_blocks_and_their_digests(
+    pool: BlockPool, memory: KvMemory
+) -> None:
     sender = sender_of(pool, memory, first_block=1)
-    offer = sender.offer(14, is_last=True)
+    offer = await sender.offer(14, is_last=True)
     assert offer is not None
     for place, (block_id, digest) in enumerate(zip(offer.block_ids, offer.digests, strict=True)):
         assert digest == block_digest(handoff_id(), 1 + place, memory.block(block_id))
     sender.end(Event.FAIL)
 
 
-def test_blocks_are_pinned_and_readable_from_offer_to_pull(
+async def test_blocks_are_pinned_and_readable_from_offer_to_pull(
     pool: BlockPool, memory: KvMemory
 ) -> None:
     sender = sender_of(pool, memory)
-    offer = sender.offer(14, is_last=True)
+    offer = await sender.offer(14, is_last=True)
     assert offer is not None
     assert pool.usage().pinned == 4
     assert may_read(sender, offer.block_ids)
@@ -110,9 +114,11 @@ def test_blocks_are_pinned_and_readable_from_offer_to_pull(
     sender.end(Event.END)
 
 
-def test_a_block_that_was_not_offered_may_not_be_read(pool: BlockPool, memory: KvMemory) -> None:
+async def test_a_block_that_was_not_offered_may_not_be_read(
+    pool: BlockPool, memory: KvMemory
+) -> None:
     sender = sender_of(pool, memory)
-    offer = sender.offer(8, is_last=False)
+    offer = await sender.offer(8, is_last=False)
     assert offer is not None
     foreign = BlockId(15)
     assert foreign not in offer.block_ids
@@ -131,11 +137,11 @@ def test_every_ending_gives_back_the_blocks_of_a_handoff_that_was_asked(
 
 
 @pytest.mark.parametrize("cause", [Event.END, Event.FAIL, Event.EXPIRE, Event.LOSE])
-def test_every_ending_gives_back_pinned_blocks_once(
+async def test_every_ending_gives_back_pinned_blocks_once(
     pool: BlockPool, memory: KvMemory, cause: Event
 ) -> None:
     sender = sender_of(pool, memory)
-    offer = sender.offer(14, is_last=True)
+    offer = await sender.offer(14, is_last=True)
     assert offer is not None
     sender.pulled(pulled(0, 1))
     sender.end(cause)
@@ -148,18 +154,20 @@ def test_every_ending_gives_back_pinned_blocks_once(
     other.release()
 
 
-def test_work_that_finishes_after_the_end_offers_nothing(pool: BlockPool, memory: KvMemory) -> None:
-    sender = sender_of(pool, memory)
-    sender.end(Event.END)
-    assert sender.offer(14, is_last=True) is None
-    assert not sender.sampled()
-
-
-def test_a_handoff_that_gave_all_it_was_asked_for_completes(
+async def test_work_that_finishes_after_the_end_offers_nothing(
     pool: BlockPool, memory: KvMemory
 ) -> None:
     sender = sender_of(pool, memory)
-    sender.offer(14, is_last=True)
+    sender.end(Event.END)
+    assert await sender.offer(14, is_last=True) is None
+    assert not sender.sampled()
+
+
+async def test_a_handoff_that_gave_all_it_was_asked_for_completes(
+    pool: BlockPool, memory: KvMemory
+) -> None:
+    sender = sender_of(pool, memory)
+    await sender.offer(14, is_last=True)
     assert sender.sampled()
     sender.pulled(pulled(0, 4))
     phases = [sender.phase]
@@ -168,11 +176,11 @@ def test_a_handoff_that_gave_all_it_was_asked_for_completes(
     assert phases == [Phase.READY, Phase.COMPLETED]
 
 
-def test_pulls_that_come_again_or_late_are_told_apart_and_change_nothing(
+async def test_pulls_that_come_again_or_late_are_told_apart_and_change_nothing(
     pool: BlockPool, memory: KvMemory
 ) -> None:
     sender = sender_of(pool, memory)
-    sender.offer(14, is_last=True)
+    await sender.offer(14, is_last=True)
     assert sender.pulled(pulled(0, 2))
     assert not sender.pulled(pulled(0, 2))
     assert not sender.pulled(pulled(1, 1))
@@ -184,11 +192,11 @@ def test_pulls_that_come_again_or_late_are_told_apart_and_change_nothing(
 @pytest.mark.parametrize(
     ("first", "count"), [(0, 3), (1, 1), (2, 1), (0, 0), (0, -1), (-1, 1), (5, 9), (1, 2)]
 )
-def test_a_pull_of_what_was_not_offered_in_turn_is_a_violation(
+async def test_a_pull_of_what_was_not_offered_in_turn_is_a_violation(
     pool: BlockPool, memory: KvMemory, first: int, count: int
 ) -> None:
     sender = sender_of(pool, memory)
-    sender.offer(8, is_last=False)
+    await sender.offer(8, is_last=False)
     with pytest.raises(ProtocolViolation):
         sender.pulled(pulled(first, count))
     assert pool.usage().pinned == 2
@@ -205,7 +213,9 @@ def test_no_sequence_of_pulls_makes_a_sender_fail_or_leak(
     pool = BlockPool(16)
     with kv_memory(num_blocks=16) as memory:
         sender = sender_of(pool, memory)
-        sender.offer(min(14, num_offered * BLOCK_SIZE), is_last=num_offered == 4)
+        offering = sender.offer(min(14, num_offered * BLOCK_SIZE), is_last=num_offered == 4)
+        with pytest.raises(StopIteration):  # so little is digested at once
+            offering.send(None)
         for first, count in pulls:
             pinned = pool.usage().pinned
             is_pulled = False
@@ -245,14 +255,14 @@ def test_no_renewal_keeps_blocks_beyond_the_deadline_of_the_request(
     sender.end(Event.EXPIRE)
 
 
-def test_table_reads_are_allowed_for_what_any_handoff_offers(
+async def test_table_reads_are_allowed_for_what_any_handoff_offers(
     pool: BlockPool, memory: KvMemory
 ) -> None:
     table: SenderTable[str] = SenderTable()
     senders = [sender_of(pool, memory, handoff=handoff_id(name), num_tokens=8) for name in "ab"]
     for sender in senders:
         table.add("d1", sender)
-    offers = [sender.offer(8, is_last=True) for sender in senders]
+    offers = [await sender.offer(8, is_last=True) for sender in senders]
     both = tuple(block for offer in offers if offer for block in offer.block_ids)
     assert len(both) == 4
     assert table.may_read(both)

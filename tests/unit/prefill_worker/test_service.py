@@ -429,3 +429,59 @@ def test_peer_that_kv_cannot_go_to_is_told_why_and_not_served(
             assert refused.value.reason is Reason.INCOMPATIBLE_PEER
 
     run()
+
+
+class HeldDigests:
+    """The digests of `node`'s KV memory, which take until `go`."""
+
+    def __init__(self, node: PrefillNode, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go = asyncio.Event()
+        self.num_running = 0
+        self._inner = node.engine.kv.digests
+        monkeypatch.setattr(node.engine.kv, "digests", self._digests)
+
+    async def _digests(self, *args: Any) -> list[bytes]:
+        self.num_running += 1
+        await self.go.wait()
+        self.num_running -= 1
+        return await self._inner(*args)
+
+
+def test_the_engine_steps_on_and_the_first_token_leaves_while_blocks_are_digested(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @virtual
+    async def run() -> None:
+        async with prefill(max_step_tokens=8) as (_, node, decode):
+            held = HeldDigests(node, monkeypatch)
+            handoff = decode.start()
+            await decode.hear(PrefillDone)  # its last chunk is computed
+            assert (held.num_running, node.pool.usage().pinned) == (1, 2)
+            held.go.set()
+            offers = [await decode.hear(BlocksOffered) for _ in range(2)]
+            assert [(each.first_block, len(each.block_ids)) for each in offers] == [(0, 2), (2, 6)]
+            decode.stream.try_send(EndHandoff(handoff))
+
+    run()
+
+
+def test_a_handoff_that_ends_while_it_is_digested_keeps_its_blocks_until_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @virtual
+    async def run() -> None:
+        async with prefill(max_step_tokens=64, prefill_blocks=8) as (_, node, decode):
+            held = HeldDigests(node, monkeypatch)
+            handoff = decode.start("first")
+            await decode.hear(PrefillDone)
+            decode.stream.try_send(EndHandoff(handoff))
+            decode.start("second")
+            await asyncio.sleep(1.0)
+            assert (len(node.loop.senders), node.pool.usage().free) == (0, 0)
+            assert len(node.loop.queue) == 1, "no other prompt is read into these blocks"
+            held.go.set()
+            offer = await decode.hear(BlocksOffered)
+            assert offer.handoff.request_id == "second"
+            decode.stream.try_send(EndHandoff(offer.handoff))
+
+    run()

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtransfer.transports.base import End
 from kvtransfer.transports.tcp_frames import (
     MAX_BLOCKS_PER_REQUEST,
     REPLY_HEADER_BYTES,
@@ -17,36 +18,38 @@ from kvtransfer.transports.tcp_frames import (
     encode_reply,
     encode_request,
 )
-from pdserve.domain.ids import BlockId
+from pdserve.domain.ids import BlockId, Epoch
 
 TOKEN = bytes(range(TOKEN_BYTES))
+READER = End(Epoch(2**63 - 1), 7)
 
 
 @given(st.lists(st.integers(0, 999).map(BlockId), min_size=1, max_size=50))
 def test_a_request_reads_back_as_it_was_written(block_ids: list[BlockId]) -> None:
-    frame = encode_request(TOKEN, block_ids)
-    num_blocks = decode_request_header(frame[:REQUEST_HEADER_BYTES], TOKEN)
+    frame = encode_request(TOKEN, READER, block_ids)
+    reader, num_blocks = decode_request_header(frame[:REQUEST_HEADER_BYTES], TOKEN)
+    assert reader == READER
     body = frame[REQUEST_HEADER_BYTES:]
     assert len(body) == 4 * num_blocks
     assert decode_block_ids(body, 1000) == block_ids
 
 
 def test_a_request_with_another_token_is_bad() -> None:
-    frame = encode_request(bytes(TOKEN_BYTES), [BlockId(0)])
+    frame = encode_request(bytes(TOKEN_BYTES), READER, [BlockId(0)])
     with pytest.raises(BadFrame):
         decode_request_header(frame[:REQUEST_HEADER_BYTES], TOKEN)
 
 
 @pytest.mark.parametrize("num_blocks", [0, MAX_BLOCKS_PER_REQUEST + 1, 2**32 - 1])
 def test_a_request_for_nothing_or_for_too_much_is_bad(num_blocks: int) -> None:
-    frame = bytearray(encode_request(TOKEN, [BlockId(0)])[:REQUEST_HEADER_BYTES])
+    frame = bytearray(encode_request(TOKEN, READER, [BlockId(0)])[:REQUEST_HEADER_BYTES])
     frame[-4:] = num_blocks.to_bytes(4, "little")
     with pytest.raises(BadFrame):
         decode_request_header(frame, TOKEN)
 
 
 def test_a_block_beyond_the_region_is_bad() -> None:
-    body = encode_request(TOKEN, [BlockId(5)])[REQUEST_HEADER_BYTES:]
+    body = encode_request(TOKEN, READER, [BlockId(5)])[REQUEST_HEADER_BYTES:]
     assert decode_block_ids(body, 6) == [5]
     with pytest.raises(BadFrame):
         decode_block_ids(body, 5)
@@ -55,7 +58,7 @@ def test_a_block_beyond_the_region_is_bad() -> None:
 @given(st.binary(min_size=REQUEST_HEADER_BYTES, max_size=REQUEST_HEADER_BYTES))
 def test_no_bytes_make_the_request_decoder_raise_anything_else(header: bytes) -> None:
     with contextlib.suppress(BadFrame):
-        assert 0 < decode_request_header(header, TOKEN) <= MAX_BLOCKS_PER_REQUEST
+        assert 0 < decode_request_header(header, TOKEN)[1] <= MAX_BLOCKS_PER_REQUEST
 
 
 @given(st.binary(min_size=REPLY_HEADER_BYTES, max_size=REPLY_HEADER_BYTES), st.integers(0, 2**40))

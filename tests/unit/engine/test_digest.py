@@ -3,8 +3,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.digest import DIGEST_BYTES, block_digest
 from pdserve.domain.ids import HandoffId, RequestId
+from pdserve.engine.digest import DIGEST_BYTES, block_digest
 
 HANDOFFS = st.builds(
     HandoffId,

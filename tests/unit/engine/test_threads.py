@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvtransfer.threads import run_to_end
+from pdserve.engine.threads import run_to_end
 
 
 async def test_the_result_of_the_work_comes_back() -> None:
