@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=151_936, help="tokens [151936]")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count [5]")
     parser.add_argument("--logits", choices=SHAPES, action="append", help="only these [all]")
+    parser.add_argument("--alone", action="store_true", help="measure pdserve only")
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -167,11 +168,15 @@ def main() -> None:
     for shape in options.logits or SHAPES:
         logits = logits_of(shape, options.rows, options.vocabulary)
         for case in CASES:
-            contenders = [ours(logits, case), peers(logits, case)]
-            (own, own_cpu), (peer, peer_cpu) = medians(contenders, options.rounds)
+            contenders = [ours(logits, case)]
+            if not options.alone:
+                contenders.append(peers(logits, case))
+            (own, own_cpu), *others = medians(contenders, options.rounds)
             seen.append((own_cpu, f"{shape}, {case.name}"))
-            cells = [f"{own:.1f} ({own_cpu:.1f})", f"{peer:.1f} ({peer_cpu:.1f})"]
-            table.add_row(shape, case.name, *cells, f"{peer / own:.1f} x")
+            cells = [f"{own:.1f} ({own_cpu:.1f})"]
+            for peer, peer_cpu in others:
+                cells += [f"{peer:.1f} ({peer_cpu:.1f})", f"{peer / own:.1f} x"]
+            table.add_row(shape, case.name, *cells)
     console = Console()
     console.print(table)
     worst, name = max(seen)
