@@ -6,8 +6,9 @@
 
 Both draw for the same logits, in turn, in every round; round 0 warms up and is not counted. Prints
 medians of the wall clock for all rows, of the processor's time beside them, as on a busy machine
-the two differ, and last the slowest case. Logits are "peaked" if 50 tokens are likely and "broad"
-if half of the vocabulary counts; "bfloat16" and "float16" are broad ones, rounded to these.
+the two differ, the ratio of the latter, and last the slowest case. Logits are "peaked" if 50 tokens
+are likely and "broad" if half of the vocabulary counts; "bfloat16" and "float16" are broad ones,
+rounded to these.
 """
 
 import argparse
@@ -175,7 +176,7 @@ def main() -> None:
             seen.append((own_cpu, f"{shape}, {case.name}"))
             cells = [f"{own:.1f} ({own_cpu:.1f})"]
             for peer, peer_cpu in others:
-                cells += [f"{peer:.1f} ({peer_cpu:.1f})", f"{peer / own:.1f} x"]
+                cells += [f"{peer:.1f} ({peer_cpu:.1f})", f"{peer_cpu / own_cpu:.1f} x"]
             table.add_row(shape, case.name, *cells)
     console = Console()
     console.print(table)
