@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -26,6 +26,7 @@ from pdserve.engine.kernel_cache import stamp_of, use_cache
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Result = TypeVar("Result")
 
 _FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
 _LN2_HIGH = np.float32(0.693359375)
@@ -388,10 +389,10 @@ def compile_attention() -> CompiledAttention:
     return CompiledAttention(attend, store)
 
 
-def compile_function(function: Callable[..., None]) -> Callable[..., None]:
+def compile_function(function: Callable[..., Result]) -> Callable[..., Result]:
     """Compiled code is kept on disk where that is possible: see `pdserve.engine.kernel_cache`."""
     options: dict[str, Any] = {"fastmath": _FAST, "error_model": "numpy", "nogil": True}
-    compiled: Callable[..., None] = use_cache(numba.njit(**options)(function), _stamp())
+    compiled: Callable[..., Result] = use_cache(numba.njit(**options)(function), _stamp())
     return compiled
 
 

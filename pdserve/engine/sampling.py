@@ -18,8 +18,9 @@ import structlog
 from pdserve.domain.errors import Reason
 from pdserve.domain.tokens import Failed, SampledToken
 from pdserve.engine.contract import Drawn, SampleStep
-from pdserve.engine.gumbel import MAX_NOISE_GAP, noisiest
-from pdserve.engine.ranking import Floats, Logits, Places, Work, largest, nucleus, ranked
+from pdserve.engine.gumbel import MAX_NOISE_GAP, noisiest, random_words
+from pdserve.engine.nucleus import Work, draw_from_nucleus
+from pdserve.engine.ranking import Logits, largest, ranked
 
 log = structlog.get_logger(__name__)
 
@@ -77,28 +78,20 @@ def _draw(
 
 def _sample(logits: Logits, top: float, step: SampleStep, work: Work) -> int:
     """Scores are relative to the largest logit, `top`, so that no temperature overflows them."""
-    params = step.params
-    places = largest(logits, params.top_k) if 0 < params.top_k < len(logits) else None
-    chosen = logits if places is None else logits[places]
-    scores: Floats = work.scores[: len(chosen)]
-    scores[:] = chosen
-    scores -= top
+    params, places, chosen = step.params, work.places, logits
+    if 0 < params.top_k < len(logits):
+        places = largest(logits, params.top_k)
+        chosen = logits[places]
+    scores = np.subtract(chosen, np.float64(top), out=work.scores[: len(chosen)])
     scores /= params.temperature
     # Whatever is so far below the likeliest token can neither win nor be in a nucleus.
     if scores.min() < -MAX_NOISE_GAP:
         near = np.flatnonzero(scores >= -MAX_NOISE_GAP)
-        places, scores = _among(places, near), scores[near]
+        places, scores = places[near], scores[near]
     if params.top_p < 1:
-        kept = nucleus(scores, params.top_p, work)
-        places, scores = _among(places, kept), scores[kept]
-    if places is None:
-        places = np.arange(len(logits))
-    return int(places[noisiest(scores, params.seed, step.token_index, places)])
-
-
-def _among(places: Places | None, kept: Places) -> Places:
-    """The kept ones of `places`; None stands for all."""
-    return kept if places is None else places[kept]
+        return draw_from_nucleus(places, scores, params.top_p, params.seed, step.token_index, work)
+    words = random_words(params.seed, step.token_index, places, work.words)
+    return int(places[noisiest(scores, words)])
 
 
 def _with_logprobs(row: Logits, top: float, token_id: int, num_others: int) -> SampledToken:

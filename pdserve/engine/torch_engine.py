@@ -13,6 +13,7 @@ from pdserve.domain.errors import LocalFault
 from pdserve.engine.contract import Drawn, StepBatch, StepResult
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_shape import item_bytes
+from pdserve.engine.numba_draws import compile_draws
 from pdserve.engine.paged_model import PagedModel, load_model
 from pdserve.engine.sampling import draw_tokens
 from pdserve.engine.threads import run_to_end
@@ -51,6 +52,7 @@ class TorchEngine:
         item_bytes(dtype)
         _use_one_thread()
         keep_freed_memory()
+        compile_draws()
         if isinstance(files, Path):
             files = ModelFiles.open(files)
         model = PagedModel(

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import SampledToken
 from pdserve.engine.contract import SampleStep
-from pdserve.engine.gumbel import gumbel_noise
-from pdserve.engine.ranking import Work, nucleus, ranked
+from pdserve.engine.gumbel import gumbel_noise, random_words
+from pdserve.engine.mixing import GOLDEN, mix, mix_ints
+from pdserve.engine.nucleus import Work, draw_from_nucleus
+from pdserve.engine.ranking import ranked, sample_places
 from pdserve.engine.sampling import draw_tokens
 
 Logits = npt.NDArray[np.float32]
@@ -29,6 +31,12 @@ SHAPES: dict[str, Callable[[np.random.Generator, int], Floats]] = {
     "nearly flat": lambda rng, size: rng.normal(0, 1e-5, size),
     "peak on a plain": lambda rng, size: (
         np.where(np.arange(size) == size // 2, 9.0, 0.0) + rng.normal(0, 1e-4, size)
+    ),
+    "two clusters": lambda rng, size: rng.normal(0, 0.1, size) - 6.0 * (np.arange(size) % 3 > 0),
+    "few on a plateau": lambda rng, size: rng.normal(0, 0.1, size) - 6.0 * (np.arange(size) > 9),
+    "falling": lambda rng, size: -np.log(np.arange(1, size + 1)),
+    "misleading sample": lambda rng, size: (
+        rng.normal(size=size) + 5 * np.isin(np.arange(size), sample_places(size))
     ),
     "ruled out": lambda rng, size: np.where(rng.random(size) < 0.9, -np.inf, rng.normal(size=size)),
     "huge": lambda rng, size: rng.normal(0, 1e37, size),
@@ -86,6 +94,7 @@ seeds = st.integers(0, 2**32)
 
 @given(shapes, sizes, seeds, top_ps, st.sampled_from([0.01, 0.3, 1.0, 2.0]))
 @example("flat", 5000, 0, 0.1, 1.0)
+@example("flat", 2, 0, 0.5, 1.0)  # the first token reaches it exactly
 @example("few values", 5000, 0, 0.9999, 1.0)
 @settings(max_examples=250, deadline=None)
 def test_nucleus_is_that_of_a_full_sort(
@@ -94,9 +103,22 @@ def test_nucleus_is_that_of_a_full_sort(
     row = logits_of(shape, size, seed).astype(np.float64)
     row = row[row > -np.inf]
     scores = np.maximum((row - row.max()) / temperature, -42.0)
-    kept = nucleus(scores, top_p, Work(size))
-    assert len(set(kept.tolist())) == len(kept)
-    assert set(kept.tolist()) == nucleus_by_sorting(scores, top_p)
+    places = np.arange(len(scores))
+    kept = np.array(sorted(nucleus_by_sorting(scores, top_p)))
+    for token_index in range(20):
+        noisy = scores[kept] + gumbel_noise(seed, token_index, kept)
+        drawn = draw_from_nucleus(places, scores.copy(), top_p, seed, token_index, Work(size))
+        assert drawn == kept[noisy.argmax()]
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**31), st.lists(st.integers(0, 2**31)))
+def test_random_words_are_a_stream_of_mixed_counters(
+    seed: int, token_index: int, token_ids: list[int]
+) -> None:
+    ids = np.array(token_ids, dtype=np.intp)
+    counters = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN)
+    words = random_words(seed, token_index, ids, np.empty(len(ids) + 3, dtype=np.uint64))
+    assert words.tolist() == mix(counters + np.uint64(mix_ints(seed, token_index))).tolist()
 
 
 @given(
@@ -133,6 +155,15 @@ def test_ranking_is_that_of_a_full_sort(shape: str, size: int, seed: int, count:
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_draws_of_a_large_vocabulary_are_those_of_a_full_sort(shape: str) -> None:
     row = logits_of(shape, 151_936, 1)
-    for settings_of in ({"top_p": 0.9}, {"top_p": 0.999}, {"top_k": 50}, {"top_k": 9000}, {}):
-        params = SamplingParams(temperature=0.8, seed=4, **settings_of)
-        assert draw_by_sorting(row, params, 3) in (None, draw(row, params, 3).token_id)
+    for top_p in (0.01, 0.5, 0.9, 0.999, 1.0):
+        for top_k in (0, 50, 9000, 100_000):
+            params = SamplingParams(temperature=0.8, seed=4, top_p=top_p, top_k=top_k)
+            assert draw_by_sorting(row, params, 3) in (None, draw(row, params, 3).token_id)
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_ranking_of_a_large_vocabulary_is_that_of_a_full_sort(shape: str) -> None:
+    row = logits_of(shape, 151_936, 2)
+    expected = np.argsort(-row, kind="stable")
+    for count in (1, 50, 100, 500, 9000, 100_000, 151_935):
+        assert ranked(row, count).tolist() == expected[:count].tolist()
