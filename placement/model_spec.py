@@ -79,11 +79,6 @@ class Experts:
     shared_intermediate_size: int = 0
     num_dense_layers: int = 0
 
-    def experts_touched(self, num_tokens: float) -> float:
-        """Expected distinct experts that `num_tokens` tokens use under even routing."""
-        share = self.experts_per_token / self.num_experts
-        return float(self.num_experts * (1.0 - (1.0 - share) ** num_tokens))
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
@@ -300,11 +295,6 @@ class ModelSpec:
         return self.hidden_size * kv_columns * layers
 
     # Arithmetic.
-
-    def linear_flops_per_token(self) -> float:
-        """Of the matrices one token passes (a multiply-add is two), without the LM head."""
-        head = self.vocab_size * self.hidden_size
-        return 2.0 * (self.num_active_params - head - self.norm_params)
 
     def attention_flops_per_pair(self) -> float:
         """QK^T and PV for one (token, attended token) pair over all softmax layers."""

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 
 from pdserve.client.workload import PACKAGED_TRACES, packaged_trace
-from pdserve.config.files import write_file
 from pdserve.domain.errors import LocalFault
 from placement.demand import DEFAULT_PREFIX_BLOCK, Floats, Ints, Workload
 
@@ -71,11 +70,6 @@ def read_workload(path: Path) -> Workload:
         f"{source}:1: expected arrival_s or unit_interarrival, prompt_tokens, output_tokens; or "
         f"{', '.join(AZURE)}; or {', '.join(MOONCAKE)}; got {', '.join(sorted(names))[:200]}"
     )
-
-
-def write_workload(workload: Workload, path: Path) -> None:
-    """Write our CSV; numbers are written so that reading gives the same ones back."""
-    write_file(path, format_workload(workload))
 
 
 def format_workload(workload: Workload) -> str:

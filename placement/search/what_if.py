@@ -16,7 +16,6 @@ from placement.simulation.summary import Verdict, attainment_interval
 from placement.simulation.values import PoolRole, Rules
 
 SEEDS = 2
-MAX_SECONDS_OF_TRACE = 600.0
 MAX_REQUESTS = 9000
 BURST_CV = 2.0
 HEAVY_CV = 1.0

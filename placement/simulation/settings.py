@@ -343,6 +343,6 @@ def _modelled_pool(
         kv_tokens=kv_tokens,
         kv_bytes_per_token=spec.kv_bytes_per_token(),
         link=Link(bytes_per_s=bytes_per_s, latency_s=network.latency_s),
-        prompt_s=model.to_grid().prompt_s,
-        prompt_token_s=model.to_grid().prompt_token_s,
+        prompt_s=model.grid.prompt_s,
+        prompt_token_s=model.grid.prompt_token_s,
     )

@@ -12,8 +12,6 @@ from placement.simulation.timing import DistserveTiming, SplitwiseTiming, StepTi
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-NO_INSTANCE = -1
-
 
 class Rules(StrEnum):
     """Whose queues, batches and dispatch are simulated."""
@@ -157,7 +155,7 @@ class SimulationResult:
 
     Instances are numbered through the pools in the order in which these are given; in a colocated
     pool `prefill` and `decode` are the same number. A request that never decodes has `decode`
-    NO_INSTANCE.
+    -1.
     """
 
     arrival_s: Floats
