@@ -212,13 +212,6 @@ class ModelSpec:
             + self.norm_params
         )
 
-    @property
-    def num_active_params(self) -> int:
-        """Read for one token: routed experts count `experts_per_token` times."""
-        active = self.experts.experts_per_token if self.experts else 0
-        total = self._attention_total() + self._mlp_total(active)
-        return round(total + self.vocab_size * self.hidden_size + self.norm_params)
-
     def _attention_total(self) -> float:
         softmax = self.attention_params * (self.num_layers - self.num_linear_layers)
         linear = self.linear.num_params(self.hidden_size) if self.linear else 0

@@ -100,25 +100,22 @@ def new_problem(inputs: PlanInputs) -> Problem:
     if inputs.slo == "splitwise":
         judge = _splitwise_judge(inputs)
     else:
-        _check_floors(bounds)
-        bounds = {tokens: item for tokens, item in bounds.items() if _is_possible(item)}
+        bounds = _possible(bounds)
     able = tuple(
         worker
         for worker in found.workers
         if inputs.slo == "splitwise" or any(b.can_serve(worker) for b in bounds.values())
     )
     able = tuple(worker for worker in able if not _is_dominated(worker, able, inputs.rules))
-    is_ours = inputs.rules is Rules.PDSERVE
+    search = inputs.search
     space = Space(
         fleets=cell,
         workers=able,
         bounds=bounds,
         rules=inputs.rules,
         mean_prompt_tokens=facts.mean_prompt,
-        is_mixed_allowed=is_ours
-        and inputs.search.mixed
-        and inputs.search.disaggregated
-        and inputs.search.colocated,
+        is_mixed_allowed=inputs.rules is Rules.PDSERVE
+        and (search.mixed and search.disaggregated and search.colocated),
     )
     peak = inputs.workload.peak_rate
     return Problem(
@@ -186,24 +183,19 @@ def _cells(fleets: tuple[Fleet, ...], max_gpus: int) -> tuple[tuple[Fleet, ...],
     return cell, number, total - best[0]
 
 
-def _check_floors(bounds: dict[int, Bounds]) -> None:
-    """A floor is broken only where it is for every step size."""
-    problems = []
-    for item in bounds.values():
+def _possible(bounds: dict[int, Bounds]) -> dict[int, Bounds]:
+    """The step sizes whose floors the promises keep; raises the last one's fault if none does."""
+    found, fault = {}, None
+    for tokens, item in bounds.items():
         try:
             item.check_floors()
         except LocalFault as error:
-            problems.append(error)
-    if len(problems) == len(bounds):
-        raise problems[-1]
-
-
-def _is_possible(bounds: Bounds) -> bool:
-    try:
-        bounds.check_floors()
-    except LocalFault:
-        return False
-    return True
+            fault = error
+        else:
+            found[tokens] = item
+    if fault is not None and not found:
+        raise fault
+    return found
 
 
 def _is_dominated(worker: Worker, others: tuple[Worker, ...], rules: Rules) -> bool:
