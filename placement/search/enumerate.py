@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from pdserve.domain.errors import LocalFault
 from placement.fitted_profile import FittedProfile
@@ -67,10 +68,7 @@ class Found:
 
 def resolve_fleets(inputs: PlanInputs) -> tuple[Fleet, ...]:
     """Nodes with prices and links; raises `LocalFault` with the nearest name of a GPU."""
-    from pathlib import Path
-
-    path = inputs.cluster.gpus_file
-    gpus = load_gpus(Path(path)) if path is not None else None
+    gpus = _known_gpus(inputs)
     fleets: dict[str, Fleet] = {}
     for group in inputs.cluster.nodes:
         fleet = _fleet(inputs, group, gpus)
@@ -80,7 +78,12 @@ def resolve_fleets(inputs: PlanInputs) -> tuple[Fleet, ...]:
     return tuple(fleets.values())
 
 
-def _fleet(inputs: PlanInputs, group: NodeGroup, gpus: dict[str, Gpu] | None) -> Fleet:
+def _known_gpus(inputs: PlanInputs) -> dict[str, Gpu]:
+    path = inputs.cluster.gpus_file
+    return load_gpus(Path(path) if path is not None else None)
+
+
+def _fleet(inputs: PlanInputs, group: NodeGroup, gpus: dict[str, Gpu]) -> Fleet:
     network = inputs.cluster.network_gb_per_s
     fitted = fitted_of(inputs)
     if fitted is not None:
@@ -318,15 +321,12 @@ def _modelled_pool(
     facts: LengthFacts,
     plain: Callable[..., Pool],
 ) -> tuple[Pool, str, float]:
-    from pathlib import Path
-
     from placement.latency import composed_latency, kv_capacity_tokens
     from placement.model_spec import Parallelism
 
     tp, pp, ep = cut
     spec = _spec(inputs)
-    path = inputs.cluster.gpus_file
-    gpu = find_gpu(fleet.gpu, load_gpus(Path(path)) if path is not None else None)
+    gpu = find_gpu(fleet.gpu, _known_gpus(inputs))
     parallelism = Parallelism(tp=tp, pp=pp, ep=ep)
     room = kv_capacity_tokens(spec, gpu, parallelism)
     if room == 0:

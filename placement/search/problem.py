@@ -29,6 +29,9 @@ from placement.simulation.values import (
     SplitwiseOptions,
 )
 
+NOMINAL_CLASS = SloClass(ttft_s=60.0, tpot_s=10.0, attainment=0.5)
+"""For bounds under Splitwise's relative limits, which have no seconds: far away."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
@@ -86,7 +89,7 @@ def new_problem(inputs: PlanInputs) -> Problem:
     cell, num_cells, num_unused = _cells(fleets, inputs.search.max_cell_gpus)
     fitted = fitted_of(inputs)
     pdserve = resolve_options(inputs.pdserve, fitted)
-    bounded = slo or (_nominal_class(found.workers),)
+    bounded = slo or (NOMINAL_CLASS,)
     steps = inputs.search.max_step_tokens if inputs.rules is Rules.PDSERVE else (512,)
     if fitted is not None:  # longer steps were not measured
         most = fitted.limits.max_step_tokens
@@ -212,15 +215,17 @@ def _is_dominated(worker: Worker, others: tuple[Worker, ...], rules: Rules) -> b
     )
 
 
-def _nominal_class(workers: tuple[Worker, ...]) -> SloClass:
-    """For bounds under Splitwise's relative limits, which have no seconds: far away."""
-    return SloClass(ttft_s=60.0, tpot_s=10.0, attainment=0.5)
-
-
-def _splitwise_judge(inputs: PlanInputs) -> Judge:
+def splitwise_profile(inputs: PlanInputs) -> SplitwiseProfile:
+    """The published measurements that the inputs name."""
     assert inputs.latency is not None
     assert inputs.latency.profile is not None
     profile = load_profile(inputs.latency.profile)
     assert isinstance(profile, SplitwiseProfile)
+    return profile
+
+
+def _splitwise_judge(inputs: PlanInputs) -> Judge:
+    assert inputs.latency is not None
+    profile = splitwise_profile(inputs)
     reference = profile.timing(inputs.latency.model, hardware="a100-80gb", tp=8)
     return slowdown_judge(reference, splitwise_token_s(reference))
