@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -271,21 +272,18 @@ def _profiled_pool(
 ) -> Pool:
     model = settings.latency.model
     link = Link(bytes_per_s=pool.link_gb_per_s * 1e9) if pool.link_gb_per_s else Link()
+    plain = partial(Pool, role=pool.role, replicas=pool.replicas, pp=pool.pp, link=link)
     if isinstance(profile, DistserveProfile):
         if settings.rules is Rules.SPLITWISE:
             raise LocalFault(f"{source}: latency.profile: rules splitwise need Splitwise's CSV")
         tp = pool.tp or 1
         fit = profile.timing(model, tp=tp, pp=pool.pp, max_num_tokens=pool.max_num_tokens)
-        return Pool(
-            role=pool.role,
-            replicas=pool.replicas,
+        return plain(
             timing=fit,
             tp=tp,
-            pp=pool.pp,
             gpu=pool.gpu or "A100-80G",
             kv_tokens=fit.max_num_tokens,
             kv_bytes_per_token=distserve_kv_bytes_per_token(model),
-            link=link,
         )
     assert isinstance(profile, SplitwiseProfile)
     if settings.rules is Rules.DISTSERVE:
@@ -293,16 +291,12 @@ def _profiled_pool(
     if pool.gpu is None:
         raise LocalFault(f"{source}: pools: {pool.role}: gpu is needed with Splitwise's profile")
     timing: SplitwiseTiming = profile.timing(model, hardware=pool.gpu, tp=pool.tp or 8)
-    return Pool(
-        role=pool.role,
-        replicas=pool.replicas,
+    return plain(
         timing=timing,
         tp=pool.tp or 8,
-        pp=pool.pp,
         gpu=pool.gpu,
         kv_tokens=pool.max_num_tokens or timing.kv_tokens,
         kv_bytes_per_token=timing.kv_bytes_per_token,
-        link=link,
     )
 
 
