@@ -1,9 +1,12 @@
 """What `pdserve up` asks of a place that clusters run in."""
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
+
+from pdserve.domain.errors import PdserveError
 
 Report = Callable[[str], None]
 """Hears of each step of a start, for people."""
@@ -67,3 +70,14 @@ class Cluster(Protocol):
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(self, kind: object, error: object, /, *_: object) -> None: ...
+
+
+async def side_by_side(work: Iterable[Coroutine[Any, Any, Any]]) -> None:
+    """All of it at once; the first error ends the rest and is raised, one of ours first."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for each in work:
+                tasks.create_task(each)
+    except ExceptionGroup as group:
+        errors = [error for error in group.exceptions if isinstance(error, PdserveError)]
+        raise (errors or group.exceptions)[0] from None

@@ -80,8 +80,10 @@ def kubernetes(
       kubectl apply -k k8s/overlays/production
     """
     from deploy.kubernetes.accelerators import parse_gpu_label
+    from deploy.kubernetes.rendering import render
     from deploy.kubernetes.values import ROUTER_IMAGE, WORKER_IMAGE, RenderOptions
-    from deploy.render import read_for_rendering, write_kubernetes
+    from deploy.opening import read_deployment
+    from deploy.render import write_rendering
 
     options = RenderOptions(
         name=name,
@@ -93,14 +95,19 @@ def kubernetes(
         image_router=image_router or ROUTER_IMAGE,
         image_worker=image_worker or WORKER_IMAGE,
     )
-    deployment = read_for_rendering(
-        plan,
-        {"model": model, "engine": engine},
-        setting or [],
-        scale=scale,
-        gpus_file=gpus_file,
+    flags = {"model": model, "engine": engine}
+    deployment = read_deployment(
+        plan, flags, setting or [], scale=scale, gpus_file=gpus_file, pin=False
     )
-    write_kubernetes(deployment, options, output, overwrite=overwrite, as_json=as_json)
+    write_rendering(
+        deployment,
+        render(deployment, options),
+        output,
+        models=options.model_claim,
+        steps=("kubectl apply -k {}/overlays/production", "kubectl apply -k {}/smoke"),
+        overwrite=overwrite,
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -128,9 +135,10 @@ def compose(
       pdserve render compose plan.yaml -o compose
       cd compose && docker compose up --wait && docker compose run --rm smoke
     """
-    from deploy.compose import ComposeOptions
+    from deploy.compose import ComposeOptions, render_compose
     from deploy.kubernetes.values import ROUTER_IMAGE, WORKER_IMAGE
-    from deploy.render import read_for_rendering, write_compose
+    from deploy.opening import read_deployment
+    from deploy.render import write_rendering
 
     options = ComposeOptions(
         name=name,
@@ -138,11 +146,17 @@ def compose(
         image_worker=image_worker or WORKER_IMAGE,
         models_dir=models_dir,
     )
-    deployment = read_for_rendering(
-        plan,
-        {"model": model, "engine": engine},
-        setting or [],
-        scale=scale,
-        gpus_file=gpus_file,
+    flags = {"model": model, "engine": engine}
+    deployment = read_deployment(
+        plan, flags, setting or [], scale=scale, gpus_file=gpus_file, pin=False
     )
-    write_compose(deployment, options, output, overwrite=overwrite, as_json=as_json)
+    compose = "docker compose --project-directory {} "
+    write_rendering(
+        deployment,
+        render_compose(deployment, options),
+        output,
+        models=options.models_dir,
+        steps=(f"{compose}up --wait", f"{compose}run --rm smoke"),
+        overwrite=overwrite,
+        as_json=as_json,
+    )

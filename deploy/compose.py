@@ -23,6 +23,7 @@ from deploy.kubernetes.values import (
     MODELS_DIR,
     ROUTER_PORT,
     WORKER_PORT,
+    PlainDumper,
     RenderOptions,
 )
 from deploy.processes import MODULES
@@ -261,11 +262,4 @@ def _compose_text(
         "networks": {"clients": {}, "cluster": {"internal": True}},
         "configs": configs,
     }
-    return head + yaml.dump(data, Dumper=_PlainDumper, sort_keys=False, width=100)
-
-
-class _PlainDumper(yaml.SafeDumper):
-    """No anchors: the same value twice is written twice."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
+    return head + yaml.dump(data, Dumper=PlainDumper, sort_keys=False, width=100)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-from deploy.backend import ClusterEvent, ProcessRow, Report
+from deploy.backend import ClusterEvent, ProcessRow, Report, side_by_side
 from deploy.backoff import Backoff
 from deploy.deployment import Deployment, deployment_of_cluster
 from deploy.forked import ForkedProcess, ForkServer
@@ -164,12 +164,7 @@ class LocalCluster:
         finally:
             forking.cancel()
             await asyncio.gather(forking, return_exceptions=True)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for worker in self.workers:
-                    tasks.create_task(self._start(worker))
-        except ExceptionGroup as group:
-            raise _first_error(group) from None
+        await side_by_side(self._start(worker) for worker in self.workers)
         await self._wait_for_registration()
         self._keepers = [
             asyncio.create_task(self._keep(place)) for place in range(len(self.processes))
@@ -329,9 +324,3 @@ def _can_fork(settings: WorkerSettings) -> bool:
 def _preloaded_engine(deployment: Deployment) -> Literal["torch", "timed"]:
     engines = {worker.settings.engine.engine for worker in deployment.workers}
     return "torch" if "torch" in engines else "timed"
-
-
-def _first_error(group: ExceptionGroup[Exception]) -> Exception:
-    """The error to show: one of ours before an unexpected one."""
-    errors = [error for error in group.exceptions if isinstance(error, PdserveError)]
-    return errors[0] if errors else group.exceptions[0]

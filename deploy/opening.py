@@ -42,11 +42,14 @@ def read_deployment(
         raise LocalFault("--scale and --gpus-file are for plan files; see `pdserve plan`")
     else:
         deployment = deployment_of_cluster(parse_cluster_settings(data, given, source=source))
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     wants_pinning = is_plan if pin is None else pin
-    return (
-        deployment.pinned_to(cpus) if wants_pinning and len(cpus) >= MIN_CPUS_TO_PIN else deployment
-    )
+    return pinned(deployment) if wants_pinning else deployment
+
+
+def pinned(deployment: Deployment) -> Deployment:
+    """Prefill and decode on cores of their own, where this process has cores enough."""
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return deployment.pinned_to(cpus) if len(cpus) >= MIN_CPUS_TO_PIN else deployment
 
 
 def is_plan_file(data: object) -> bool:

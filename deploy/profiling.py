@@ -3,7 +3,6 @@
 The command lives above `placement`, which measures and fits, since it may start a cluster itself.
 """
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -134,11 +133,9 @@ def profiled_settings(model: str) -> "ClusterSettings":
 def profiled_deployment(settings: "ClusterSettings") -> "Deployment":
     """On cores as a plan's workers have them, so that the profile is of what a plan starts."""
     from deploy.deployment import deployment_of_cluster
-    from deploy.opening import MIN_CPUS_TO_PIN
+    from deploy.opening import pinned
 
-    deployment = deployment_of_cluster(settings)
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return deployment.pinned_to(cpus) if len(cpus) >= MIN_CPUS_TO_PIN else deployment
+    return pinned(deployment_of_cluster(settings))
 
 
 async def _measure(address: str | None, model: str | None, plan: "ProbePlan") -> "FittedProfile":

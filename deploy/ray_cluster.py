@@ -3,11 +3,11 @@
 import asyncio
 import json
 import signal
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Self
 
-from deploy.backend import ClusterEvent, ProcessRow, Report
+from deploy.backend import ClusterEvent, ProcessRow, Report, side_by_side
 from deploy.deployment import Deployment
 from deploy.log_dir import LogDir
 from deploy.ray.connecting import connect, disconnect, living_nodes, this_node
@@ -21,7 +21,7 @@ from deploy.ray.supervision import Supervisor
 from deploy.registration import all_alive
 from pdserve.cli.problems import ClusterFailed
 from pdserve.domain.addresses import is_loopback, is_wildcard, join_address, split_address
-from pdserve.domain.errors import LocalFault, PdserveError
+from pdserve.domain.errors import LocalFault
 from pdserve.engine.model_files import ModelFiles
 from pdserve.observe.log_sinks import RotatingFile
 from pdserve.observe.log_writer import LogWriter
@@ -162,7 +162,7 @@ class RayCluster:
         by_id = {node.node_id: node for node in nodes}
         where = {"router": this_node(), **placement.nodes}
         self._report("reserving resources")
-        await _all(slot.reserve(by_id[where[slot.name]]) for slot in self.slots)
+        await side_by_side(slot.reserve(by_id[where[slot.name]]) for slot in self.slots)
         await self._launch_all()
         await self._wait_for_registration()
         self._stop_request = StopRequest(self.public_address, self.deployment.drain_s)
@@ -209,7 +209,7 @@ class RayCluster:
     async def _launch_all(self) -> None:
         """The router goes first: workers are told its address. Their actors come up meanwhile."""
         router, *workers = self.slots
-        opened = asyncio.create_task(_all(_hosted(slot).open() for slot in workers))
+        opened = asyncio.create_task(side_by_side(_hosted(slot).open() for slot in workers))
         try:
             await self._launch(router)
             self._settle_addresses(router)
@@ -220,7 +220,7 @@ class RayCluster:
         for slot in workers:
             update = {"routers": (self.internal_address,)}
             slot.settings = slot.settings.model_copy(update=update)
-        await _all(self._launch(slot) for slot in workers)
+        await side_by_side(self._launch(slot) for slot in workers)
 
     async def _launch(self, slot: Slot) -> None:
         self._report(f"starting {slot.name} on {_hosted(slot).node.label}")
@@ -396,14 +396,3 @@ def _is_serious(line: bytes) -> bool:
     except ValueError:
         return False
     return isinstance(said, dict) and said.get("level") in SHOWN_LEVELS
-
-
-async def _all(work: Iterable[Coroutine[None, None, None]]) -> None:
-    """All of it side by side; the first error ends the rest and is raised, one of ours first."""
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for each in work:
-                tasks.create_task(each)
-    except ExceptionGroup as group:
-        errors = [error for error in group.exceptions if isinstance(error, PdserveError)]
-        raise (errors or group.exceptions)[0] from None

@@ -83,13 +83,7 @@ def fit_workload(
     """Fit distributions to a trace, as YAML that `pdserve workload generate` reads."""
     from placement.simulation.workload_view import fit_to_yaml
 
-    text = fit_to_yaml(file, num_requests=requests, seed=seed)
-    if output is None:
-        typer.echo(text, nl=False)
-    else:
-        from pdserve.config.files import write_file
-
-        write_file(output, text)
+    _give(fit_to_yaml(file, num_requests=requests, seed=seed), output)
 
 
 @workload.command("generate")
@@ -115,7 +109,10 @@ def generate_workload(
 
     if spec is None:
         raise LocalFault("SPEC is missing; `pdserve workload generate --example` prints one")
-    text = generate_csv(spec, seed=seed)
+    _give(generate_csv(spec, seed=seed), output)
+
+
+def _give(text: str, output: Path | None) -> None:
     if output is None:
         typer.echo(text, nl=False)
     else:

@@ -179,25 +179,6 @@ def write_profile(profile: FittedProfile, path: Path) -> None:
     write_file(path, json.dumps(to_json(profile), indent=1) + "\n")
 
 
-def read_profile(path: Path) -> FittedProfile:
-    """The only profile in a file that `write_profile` wrote; raises `LocalFault`."""
-    try:
-        by_model = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LocalFault(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise LocalFault(f"{path}: not JSON: {error}") from None
-    try:
-        [(model, by_tp)] = by_model.items()
-        entry = by_tp["1"]
-        is_ours = SECTION in entry
-    except (AttributeError, KeyError, TypeError, ValueError):
-        is_ours = False
-    if not is_ours:
-        raise LocalFault(f"{path}: not a profile that `pdserve profile` wrote")
-    return parse_section(model, entry[SECTION], source=str(path))
-
-
 def parse_section(model: str, section: Mapping[str, Any], *, source: str) -> FittedProfile:
     """What an entry of `profile.json` holds under `pdserve`; raises `LocalFault`."""
     if section.get("form") != FORM:

@@ -9,13 +9,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 from pydantic import Field
 
 from pdserve.config.base import Settings, parse_settings, read_yaml
 from pdserve.domain.errors import LocalFault
-from placement.tables.interpolate import log_interpolate
-from placement.tables.measured import MEASURED_SYSTEMS, load_arrays
+from placement.tables.measured import MEASURED_SYSTEMS
 
 GIB = 2**30
 Positive = Annotated[float, Field(gt=0)]
@@ -71,23 +69,16 @@ class Link:
     name: str
     bytes_per_s: float
     latency_s: float
-    curve: tuple[tuple[float, float], ...] = ()  # measured (bytes, seconds), ascending
 
     def transfer_s(self, num_bytes: float, num_lanes: int = 1) -> float:
         """Time for `num_bytes` over `num_lanes` equal GPUs' links at once."""
         if num_bytes <= 0:
             return 0.0
-        share = num_bytes / num_lanes
-        if not self.curve:
-            return self.latency_s + share / self.bytes_per_s
-        knots = np.array([point[0] for point in self.curve])
-        times = np.log([point[1] for point in self.curve])
-        return float(log_interpolate(share, knots, times))
+        return self.latency_s + num_bytes / num_lanes / self.bytes_per_s
 
 
-LINK_EFFICIENCY = 0.8  # of the datasheet rate, as measured plateaus show (table in SOURCE.md)
+LINK_EFFICIENCY = 0.8  # of the datasheet rate, as measured plateaus show
 LINK_LATENCY_S = 2e-5
-MEASURED_LINKS = {"a100_dgx", "h100_dgx", "a40_pairwise_nvlink"}
 
 
 def node_link(gpu: Gpu) -> Link:
@@ -105,22 +96,6 @@ def network_link(gpu: Gpu) -> Link:
         name=f"{gpu.name} inter-node",
         bytes_per_s=gpu.inter_node_gb_per_s * 1e9 * LINK_EFFICIENCY,
         latency_s=LINK_LATENCY_S,
-    )
-
-
-def measured_link(network: str, path: str) -> Link:
-    """NCCL send/recv as measured (Microsoft Vidur, MIT); `path` intra_node or inter_node."""
-    arrays = load_arrays("links")
-    if f"{network}/{path}/bytes" not in arrays:
-        known = sorted({key.rsplit("/", 1)[0] for key in arrays})
-        raise LocalFault(f"no measured link {network}/{path}; known: {', '.join(known)}")
-    sizes, times = arrays[f"{network}/{path}/bytes"], arrays[f"{network}/{path}/time_s"]
-    times = np.maximum.accumulate(times)
-    return Link(
-        name=f"{network} {path}",
-        bytes_per_s=float(sizes[-1] / times[-1]),
-        latency_s=float(times[0]),
-        curve=tuple(zip(sizes.tolist(), times.tolist(), strict=True)),
     )
 
 

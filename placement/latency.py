@@ -1,22 +1,21 @@
 """How long steps take on a (model, GPU, cut), how sure that is, and where it comes from.
 
-Three sources, and every model says which: coefficients fitted on the real engine by
-`pdserve profile`; measured kernel tables composed over the model's layers; the datasheet's
-roofline with stated efficiencies. Whatever the source, a model flattens to one `LatencyGrid`, which
-is what the simulator, the solver and `step_s` all read, so that none of them can disagree.
+Two sources, and every model says which: measured kernel tables composed over the model's layers;
+the datasheet's roofline with stated efficiencies. (What `pdserve profile` fits on the real engine
+needs no model: `placement.fitted_profile`.) Whatever the source, a model is one `LatencyGrid`,
+which is what the simulator, the solver and `step_s` all read, so that none of them can disagree.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
 
 import numpy as np
 
 from pdserve.domain.errors import LocalFault
-from pdserve.domain.latency import StepCoefficients, StepShape, num_attention_pairs
+from pdserve.domain.latency import StepShape
 from placement.framework import Framework, find_framework
-from placement.hardware import Gpu, Link
+from placement.hardware import Gpu
 from placement.layer_times import LayerTimes
 from placement.model_spec import ONE_GPU, ModelSpec, Parallelism
 from placement.tables.interpolate import Array
@@ -26,7 +25,6 @@ from placement.tables.kernels import kernels_of
 class Source(StrEnum):
     """Where a prediction comes from."""
 
-    FITTED = "fitted on the engine"
     MEASURED = "measured kernel tables"
     ROOFLINE = "datasheet roofline"
 
@@ -119,75 +117,26 @@ def _read_plane(axes: tuple[Array, Array], values: Array, x: float, y: float) ->
     return float(low + (high - low) * u)
 
 
-class LatencyModel(Protocol):
-    """What router, solver, simulator and timed engine ask; also a `StepLatency`."""
-
-    @property
-    def source(self) -> Source: ...
-
-    @property
-    def relative_error(self) -> float:
-        """Expected |measured / predicted - 1| of one step."""
-        ...
-
-    def step_s(self, shape: StepShape) -> float: ...
-
-    def prefill_s(self, lengths: Iterable[int], cached: int = 0) -> float:
-        """One step that prefills prompts of these lengths, each after `cached` tokens."""
-        ...
-
-    def decode_s(self, batch: int, context: float) -> float:
-        """One step of `batch` requests that attend to `context` tokens on average."""
-        ...
-
-    def to_grid(self) -> LatencyGrid: ...
-
-
 class GridLatency:
-    """A `LatencyModel` that reads its grid."""
+    """What solver and simulator ask for a step's time; also a `StepLatency`."""
 
     def __init__(self, grid: LatencyGrid, source: Source, relative_error: float) -> None:
         self.grid = grid
         self.source = source
-        self.relative_error = relative_error
+        self.relative_error = relative_error  # expected |measured / predicted - 1| of one step
 
     def step_s(self, shape: StepShape) -> float:
         return self.grid.step_s(shape)
 
     def prefill_s(self, lengths: Iterable[int], cached: int = 0) -> float:
+        """One step that prefills prompts of these lengths, each after `cached` tokens."""
         return self.step_s(StepShape.of([(cached, length) for length in lengths]))
 
     def decode_s(self, batch: int, context: float) -> float:
+        """One step of `batch` requests that attend to `context` tokens on average."""
         return self.step_s(
             StepShape(num_decodes=batch, num_decode_context_tokens=round(batch * context))
         )
-
-    def to_grid(self) -> LatencyGrid:
-        return self.grid
-
-
-def fitted_latency(coefficients: StepCoefficients, *, num_stages: int = 1) -> GridLatency:
-    """Coefficients of `pdserve profile` as a model; the grid reproduces them exactly."""
-    tokens = np.array([0.0, 1.0])
-    decodes = np.array([0.0, 1.0])
-    per_decode = coefficients.decode_token_s - coefficients.prefill_token_s
-    decode = decodes[:, None] * (
-        per_decode + coefficients.decode_context_token_s * np.array([0.0, 1.0])[None, :]
-    )
-    grid = LatencyGrid(
-        fixed_s=coefficients.fixed_s,
-        prefill_fixed_s=0.0,
-        num_stages=num_stages,
-        tokens=tokens,
-        linear_s=tokens * coefficients.prefill_token_s,
-        chunks=np.array([0.0, 1.0]),
-        lengths=np.array([0.0, 1.0]),
-        pair_s=np.full((2, 2), coefficients.prefill_attention_s),
-        decodes=decodes,
-        contexts=np.array([0.0, 1.0]),
-        decode_s=decode,
-    )
-    return GridLatency(grid, Source.FITTED, coefficients.relative_error)
 
 
 def composed_latency(
@@ -261,14 +210,3 @@ def kv_capacity_tokens(
     free -= state / (parallelism.tp * parallelism.pp * parallelism.attention_dp)
     per_token = spec.kv_bytes_per_gpu_token(parallelism, is_windowed=max_num_seqs > 0)
     return max(0, int(free / per_token)) * parallelism.attention_dp
-
-
-def kv_transfer_s(spec: ModelSpec, num_tokens: int, link: Link, num_lanes: int = 1) -> float:
-    """Time to hand over one prompt's KV over `num_lanes` GPUs' links at once."""
-    return link.transfer_s(spec.kv_bytes(num_tokens), num_lanes)
-
-
-def prefill_floor_s(model: LatencyModel, length: int) -> float:
-    """The least TTFT that any plan on this cut can have: the prompt alone, in one step."""
-    shape = StepShape(num_prefill_tokens=length, num_prefill_pairs=num_attention_pairs(0, length))
-    return model.step_s(shape)

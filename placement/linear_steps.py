@@ -5,7 +5,8 @@ import numpy as np
 
 from pdserve.domain.latency import StepCoefficients
 from placement.simulation.timing import StepTiming
-from placement.simulation.values import Floats, Pool, PoolRole
+from placement.simulation.trace import Floats
+from placement.simulation.values import Pool, PoolRole
 
 NUM_SAMPLES = 33
 

@@ -79,11 +79,6 @@ class Experts:
     shared_intermediate_size: int = 0
     num_dense_layers: int = 0
 
-    def experts_touched(self, num_tokens: float) -> float:
-        """Expected distinct experts that `num_tokens` tokens use under even routing."""
-        share = self.experts_per_token / self.num_experts
-        return float(self.num_experts * (1.0 - (1.0 - share) ** num_tokens))
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
@@ -217,13 +212,6 @@ class ModelSpec:
             + self.norm_params
         )
 
-    @property
-    def num_active_params(self) -> int:
-        """Read for one token: routed experts count `experts_per_token` times."""
-        active = self.experts.experts_per_token if self.experts else 0
-        total = self._attention_total() + self._mlp_total(active)
-        return round(total + self.vocab_size * self.hidden_size + self.norm_params)
-
     def _attention_total(self) -> float:
         softmax = self.attention_params * (self.num_layers - self.num_linear_layers)
         linear = self.linear.num_params(self.hidden_size) if self.linear else 0
@@ -300,11 +288,6 @@ class ModelSpec:
         return self.hidden_size * kv_columns * layers
 
     # Arithmetic.
-
-    def linear_flops_per_token(self) -> float:
-        """Of the matrices one token passes (a multiply-add is two), without the LM head."""
-        head = self.vocab_size * self.hidden_size
-        return 2.0 * (self.num_active_params - head - self.norm_params)
 
     def attention_flops_per_pair(self) -> float:
         """QK^T and PV for one (token, attended token) pair over all softmax layers."""

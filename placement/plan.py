@@ -2,14 +2,12 @@
 
 import math
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from pdserve.config.base import Settings, parse_settings, read_yaml
-from pdserve.config.files import write_file
+from pdserve.config.base import Settings, parse_settings
 from pdserve.config.override import OverrideConfig
 from pdserve.config.processes import DEFAULT_BLOCK_SIZE, POLICY, BlockSize, CoefficientSettings
 from pdserve.domain.errors import LocalFault
@@ -214,21 +212,11 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def write_plan(plan: Plan, path: Path) -> None:
-    """Write the YAML; raises `LocalFault` where the path cannot be written."""
-    write_file(path, format_plan(plan))
-
-
 def format_plan(plan: Plan) -> str:
     """The YAML text; `parse_plan` of it gives an equal plan."""
     head = "# A plan of pdserve: `pdserve up plan.yaml` starts it. `limits` protect `prediction`.\n"
     data = plan.model_dump(mode="json")
     return head + yaml.safe_dump(data, sort_keys=False, width=100, default_flow_style=None)
-
-
-def read_plan(path: Path) -> Plan:
-    """Read a plan; raises `LocalFault` naming field, rule and value."""
-    return parse_plan(read_yaml(path), source=str(path))
 
 
 def parse_plan(data: object, *, source: str) -> Plan:

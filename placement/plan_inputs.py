@@ -14,6 +14,7 @@ from placement.simulation.settings import (
     LatencySettings,
     PdserveSettings,
     SplitwiseSettings,
+    check_parts,
 )
 from placement.simulation.values import PoolRole, Rules, TrafficClass
 
@@ -219,14 +220,16 @@ class PlanInputs(Settings):
         return self.slo if isinstance(self.slo, tuple) else ()
 
 
-PARTS: tuple[tuple[str, type[Settings]], ...] = (
-    ("cluster", ClusterInputs),
-    ("workload", WorkloadInputs),
-    ("objective", ObjectiveInputs),
-    ("search", SearchInputs),
-    ("pdserve", PdserveSettings),
-    ("splitwise", SplitwiseSettings),
-)
+PARTS: Mapping[str, type[Settings]] = {
+    "slo": TrafficClass,
+    "design": DesignPool,
+    "cluster": ClusterInputs,
+    "workload": WorkloadInputs,
+    "objective": ObjectiveInputs,
+    "search": SearchInputs,
+    "pdserve": PdserveSettings,
+    "splitwise": SplitwiseSettings,
+}
 
 
 def read_inputs(path: Path) -> PlanInputs:
@@ -243,18 +246,7 @@ def parse_inputs(data: object, *, source: str) -> PlanInputs:
         data["latency"] = {"model": data.get("model"), **data["latency"]}
         parse_settings(LatencySettings, data["latency"], source=f"{source}: latency")
     cluster = data.get("cluster")
-    nodes = cluster.get("nodes") if isinstance(cluster, Mapping) else None
-    _check_items(NodeGroup, nodes, f"{source}: cluster.nodes")
-    _check_items(TrafficClass, data.get("slo"), f"{source}: slo")
-    _check_items(DesignPool, data.get("design"), f"{source}: design")
-    if isinstance(data.get("slo"), Mapping):
-        parse_settings(TrafficClass, data["slo"], source=f"{source}: slo")
-    for name, kind in PARTS:
-        if isinstance(data.get(name), Mapping):
-            parse_settings(kind, data[name], source=f"{source}: {name}")
+    if isinstance(cluster, Mapping):
+        check_parts(cluster, {"nodes": NodeGroup}, f"{source}: cluster.")
+    check_parts(data, PARTS, f"{source}: ")
     return parse_settings(PlanInputs, data, source=source)
-
-
-def _check_items(kind: type[Settings], items: object, source: str) -> None:
-    for index, item in enumerate(items if isinstance(items, list) else ()):
-        parse_settings(kind, item, source=f"{source}[{index}]")

@@ -9,24 +9,23 @@ from typing import Any
 
 import numpy as np
 
+from pdserve.config.files import write_file
 from placement.demand import Workload
 from placement.plan_inputs import PlanInputs
-from placement.report import (
-    CURVES,
+from placement.report import CURVES, ReportTable, render_report
+from placement.report_parts.curves import (
     AttainmentCurve,
     Candidate,
     CostPoint,
     Curves,
-    ReportTable,
     Timeline,
     TradeOff,
     attainment_curve,
     cheapest_at,
-    render_report,
     replay_hour,
     trade_offs,
-    write_report,
 )
+from placement.report_parts.figures import percent
 from placement.search.choose import new_evaluator
 from placement.search.designs import Design, Worker
 from placement.search.problem import Problem, new_problem
@@ -57,7 +56,7 @@ def add_curves(
 
 def write_plan_report(path: Path, content: Mapping[str, Any]) -> None:
     """Write the page of what `add_curves` gave; raises `LocalFault` where that cannot be."""
-    write_report(path, plan_page(content))
+    write_file(path, plan_page(content))
 
 
 def plan_curves(inputs: PlanInputs, result: PlanResult, progress: Progress) -> Curves:
@@ -132,11 +131,7 @@ class _Family:
         """Numbers around `share` of the plan's that fit the cluster."""
         ranges = [self._counts(worker, count * share) for worker, count in self.design.counts]
         for combination in list(product(*ranges))[:MAX_DESIGNS]:
-            design = Design.of(
-                dict(combination),
-                max_step_tokens=self.design.max_step_tokens,
-                max_num_requests=self.design.max_num_requests,
-            )
+            design = replace(self.design, counts=Design.of(dict(combination)).counts)
             if design.is_complete and self.fits(design):
                 yield _candidate(design, self.config)
 
@@ -226,7 +221,7 @@ def _prediction_table(content: Mapping[str, Any]) -> ReportTable:
             (
                 item["name"],
                 f"{item['attainment']:.1%}",
-                f"{_percent(low)} to {_percent(high)}",
+                f"{percent(low)} to {percent(high)}",
                 f"{item['target']:.0%}",
                 *_percentiles(seen, "ttft_s"),
                 f"{item['ttft_s'] * 1e3:g}",
@@ -287,7 +282,7 @@ def _what_if_tables(content: Mapping[str, Any]) -> list[ReportTable]:
     rows = [
         (
             each["name"],
-            _percent(each["attainment"]),
+            percent(each["attainment"]),
             "kept" if each["is_kept"] else "missed",
             _ms(each["ttft_p90_s"], each["verdict"]),
             _ms(each["tpot_p90_s"], each["verdict"]),
@@ -312,7 +307,3 @@ def _ms(seconds: float | None, otherwise: str) -> str:
         return otherwise
     ms = seconds * 1e3
     return f"{ms:,.0f}" if ms >= LARGE_MS else f"{ms:.3g}"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"

@@ -13,12 +13,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pdserve.cli.tables import titled_table
 from pdserve.client.workload import PACKAGED_TRACES
 from pdserve.config.base import read_yaml
 from pdserve.config.files import write_file
 from pdserve.domain.errors import LocalFault
 from placement.plan import Plan, format_plan, parse_plan, plan_of
-from placement.plan_inputs import PlanInputs, parse_inputs
+from placement.plan_inputs import PlanInputs, parse_inputs, read_inputs
 from placement.plan_report import add_curves, write_plan_report
 from placement.search.designs import gpus_text
 from placement.search.results import NoPlan, PlanResult, Prediction, Rival, WhatIf
@@ -42,7 +43,7 @@ def run_plan(
     """Plan, print, write; the exit code."""
     for path in (output, json_file, report):
         _check_writable(path)
-    inputs = _read_inputs(inputs_file)
+    inputs = _located(read_inputs(inputs_file), inputs_file)
     if not what_ifs:
         search = inputs.search.model_copy(update={"what_ifs": False})
         inputs = inputs.model_copy(update={"search": search})
@@ -77,16 +78,11 @@ def run_compare(first: Path, second: Path, *, as_json: bool) -> int:
             return EXIT_NO_PLAN
         plans.append(plan)
     if as_json:
-        names = [str(first), str(second)]
-        print(
-            json.dumps(
-                [
-                    {"file": n, **p.model_dump(mode="json")}
-                    for n, p in zip(names, plans, strict=True)
-                ],
-                indent=1,
-            )
-        )
+        records = [
+            {"file": str(path), **plan.model_dump(mode="json")}
+            for path, plan in zip((first, second), plans, strict=True)
+        ]
+        print(json.dumps(records, indent=1))
         return 0
     table = Table(box=box.SIMPLE)
     for name in ("", str(first), str(second), "change"):
@@ -149,10 +145,6 @@ def _facts(plan: Plan) -> dict[str, Any]:
 
 def _text(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _read_inputs(path: Path) -> PlanInputs:
-    return _located(parse_inputs(read_yaml(path), source=str(path)), path)
 
 
 def _located(inputs: PlanInputs, path: Path) -> PlanInputs:
@@ -271,15 +263,8 @@ def _show_judged(judged: PlanResult, console: Console) -> None:
         console.print(_what_if_table("the asked design, what if", changes))
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(box=box.SIMPLE, title=title, title_justify="left")
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    return table
-
-
 def _pools_table(result: PlanResult) -> Table:
-    table = _table("pools", "worker", "replicas", "GPUs", "busy", "KV tokens each", "nodes")
+    table = titled_table("pools", "worker", "replicas", "GPUs", "busy", "KV tokens each", "nodes")
     for worker, count in result.design.counts:
         busy = result.prediction.utilisation.get(worker.label, 0.0)
         nodes = sum(
@@ -300,7 +285,7 @@ def _pools_table(result: PlanResult) -> Table:
 
 def _prediction_table(result: PlanResult) -> Table:
     seen = result.prediction
-    table = _table(
+    table = titled_table(
         f"prediction at {result.total_rate:.4g} requests/s ({seen.num_seeds} traces of "
         f"{seen.horizon_s:g} s; {seen.verdict})",
         "class",
@@ -329,7 +314,7 @@ def _prediction_table(result: PlanResult) -> Table:
 
 def _slowdown_table(seen: Prediction) -> Table:
     """Splitwise's nine limits: times over those of one A100 machine alone."""
-    table = _table("slowdown against one A100 machine alone (limit)", "", "p50", "p90", "p99")
+    table = titled_table("slowdown against one A100 machine alone (limit)", "", "p50", "p90", "p99")
     cells = {item.name: f"{item.value:.3g} ({item.limit:g})" for item in seen.slowdowns}
     for name in ("TTFT", "TBT", "E2E"):
         table.add_row(name, *(cells[f"{name} {column}"] for column in ("p50", "p90", "p99")))
@@ -346,7 +331,7 @@ def _percentiles(
 
 
 def _economy_table(result: PlanResult) -> Table:
-    table = _table(
+    table = titled_table(
         "for it",
         "goodput/s",
         "95 % interval",
@@ -374,7 +359,7 @@ def _economy_table(result: PlanResult) -> Table:
 
 
 def _rivals_table(result: PlanResult) -> Table:
-    table = _table("why not", "design", "goodput/s", "per GPU", "USD/h", "because")
+    table = titled_table("why not", "design", "goodput/s", "per GPU", "USD/h", "because")
     rivals: list[Rival] = [*result.neighbours, *result.runner_ups]
     if result.spare is not None:
         rivals.append(result.spare)
@@ -390,7 +375,9 @@ def _rivals_table(result: PlanResult) -> Table:
 
 
 def _what_if_table(title: str, changes: tuple[WhatIf, ...]) -> Table:
-    table = _table(title, "change", "attainment", "", "TTFT p90, ms", "TPOT p90, ms", "to keep it")
+    table = titled_table(
+        title, "change", "attainment", "", "TTFT p90, ms", "TPOT p90, ms", "to keep it"
+    )
     for item in changes:
         table.add_row(
             item.name,

@@ -1,9 +1,9 @@
 """What `pdserve profile` shows: coefficients, residuals, and how sure they are."""
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pdserve.cli.tables import titled_table
 from placement.fitted_profile import FittedProfile
 from placement.fitting import Phase, error_summary
 
@@ -40,11 +40,8 @@ def show_profile(profile: FittedProfile, console: Console) -> None:
 
 
 def _point_table(profile: FittedProfile) -> Table:
-    table = Table(box=box.SIMPLE, title="residuals", title_justify="left")
-    table.add_column("phase")
-    table.add_column("point")
-    for name in ("measured", "fitted", "error", "at start", "error"):
-        table.add_column(name, justify="right")
+    columns = ("phase", "point", "measured", "fitted", "error", "at start", "error")
+    table = titled_table("residuals", *columns, num_left=2)
     for each in profile.residuals:
         cells = (
             _ms(each.measured_s),
@@ -58,10 +55,8 @@ def _point_table(profile: FittedProfile) -> Table:
 
 
 def _error_table(profile: FittedProfile) -> Table:
-    table = Table(box=box.SIMPLE, title="absolute errors", title_justify="left")
-    table.add_column("")
-    for name in ("points", "fitted p50", "fitted p90", "at start p50", "at start p90"):
-        table.add_column(name, justify="right")
+    columns = ("points", "fitted p50", "fitted p90", "at start p50", "at start p90")
+    table = titled_table("absolute errors", "", *columns)
     for group in (*PHASES, "all"):
         chosen = [each for each in profile.residuals if group in (each.phase, "all")]
         if not chosen:
@@ -74,10 +69,7 @@ def _error_table(profile: FittedProfile) -> Table:
 
 
 def _coefficient_table(profile: FittedProfile) -> Table:
-    table = Table(box=box.SIMPLE, title="coefficients", title_justify="left")
-    table.add_column("microseconds for each")
-    for name in PHASES:
-        table.add_column(name, justify="right")
+    table = titled_table("coefficients", "microseconds for each", *PHASES)
     rows = {
         "step": "fixed_s",
         "prompt token": "prefill_token_s",

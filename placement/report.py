@@ -8,47 +8,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from pdserve.config.files import write_file
 from pdserve.domain.errors import LocalFault
-from placement.report_parts.curves import (
-    AttainmentCurve,
-    Candidate,
-    ClassCurve,
-    CostPoint,
-    Curves,
-    Timeline,
-    TradeOff,
-    attainment_curve,
-    cheapest_at,
-    cost_curve,
-    replay_hour,
-    trade_offs,
-)
 from placement.report_parts.figures import make_figures
 from placement.report_parts.page import make_page
-
-__all__ = [
-    "CURVES",
-    "AttainmentCurve",
-    "Candidate",
-    "ClassCurve",
-    "CostPoint",
-    "Curves",
-    "ReportTable",
-    "Timeline",
-    "TradeOff",
-    "attainment_curve",
-    "cheapest_at",
-    "cost_curve",
-    "read_report",
-    "render_report",
-    "replay_hour",
-    "trade_offs",
-    "write_report",
-]
 
 CURVES = "report"
 
@@ -80,11 +44,6 @@ def render_report(
         figures=make_figures(content.get(CURVES) or {}),
         content=content,
     )
-
-
-def write_report(path: Path, page: str) -> None:
-    """Raises `LocalFault` where the file cannot be written."""
-    write_file(path, page)
 
 
 def read_report(page: str) -> dict[str, Any]:

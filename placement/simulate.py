@@ -61,18 +61,7 @@ def simulate(config: SimulationConfig, workload: Workload) -> SimulationResult:
         class_index = assign_classes(len(trace), config.slo)
     promises = np.array([slo.ttft_s for slo in config.slo] or [np.inf])
     times = Simulator(config).run(trace, ttft_s=promises[class_index])
-    return SimulationResult(
-        arrival_s=times.arrival_s,
-        ttft_s=times.ttft_s,
-        tpot_s=times.tpot_s,
-        e2e_s=times.e2e_s,
-        prefill=times.prefill,
-        decode=times.decode,
-        busy_s=times.busy_s,
-        class_index=class_index,
-        num_refused=times.num_refused,
-        prefix_hit_tokens=times.prefix_hit_tokens,
-    )
+    return SimulationResult.of(times, class_index)
 
 
 def attained(times: Times, slo: TrafficClass) -> float:

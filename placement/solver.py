@@ -7,7 +7,6 @@ Deterministic: the same inputs give the same answer, on any number of cores.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from pdserve.domain.errors import LocalFault
 from placement.assign import Assignment, Unplaceable, assign
@@ -154,19 +153,9 @@ def _bare_result(
         nodes=tuple(node.to_json() for node in placed.nodes),
         affinity=str(placed.affinity),
         cross_node_bytes_per_s=placed.cross_node_bytes_per_s,
-        disaggregation="",
         notes=_notes(problem, prediction),
-        neighbours=(),
-        runner_ups=(),
-        one_gpu_more="",
-        what_ifs=(),
-        sensitivity=(),
-        spare=None,
-        judged=None,
-        corrected=None,
-        curves=(),
         stats=_stats(problem, evaluator, choice),
-        inputs=_inputs_json(problem.inputs),
+        inputs=problem.inputs.model_dump(mode="json", exclude_none=True),
         sources=tuple(sorted({worker.source for worker, _ in design.counts})),
         relative_error=max(worker.relative_error for worker, _ in design.counts),
         burst=_burst(problem, prediction, max(choice.goodput.rate, prediction.rate)),
@@ -181,10 +170,6 @@ def _burst(problem: Problem, prediction: Prediction, rate: float) -> int:
         for seed in range(prediction.num_seeds)
     )
     return max((burst_above(trace.arrival_s, rate) for trace in traces), default=0)
-
-
-def _inputs_json(inputs: PlanInputs) -> dict[str, Any]:
-    return inputs.model_dump(mode="json", exclude_none=True)
 
 
 def _place(

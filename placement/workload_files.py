@@ -9,23 +9,24 @@
 Every complaint names the file and the line.
 """
 
-import csv
 import io
-import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from pdserve.client.workload import PACKAGED_TRACES, packaged_trace
-from pdserve.config.files import write_file
+from pdserve.client.workload import (
+    Row,
+    csv_rows,
+    json_rows,
+    seconds,
+    seconds_of_stamp,
+    trace_text,
+)
 from pdserve.domain.errors import LocalFault
 from placement.demand import DEFAULT_PREFIX_BLOCK, Floats, Ints, Workload
-
-Row = Mapping[str, object]
 
 OWN = ("prompt_tokens", "output_tokens")
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -51,16 +52,15 @@ def read_workload(path: Path) -> Workload:
     Raises `LocalFault` naming file and line.
     """
     source = str(path)
-    text = packaged_trace(source) if source in PACKAGED_TRACES else _read_text(path)
+    text = trace_text(source)
     if not text.strip():
         raise LocalFault(f"{source}:1: the file is empty")
-    is_json = text.lstrip().startswith("{")
-    rows = _json_rows(text, source) if is_json else _csv_rows(text, source)
+    rows = (json_rows if text.lstrip().startswith("{") else csv_rows)(text, source)
     first = next(rows, None)
     if first is None:
         raise LocalFault(f"{source}:2: no requests in it")
     names = set(first[1])
-    rows = _chain(first, rows)
+    rows = chain([first], rows)
     if set(AZURE) <= names:
         return _read_azure(rows, source)
     if set(MOONCAKE) <= names:
@@ -71,11 +71,6 @@ def read_workload(path: Path) -> Workload:
         f"{source}:1: expected arrival_s or unit_interarrival, prompt_tokens, output_tokens; or "
         f"{', '.join(AZURE)}; or {', '.join(MOONCAKE)}; got {', '.join(sorted(names))[:200]}"
     )
-
-
-def write_workload(workload: Workload, path: Path) -> None:
-    """Write our CSV; numbers are written so that reading gives the same ones back."""
-    write_file(path, format_workload(workload))
 
 
 def format_workload(workload: Workload) -> str:
@@ -185,37 +180,6 @@ def _workload(
     )
 
 
-def _chain(first: tuple[int, Row], rest: Iterable[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
-    yield first
-    yield from rest
-
-
-def _csv_rows(text: str, source: str) -> Iterator[tuple[int, Row]]:
-    rows = csv.reader(io.StringIO(text, newline=""))
-    header = [name.strip() for name in next(rows)]
-    for cells in rows:
-        if not cells:
-            continue
-        if len(cells) != len(header):
-            raise LocalFault(
-                f"{source}:{rows.line_num}: expected {len(header)} cells, got {len(cells)}"
-            )
-        yield rows.line_num, dict(zip(header, cells, strict=True))
-
-
-def _json_rows(text: str, source: str) -> Iterator[tuple[int, Row]]:
-    for line, content in enumerate(text.splitlines(), start=1):
-        if not content.strip():
-            continue
-        try:
-            row = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise LocalFault(f"{source}:{line}: not JSON: {error.msg}") from None
-        if not isinstance(row, dict):
-            raise LocalFault(f"{source}:{line}: expected a JSON object")
-        yield line, row
-
-
 def _check_order(times: Sequence[float], where: str, name: str) -> None:
     if len(times) > 1 and times[-1] < times[-2]:
         raise LocalFault(
@@ -225,27 +189,21 @@ def _check_order(times: Sequence[float], where: str, name: str) -> None:
 
 
 def _seconds(row: Row, name: str, where: str) -> float:
-    value = row.get(name)
     try:
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise TypeError
-        seconds = float(value)
-        if not (math.isfinite(seconds) and seconds >= 0):
-            raise ValueError
+        return seconds(row.get(name))
     except (TypeError, ValueError):
         raise LocalFault(
-            f"{where}: {name}: expected a number, 0 or more; got {str(value)[:40]!r}"
+            f"{where}: {name}: expected a number, 0 or more; got {str(row.get(name))[:40]!r}"
         ) from None
-    return seconds
 
 
 def _stamp(row: Row, where: str) -> float:
-    value = str(row["TIMESTAMP"]).strip()
     try:
-        return datetime.fromisoformat(value).timestamp()
+        return seconds_of_stamp(row["TIMESTAMP"])
     except ValueError:
         raise LocalFault(
-            f"{where}: TIMESTAMP: expected a time like 2023-11-16 18:17:03.97; got {value[:40]!r}"
+            f"{where}: TIMESTAMP: expected a time like 2023-11-16 18:17:03.97; "
+            f"got {str(row['TIMESTAMP'])[:40]!r}"
         ) from None
 
 
@@ -277,15 +235,3 @@ def _add_prefix(columns: _Columns, value: object, where: str) -> None:
         raise LocalFault(f"{where}: prefix blocks: expected whole numbers") from None
     columns.prefix_counts.append(len(ids))
     columns.prefix_ids += ids
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        known = ", ".join(PACKAGED_TRACES)
-        raise LocalFault(f"{path}: no such workload file; packaged traces: {known}") from None
-    except UnicodeDecodeError as error:
-        raise LocalFault(f"{path}: not UTF-8 at byte {error.start}") from None
-    except OSError as error:
-        raise LocalFault(f"{path}: {error.strerror}") from None

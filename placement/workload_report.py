@@ -5,22 +5,20 @@ from typing import Any
 
 import numpy as np
 
+from pdserve.config.files import write_file
 from placement.demand import Floats, Ints, Workload
-from placement.report import write_report
 from placement.report_parts.figures import COLOURS, PageFigure
 from placement.report_parts.page import make_page
 from placement.simulation.summary import clean
-from placement.workload_stats import LengthStats, WorkloadStats, histogram
+from placement.workload_stats import LENGTH_NAMES, WorkloadStats, histogram
 
 NUM_BINS = 40
 MAX_SPANS = 120
 
-LENGTH_NAMES = ("mean", "std", "min", "p50", "p90", "p95", "p99", "max")
-
 
 def write_workload_report(path: Path, workload: Workload, stats: WorkloadStats) -> None:
     """Write the page; raises `LocalFault` where the path cannot be written."""
-    write_report(path, workload_page(workload, stats))
+    write_file(path, workload_page(workload, stats))
 
 
 def workload_page(workload: Workload, stats: WorkloadStats) -> str:
@@ -32,10 +30,7 @@ def workload_page(workload: Workload, stats: WorkloadStats) -> str:
         f"gap CV {arrivals.gap_cv:.2f}, peak minute {arrivals.peak_minute_ratio:.2f} x the mean",
         *workload.notes,
     ]
-    rows = [
-        (name, *(_number(getattr(lengths, field)) for field in LENGTH_NAMES))
-        for name, lengths in _lengths(stats)
-    ]
+    rows = [(name, *cells) for name, cells in stats.length_rows()]
     return make_page(
         title=f"Workload {Path(workload.source).name}",
         lines=lines,
@@ -47,14 +42,6 @@ def workload_page(workload: Workload, stats: WorkloadStats) -> str:
         ),
         content=clean(stats.to_json()),
     )
-
-
-def _lengths(stats: WorkloadStats) -> tuple[tuple[str, LengthStats], ...]:
-    return (("prompt", stats.prompt_tokens), ("output", stats.output_tokens))
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _length_figure(name: str, values: Ints) -> PageFigure:

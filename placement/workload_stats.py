@@ -20,6 +20,7 @@ from placement.demand import (
 PERCENTILES = (50, 90, 95, 99)
 WINDOWS_S = (1, 10, 60)
 MIN_PREFIX_SHARE = 0.01
+LENGTH_NAMES = ("mean", "std", "min", "p50", "p90", "p95", "p99", "max")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,14 @@ class WorkloadStats:
     correlation: float  # of prompt and output lengths
     arrivals: ArrivalStats
     prefix: PrefixStats | None
+
+    def length_rows(self) -> list[tuple[str, list[str]]]:
+        """For a table: of prompts and of outputs the texts of `LENGTH_NAMES`."""
+        lengths = {"prompt": self.prompt_tokens, "output": self.output_tokens}
+        return [
+            (name, [_number(getattr(item, field)) for field in LENGTH_NAMES])
+            for name, item in lengths.items()
+        ]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -235,3 +244,7 @@ def _likelier(values: Floats, stats: LengthStats) -> Literal["lognormal", "gamma
 def _round(value: float) -> float:
     """Four digits: what a person can read, and more than a fit is worth."""
     return float(f"{value:.4g}")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

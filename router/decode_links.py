@@ -45,7 +45,6 @@ class Inbox:
         watch: Callable[[RequestOutput], None] = lambda output: None,
         on_overflow: Callable[[], None] = lambda: None,
     ) -> None:
-        self.num_stale = 0
         self._max_answer_tokens = max_answer_tokens
         self._max_num_tokens = max_num_tokens
         self._watch = watch
@@ -59,12 +58,11 @@ class Inbox:
         self._has_news = asyncio.Event()
 
     def put(self, output: RequestOutput) -> None:
-        """Add what continues the answer; drop and count what repeats it.
+        """Add what continues the answer; drop what repeats it.
 
         A gap, or more tokens than were asked for, is the worker's fault and ends the attempt.
         """
         if self._is_closed or output.first_index < self._next_index:
-            self.num_stale += 1
             return
         if output.first_index > self._next_index:
             self.fail(WorkerLost("a decode worker left out tokens"))
@@ -143,7 +141,6 @@ class DecodeLink:
         on_change: Callable[[bool], None],
     ) -> None:
         self.life = target.life
-        self.num_stale_outputs = 0
         self._address = target.address
         self._me = me
         self._connect = connect
@@ -225,13 +222,11 @@ class DecodeLink:
 
     def _hand_out(self, message: DecodeToRouter) -> None:
         if not isinstance(message, StepOutputs):
-            self.num_stale_outputs += 1
             return
         for output in message.outputs:
             attempt = AttemptId(output.request_id, output.attempt)
             inbox = self._inboxes.get(attempt)
             if inbox is None:
-                self.num_stale_outputs += 1
                 continue
             inbox.put(output)
             if inbox.has_end:

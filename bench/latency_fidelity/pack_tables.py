@@ -61,12 +61,6 @@ def main() -> None:
     source = Path(sys.argv[1])
     for system in ("a100_sxm", "h100_sxm", "h200_sxm"):
         np.savez_compressed(TARGET / f"{system}.npz", **pack(source, system))  # type: ignore[arg-type]
-    links = {
-        f"{key[0]}/{key[1]}/{axis}": array
-        for key, rows in sorted(group(source / "p2p_sendrecv.csv", ("network", "path")).items())
-        for axis, array in dense(rows, ("bytes",)).items()
-    }
-    np.savez_compressed(TARGET / "links.npz", **links)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

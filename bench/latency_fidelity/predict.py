@@ -9,7 +9,7 @@ from bench.latency_fidelity.rows import Run
 from pdserve.domain.errors import LocalFault
 from placement.framework import Framework, find_framework
 from placement.hardware import network_link
-from placement.latency import composed_latency, kv_capacity_tokens, kv_transfer_s
+from placement.latency import composed_latency, kv_capacity_tokens
 
 
 def framework_of(run: Run) -> Framework:
@@ -74,7 +74,8 @@ def _predict_pools(run: Run, framework: Framework) -> tuple[float, float]:
     assert run.prefill is not None
     result = simulate_pools(run, framework)
     link = network_link(run.gpu)
-    landing_s = kv_transfer_s(run.spec, run.prompt_tokens, link, run.prefill.cut.stage_gpus)
+    kv_bytes = run.spec.kv_bytes(run.prompt_tokens)
+    landing_s = link.transfer_s(kv_bytes, run.prefill.cut.stage_gpus)
     ttft_s = float(np.mean(result.ttft_s)) + landing_s + framework.reply_s
     num_gaps = np.maximum(answer_lengths(run) - 1, 1)
     return ttft_s, float(np.mean(result.tpot_s - landing_s / num_gaps))

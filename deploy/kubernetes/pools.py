@@ -35,11 +35,6 @@ class Pool:
     def gpus_per_pod(self) -> int:
         return -(-self.num_gpus // self.num_pods)
 
-    @property
-    def max_on_a_node(self) -> int:
-        """Most of this pool's workers that the plan puts on one node; 0 where it does not say."""
-        return max((count for _, count in self.nodes), default=0)
-
 
 def pools_of(workers: Sequence[PlacedWorker]) -> tuple[Pool, ...]:
     """Group by everything but name, place and cores; a role's only pool has the role's name."""

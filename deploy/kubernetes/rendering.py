@@ -11,7 +11,14 @@ from deploy.kubernetes.network import network_policies, services
 from deploy.kubernetes.pools import Pool, pools_of
 from deploy.kubernetes.settings_files import router_settings, settings_file, worker_settings
 from deploy.kubernetes.sizing import PACKAGED, model_spec, size_of
-from deploy.kubernetes.values import CONFIG_DIR, Manifest, RenderOptions, labels, metadata
+from deploy.kubernetes.values import (
+    CONFIG_DIR,
+    Manifest,
+    PlainDumper,
+    RenderOptions,
+    labels,
+    metadata,
+)
 from deploy.kubernetes.workloads import (
     config_name,
     disruption_budget,
@@ -226,14 +233,7 @@ def _names(pools: Sequence[Pool]) -> tuple[str, ...]:
     return tuple(pool.name for pool in pools)
 
 
-class _PlainDumper(yaml.SafeDumper):
-    """No anchors: the same value twice is written twice."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-
 def _text(documents: Iterable[Manifest], *comments: str) -> str:
     head = "".join(f"# {line}\n" for text in comments for line in textwrap.wrap(text, 96))
-    body = yaml.dump_all(documents, Dumper=_PlainDumper, sort_keys=False, width=100)
+    body = yaml.dump_all(documents, Dumper=PlainDumper, sort_keys=False, width=100)
     return head + body

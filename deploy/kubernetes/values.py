@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
 from pdserve import __version__
 from pdserve.domain.errors import LocalFault
 
@@ -102,3 +104,10 @@ def metadata(
     if annotations:
         found["annotations"] = dict(annotations)
     return found
+
+
+class PlainDumper(yaml.SafeDumper):
+    """No anchors: the same value twice is written twice."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True

@@ -16,6 +16,7 @@ from pdserve.cli.generating import PHASE_LABELS
 from pdserve.cli.plain_json import json_text
 from pdserve.cli.problems import EXIT_FAILED
 from pdserve.cli.status_view import plain_console
+from pdserve.cli.tables import titled_table
 from pdserve.client.inference import InferenceClient
 from pdserve.client.load import only_model, run_load
 from pdserve.client.statistics import LoadReport, RequestRecord, Slo, summarise
@@ -138,11 +139,7 @@ def with_arrivals(plan: Plan, requests: Sequence[TraceRequest]) -> tuple[TraceRe
 
 
 def _latency_table(report: LoadReport) -> Table:
-    table = Table(box=box.SIMPLE, title="latency", title_justify="left")
-    table.add_column("")
-    for name in ("p50", "p90", "p99"):
-        table.add_column(name, justify="right")
-    table.add_column("objective", justify="right")
+    table = titled_table("latency", "", "p50", "p90", "p99", "objective")
     rows: tuple[tuple[str, Mapping[int, float], float | None], ...] = (
         ("TTFT (first token)", report.ttft_s, report.slo.ttft_s),
         ("TPOT (each later token)", report.tpot_s, report.slo.tpot_s),

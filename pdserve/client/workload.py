@@ -3,6 +3,7 @@
 import csv
 import gzip
 import importlib.resources
+import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import TypeVar
 from pdserve.domain.errors import LocalFault
 
 T = TypeVar("T")
+Row = Mapping[str, object]
 
 PACKAGED_TRACES = {
     "azure-code": "azure-code.csv",
@@ -43,18 +45,39 @@ def read_trace(name_or_path: str) -> tuple[TraceRequest, ...]:
     GeneratedTokens (Azure), or one JSON object a line with the first three names. Raises
     `LocalFault` naming file and line.
     """
+    text = trace_text(name_or_path)
+    if text.lstrip().startswith("{"):
+        rows = json_rows(text, name_or_path)
+        return _from_start(_parse_rows(rows, PLAIN_FIELDS, seconds, name_or_path))
+    header = {name.strip() for name in next(csv.reader(text.splitlines()), [])}
+    if set(PLAIN_FIELDS) <= header:
+        fields, time_of = PLAIN_FIELDS, seconds
+    elif set(AZURE_FIELDS) <= header:
+        fields, time_of = AZURE_FIELDS, seconds_of_stamp
+    else:
+        raise LocalFault(
+            f"{name_or_path}:1: expected the columns {','.join(PLAIN_FIELDS)} or "
+            f"{','.join(AZURE_FIELDS)}"
+        )
+    rows = csv_rows(text, name_or_path)
+    return _from_start(_parse_rows(rows, fields, time_of, name_or_path))
+
+
+def trace_text(name_or_path: str) -> str:
+    """The text of a packaged trace, by its name, or of a file; raises `LocalFault`."""
     if name_or_path in PACKAGED_TRACES:
-        return _from_start(_parse_csv(packaged_trace(name_or_path), name_or_path))
-    text = _read_text(Path(name_or_path))
-    parse = _parse_jsonl if text.lstrip().startswith("{") else _parse_csv
-    return _from_start(parse(text, name_or_path))
-
-
-def packaged_trace(name: str) -> str:
-    """The CSV of one of `PACKAGED_TRACES`."""
-    file_name = PACKAGED_TRACES[name]
-    content = (importlib.resources.files("pdserve") / "data/traces" / file_name).read_bytes()
-    return (gzip.decompress(content) if file_name.endswith(".gz") else content).decode()
+        file_name = PACKAGED_TRACES[name_or_path]
+        content = (importlib.resources.files("pdserve") / "data/traces" / file_name).read_bytes()
+        return (gzip.decompress(content) if file_name.endswith(".gz") else content).decode()
+    try:
+        return Path(name_or_path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        known = ", ".join(PACKAGED_TRACES)
+        raise LocalFault(f"{name_or_path}: no such trace file; packaged traces: {known}") from None
+    except UnicodeDecodeError as error:
+        raise LocalFault(f"{name_or_path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise LocalFault(f"{name_or_path}: {error.strerror}") from None
 
 
 def fit_to_context(
@@ -98,86 +121,59 @@ def make_prompt(num_tokens: int, *, vocab_size: int, seed: int) -> tuple[int, ..
     return tuple(Random(seed).choices(range(first, vocab_size), k=num_tokens))
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        known = ", ".join(PACKAGED_TRACES)
-        raise LocalFault(f"{path}: no such trace file; packaged traces: {known}") from None
-    except UnicodeDecodeError as error:
-        raise LocalFault(f"{path}: not UTF-8 at byte {error.start}") from None
-    except OSError as error:
-        raise LocalFault(f"{path}: {error.strerror}") from None
-
-
 def _from_start(requests: Iterable[TraceRequest]) -> tuple[TraceRequest, ...]:
     ordered = sorted(requests, key=lambda request: request.arrival_s)
     start_s = ordered[0].arrival_s
     return tuple(replace(r, arrival_s=r.arrival_s - start_s) for r in ordered)
 
 
-def _parse_csv(text: str, source: str) -> list[TraceRequest]:
-    rows = csv.reader(text.splitlines())
-    header = tuple(name.strip() for name in next(rows, []))
-    if set(PLAIN_FIELDS) <= set(header):
-        fields, time_of = PLAIN_FIELDS, _seconds
-    elif set(AZURE_FIELDS) <= set(header):
-        fields, time_of = AZURE_FIELDS, _seconds_of_stamp
-    else:
-        raise LocalFault(
-            f"{source}:1: expected the columns {','.join(PLAIN_FIELDS)} or {','.join(AZURE_FIELDS)}"
-        )
-    lines = (
-        (rows.line_num, _mapping(header, row, f"{source}:{rows.line_num}")) for row in rows if row
-    )
-    return _parse_rows(lines, fields, time_of, source)
+def csv_rows(text: str, source: str) -> Iterator[tuple[int, Row]]:
+    """Each row with its line; raises `LocalFault` for one of another length than the header."""
+    rows = csv.reader(io.StringIO(text, newline=""))
+    header = [name.strip() for name in next(rows, [])]
+    for cells in filter(None, rows):
+        if len(cells) != len(header):
+            raise LocalFault(
+                f"{source}:{rows.line_num}: expected {len(header)} cells, got {len(cells)}"
+            )
+        yield rows.line_num, dict(zip(header, cells, strict=True))
 
 
-def _parse_jsonl(text: str, source: str) -> list[TraceRequest]:
-    def lines() -> Iterator[tuple[int, Mapping[str, object]]]:
-        for number, line in enumerate(text.splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise LocalFault(f"{source}:{number}: not JSON: {error.msg}") from None
-            if not isinstance(row, dict):
-                raise LocalFault(f"{source}:{number}: expected a JSON object")
-            yield number, row
-
-    return _parse_rows(lines(), PLAIN_FIELDS, _seconds, source)
-
-
-def _mapping(header: Sequence[str], row: Sequence[str], where: str) -> Mapping[str, object]:
-    if len(row) != len(header):
-        raise LocalFault(f"{where}: expected {len(header)} cells, got {len(row)}")
-    return dict(zip(header, row, strict=True))
+def json_rows(text: str, source: str) -> Iterator[tuple[int, Row]]:
+    """Each line's object with the line; raises `LocalFault` for what is none."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise LocalFault(f"{source}:{number}: not JSON: {error.msg}") from None
+        if not isinstance(row, dict):
+            raise LocalFault(f"{source}:{number}: expected a JSON object")
+        yield number, row
 
 
 def _parse_rows(
-    lines: Iterable[tuple[int, Mapping[str, object]]],
+    rows: Iterable[tuple[int, Row]],
     fields: tuple[str, str, str],
     time_of: Callable[[object], float],
     source: str,
 ) -> list[TraceRequest]:
     time_field, prompt_field, output_field = fields
-    requests: list[TraceRequest] = []
-    for number, row in lines:
-        where = f"{source}:{number}"
-        requests.append(
-            TraceRequest(
-                arrival_s=_value(row, time_field, time_of, where),
-                prompt_tokens=_value(row, prompt_field, _positive, where),
-                output_tokens=_value(row, output_field, _positive, where),
-            )
+    requests = [
+        TraceRequest(
+            arrival_s=_value(row, time_field, time_of, f"{source}:{number}"),
+            prompt_tokens=_value(row, prompt_field, _positive, f"{source}:{number}"),
+            output_tokens=_value(row, output_field, _positive, f"{source}:{number}"),
         )
+        for number, row in rows
+    ]
     if not requests:
         raise LocalFault(f"{source}: no requests in it")
     return requests
 
 
-def _value(row: Mapping[str, object], field: str, read: Callable[[object], T], where: str) -> T:
+def _value(row: Row, field: str, read: Callable[[object], T], where: str) -> T:
     if field not in row:
         raise LocalFault(f"{where}: {field} missing")
     try:
@@ -187,16 +183,18 @@ def _value(row: Mapping[str, object], field: str, read: Callable[[object], T], w
         raise LocalFault(f"{where}: {field}: expected {_WANTED[read]}; got {shown!r}") from None
 
 
-def _seconds(value: object) -> float:
+def seconds(value: object) -> float:
+    """A finite number, 0 or more; raises `TypeError` or `ValueError` for anything else."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise TypeError
-    seconds = float(value)
-    if not (math.isfinite(seconds) and seconds >= 0):
+    found = float(value)
+    if not (math.isfinite(found) and found >= 0):
         raise ValueError
-    return seconds
+    return found
 
 
-def _seconds_of_stamp(value: object) -> float:
+def seconds_of_stamp(value: object) -> float:
+    """An ISO time in seconds; raises `ValueError` for anything else."""
     stamp = datetime.fromisoformat(str(value).strip())
     # Without a zone it is taken as UTC: local time has hours that come twice.
     return (stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)).timestamp()
@@ -212,7 +210,7 @@ def _positive(value: object) -> int:
 
 
 _WANTED: Mapping[Callable[[object], object], str] = {
-    _seconds: "a number of seconds, 0 or more",
-    _seconds_of_stamp: "a time like 2023-11-16 18:17:03.97",
+    seconds: "a number of seconds, 0 or more",
+    seconds_of_stamp: "a time like 2023-11-16 18:17:03.97",
     _positive: "a whole number, 1 or more",
 }

@@ -171,10 +171,6 @@ class BlockPool:
             cached=len(self._cached),
         )
 
-    def count_cached(self, prefix: Sequence[bytes]) -> int:
-        """How many leading names of `prefix` have a block right now."""
-        return len(self._match(prefix))
-
     def reserve(self, num_blocks: int, prefix: Sequence[bytes] = ()) -> BlockTable | None:
         """Promise `num_blocks` blocks to one owner, or return None and change nothing.
 

@@ -374,8 +374,3 @@ OWN_METRICS = (
     *(TRANSFER_BYTES, TRANSFER_SECONDS, CORRUPT_BLOCKS),
 )
 METRICS = (*OWN_METRICS, *PROCESS_METRICS)
-
-
-def metrics_of(process: Process) -> tuple[MetricSpec, ...]:
-    """The rows that processes of this kind expose."""
-    return tuple(spec for spec in METRICS if process in spec.processes)

@@ -27,7 +27,7 @@ class GrpcStream(MailboxStream[Out, In]):
     """A `MessageStream` over one call, client or server side.
 
     `read` returns protobuf messages and `grpc.aio.EOF` at the end; `decode` raises `ValueError`
-    for a message that makes no sense: it is counted, logged and dropped, the stream goes on.
+    for a message that makes no sense: it is logged and dropped, the stream goes on.
     `num_tokens` tells how long a prompt a message holds, on either side of the codec.
     """
 
@@ -42,7 +42,6 @@ class GrpcStream(MailboxStream[Out, In]):
         num_tokens: Callable[[object], int] = lambda message: 0,
     ) -> None:
         super().__init__(Mailbox(), Mailbox(), peer)
-        self.num_bad_messages = 0
         self._read = read
         self._write = write
         self._encode = encode
@@ -81,7 +80,6 @@ class GrpcStream(MailboxStream[Out, In]):
                 try:
                     value = await off_loop(self._num_tokens(message), self._decode, message)
                 except ValueError as error:
-                    self.num_bad_messages += 1
                     log.warning("stream.message_dropped", peer=self.peer, why=str(error))
                     continue
                 await self._incoming.put(value)

@@ -131,13 +131,6 @@ def attainment_curve(
     return AttainmentCurve(planned_rate=planned_rate, rates=rates, classes=tuple(classes))
 
 
-def cost_curve(
-    candidates: Sequence[Candidate], workload: Workload, rates: Sequence[float]
-) -> tuple[CostPoint, ...]:
-    """At each rate the cheapest candidate that keeps every promise, the first of equals."""
-    return tuple(cheapest_at(rate, candidates, workload) for rate in rates)
-
-
 def cheapest_at(rate: float, candidates: Sequence[Candidate], workload: Workload) -> CostPoint:
     """One point of a cost curve; its cost is None where no candidate keeps the promises."""
     ordered = sorted(candidates, key=lambda each: each.usd_per_hour)

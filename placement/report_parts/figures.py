@@ -73,7 +73,7 @@ def _attainment(curves: Curves) -> PageFigure:
         showlegend=len(curve["classes"]) > 1,
     )
     rows = [
-        (f"{rate:.3g}", each["name"], _percent(each["attainment"][at]), _interval(each, at))
+        (f"{rate:.3g}", each["name"], percent(each["attainment"][at]), _interval(each, at))
         for at, rate in enumerate(rates)
         for each in curve["classes"]
     ]
@@ -220,7 +220,7 @@ def _timeline(curves: Curves) -> PageFigure:
     layout["xaxis"] = {"title": {"text": "minute"}, "anchor": f"y{len(panels)}"}
     figure.update_layout(layout)
     rows = [
-        (f"{minute:.0f}", f"{rate:.3g}", _ms(ttft_s), _ms(tpot_s), _percent(share))
+        (f"{minute:.0f}", f"{rate:.3g}", _ms(ttft_s), _ms(tpot_s), percent(share))
         for minute, rate, ttft_s, tpot_s, share in zip(
             minutes,
             line["rate"],
@@ -268,7 +268,7 @@ def _class_name(name: str, num_classes: int) -> str:
 
 
 def _interval(each: Mapping[str, Any], at: int) -> str:
-    return f"{_percent(each['low'][at])} to {_percent(each['high'][at])}"
+    return f"{percent(each['low'][at])} to {percent(each['high'][at])}"
 
 
 def _design(point: Mapping[str, Any]) -> str:
@@ -281,7 +281,7 @@ def _standing(point: Mapping[str, Any]) -> str:
     return "on the front" if point["is_on_front"] else ""
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 

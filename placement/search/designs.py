@@ -154,11 +154,7 @@ class Design:
         """The same with more or fewer of one worker."""
         counts = dict(self.counts)
         counts[worker] = counts.get(worker, 0) + change
-        return Design.of(
-            counts,
-            max_step_tokens=self.max_step_tokens,
-            max_num_requests=self.max_num_requests,
-        )
+        return replace(self, counts=Design.of(counts).counts)
 
     def gpus_by_type(self) -> dict[str, int]:
         used: dict[str, int] = {}

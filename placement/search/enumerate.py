@@ -1,11 +1,13 @@
 """Which workers there can be: every cut of the model on every GPU type, and why others cannot."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from pdserve.domain.errors import LocalFault
 from placement.fitted_profile import FittedProfile
-from placement.hardware import Gpu, Link, find_gpu, load_gpus, network_link, node_link
+from placement.hardware import Gpu, find_gpu, load_gpus, network_link, node_link
 from placement.plan_inputs import NodeGroup, PlanInputs
 from placement.profiles import (
     DistserveProfile,
@@ -16,8 +18,7 @@ from placement.profiles import (
 )
 from placement.search.designs import Worker
 from placement.simulation.timing import StepTiming
-from placement.simulation.values import Link as KvLink
-from placement.simulation.values import Pool, PoolRole, Rules
+from placement.simulation.values import Link, Pool, PoolRole, Rules
 
 SPLITWISE_GPUS = {  # USD and watts (relative) of one GPU: rule 8 of Splitwise's MODEL.md
     "a100-80gb": (2.21, 24.8),
@@ -67,10 +68,7 @@ class Found:
 
 def resolve_fleets(inputs: PlanInputs) -> tuple[Fleet, ...]:
     """Nodes with prices and links; raises `LocalFault` with the nearest name of a GPU."""
-    from pathlib import Path
-
-    path = inputs.cluster.gpus_file
-    gpus = load_gpus(Path(path)) if path is not None else None
+    gpus = _known_gpus(inputs)
     fleets: dict[str, Fleet] = {}
     for group in inputs.cluster.nodes:
         fleet = _fleet(inputs, group, gpus)
@@ -80,7 +78,12 @@ def resolve_fleets(inputs: PlanInputs) -> tuple[Fleet, ...]:
     return tuple(fleets.values())
 
 
-def _fleet(inputs: PlanInputs, group: NodeGroup, gpus: dict[str, Gpu] | None) -> Fleet:
+def _known_gpus(inputs: PlanInputs) -> dict[str, Gpu]:
+    path = inputs.cluster.gpus_file
+    return load_gpus(Path(path) if path is not None else None)
+
+
+def _fleet(inputs: PlanInputs, group: NodeGroup, gpus: dict[str, Gpu]) -> Fleet:
     network = inputs.cluster.network_gb_per_s
     fitted = fitted_of(inputs)
     if fitted is not None:
@@ -259,7 +262,7 @@ def _base_worker(
 ) -> Worker:
     tp, pp, ep = cut
     per_gpu = fleet.node_bytes_per_s if is_one_node else fleet.network_bytes_per_s
-    link = KvLink(bytes_per_s=per_gpu * tp, latency_s=2e-5)
+    link = Link(bytes_per_s=per_gpu * tp, latency_s=2e-5)
     pool, source, error = _pool(inputs, fleet, cut, facts, link)
     return Worker(
         role=PoolRole.COLOCATED,
@@ -280,38 +283,26 @@ def _pool(
     fleet: Fleet,
     cut: tuple[int, int, int],
     facts: LengthFacts,
-    link: KvLink,
+    link: Link,
 ) -> tuple[Pool, str, float]:
     tp, pp, _ = cut
+    plain = partial(
+        Pool, role=PoolRole.COLOCATED, replicas=1, tp=tp, pp=pp, gpu=fleet.gpu, link=link
+    )
     latency = inputs.latency
     if latency is None or latency.profile is None:
-        return _modelled_pool(inputs, fleet, cut, facts, link)
+        return _modelled_pool(inputs, fleet, cut, facts, plain)
     profile = load_profile(latency.profile)
     if isinstance(profile, DistserveProfile):
         timing = profile.timing(latency.model, tp=tp, pp=pp)
-        pool = Pool(
-            role=PoolRole.COLOCATED,
-            replicas=1,
-            timing=timing,
-            tp=tp,
-            pp=pp,
-            gpu=fleet.gpu,
-            kv_tokens=timing.max_num_tokens,
-            kv_bytes_per_token=distserve_kv_bytes_per_token(latency.model),
-            link=link,
-        )
+        kv_bytes = distserve_kv_bytes_per_token(latency.model)
+        pool = plain(timing=timing, kv_tokens=timing.max_num_tokens, kv_bytes_per_token=kv_bytes)
         return pool, f"{latency.profile} (DistServe)", PROFILE_ERROR
     measured = profile.timing(latency.model, hardware=fleet.gpu, tp=tp)
-    room = int((measured.memory_bytes - measured.weight_bytes) // measured.kv_bytes_per_token)
-    pool = Pool(
-        role=PoolRole.COLOCATED,
-        replicas=1,
+    pool = plain(
         timing=measured,
-        tp=tp,
-        gpu=fleet.gpu,
-        kv_tokens=room,
+        kv_tokens=measured.kv_tokens,
         kv_bytes_per_token=measured.kv_bytes_per_token,
-        link=link,
     )
     return pool, f"{latency.profile} (Splitwise)", PROFILE_ERROR
 
@@ -328,17 +319,14 @@ def _modelled_pool(
     fleet: Fleet,
     cut: tuple[int, int, int],
     facts: LengthFacts,
-    link: KvLink,
+    plain: Callable[..., Pool],
 ) -> tuple[Pool, str, float]:
-    from pathlib import Path
-
     from placement.latency import composed_latency, kv_capacity_tokens
     from placement.model_spec import Parallelism
 
     tp, pp, ep = cut
     spec = _spec(inputs)
-    path = inputs.cluster.gpus_file
-    gpu = find_gpu(fleet.gpu, load_gpus(Path(path)) if path is not None else None)
+    gpu = find_gpu(fleet.gpu, _known_gpus(inputs))
     parallelism = Parallelism(tp=tp, pp=pp, ep=ep)
     room = kv_capacity_tokens(spec, gpu, parallelism)
     if room == 0:
@@ -355,18 +343,5 @@ def _modelled_pool(
         context_tokens=max(int(facts.mean_context), 1),
         source=str(model.source),
     )
-    pool = Pool(
-        role=PoolRole.COLOCATED,
-        replicas=1,
-        timing=timing,
-        tp=tp,
-        pp=pp,
-        gpu=gpu.name,
-        kv_tokens=room,
-        kv_bytes_per_token=spec.kv_bytes_per_token(),
-        link=link,
-    )
+    pool = plain(timing=timing, kv_tokens=room, kv_bytes_per_token=spec.kv_bytes_per_token())
     return pool, str(model.source), model.relative_error
-
-
-__all__ = ["Fleet", "Found", "LengthFacts", "Link", "find_workers", "resolve_fleets"]

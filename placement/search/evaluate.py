@@ -143,10 +143,8 @@ class Evaluator:
     ) -> Margin:
         """Of one run; with a spare worker asked for, the worst after the loss of any one."""
         if self.spare_workers:
-            losses = [after for _, after in single_losses(design)]
-            worst = LOST
             found = []
-            for after in losses:
+            for _, after in single_losses(design):
                 margin = self.margin_as_is(after, rate, seed, horizon_s)
                 found.append(margin)
                 if margin.all < CLEARLY_LOST:

@@ -1,6 +1,5 @@
 """A design at one rate over all seeds: what to expect, how sure, and what gives way first."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,11 +39,12 @@ def predict(
     mean_tpot = float(np.mean([margin.tpot for margin in margins]))
     binds = "TTFT" if mean_ttft <= mean_tpot else "TPOT"
     margin = float(np.mean([item.all for item in margins]))
+    met = [] if len(runs) > 1 else met_promises(evaluator.slo, runs[0][0], runs[0][2])
     return Prediction(
         rate=rate,
         goodput=float(np.mean(attainments)) * rate,
         attainment=float(np.mean(attainments)),
-        interval=_interval(attainments, [] if len(runs) > 1 else _met(evaluator.slo, runs[0])),
+        interval=_interval(attainments, met),
         classes=tuple(
             _class_prediction(
                 item,
@@ -97,23 +97,8 @@ def _most_waiting(times: Times) -> int:
 
 def _verdict(runs: list[Run]) -> Verdict:
     """Overloaded where most seeds are."""
-    found = [judge_load(_result(run)).verdict for run in runs]
+    found = [judge_load(SimulationResult.of(times, classes)).verdict for times, _, classes in runs]
     return max(sorted(set(found)), key=found.count)
-
-
-def _result(run: Run) -> SimulationResult:
-    times, _, classes = run
-    return SimulationResult(
-        arrival_s=times.arrival_s,
-        ttft_s=times.ttft_s,
-        tpot_s=times.tpot_s,
-        e2e_s=times.e2e_s,
-        prefill=times.prefill,
-        decode=times.decode,
-        busy_s=times.busy_s,
-        class_index=classes,
-        num_refused=times.num_refused,
-    )
 
 
 def _utilisation(design: Design, runs: list[Run]) -> dict[str, float]:
@@ -174,9 +159,8 @@ def _percentiles(runs: list[Run], index: int | None) -> dict[str, dict[str, floa
     return found
 
 
-def _met(slo: tuple[TrafficClass, ...], run: Run) -> Any:
+def met_promises(slo: tuple[TrafficClass, ...], times: Times, classes: Ints) -> Any:
     """Which requests of a run met the promises of their class, in order of arrival."""
-    times, _, classes = run
     if not slo:
         return []
     ttft_s = np.array([item.ttft_s for item in slo])
@@ -198,7 +182,7 @@ def _share(interval: tuple[float, float]) -> tuple[float, float]:
 
 
 def _impossible(rate: float, horizon_s: float) -> Prediction:
-    nothing = Prediction(
+    return Prediction(
         rate=rate,
         goodput=0.0,
         attainment=0.0,
@@ -215,4 +199,3 @@ def _impossible(rate: float, horizon_s: float) -> Prediction:
         num_seeds=0,
         num_requests=0,
     )
-    return replace(nothing)

@@ -29,6 +29,9 @@ from placement.simulation.values import (
     TrafficClass,
 )
 
+NOMINAL_CLASS = TrafficClass(ttft_s=60.0, tpot_s=10.0, attainment=0.5)
+"""For bounds under Splitwise's relative limits, which have no seconds: far away."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
@@ -86,7 +89,7 @@ def new_problem(inputs: PlanInputs) -> Problem:
     cell, num_cells, num_unused = _cells(fleets, inputs.search.max_cell_gpus)
     fitted = fitted_of(inputs)
     pdserve = resolve_options(inputs.pdserve, fitted)
-    bounded = slo or (_nominal_class(found.workers),)
+    bounded = slo or (NOMINAL_CLASS,)
     steps = inputs.search.max_step_tokens if inputs.rules is Rules.PDSERVE else (512,)
     if fitted is not None:  # longer steps were not measured
         most = fitted.limits.max_step_tokens
@@ -100,25 +103,22 @@ def new_problem(inputs: PlanInputs) -> Problem:
     if inputs.slo == "splitwise":
         judge = _splitwise_judge(inputs)
     else:
-        _check_floors(bounds)
-        bounds = {tokens: item for tokens, item in bounds.items() if _is_possible(item)}
+        bounds = _possible(bounds)
     able = tuple(
         worker
         for worker in found.workers
         if inputs.slo == "splitwise" or any(b.can_serve(worker) for b in bounds.values())
     )
     able = tuple(worker for worker in able if not _is_dominated(worker, able, inputs.rules))
-    is_ours = inputs.rules is Rules.PDSERVE
+    search = inputs.search
     space = Space(
         fleets=cell,
         workers=able,
         bounds=bounds,
         rules=inputs.rules,
         mean_prompt_tokens=facts.mean_prompt,
-        is_mixed_allowed=is_ours
-        and inputs.search.mixed
-        and inputs.search.disaggregated
-        and inputs.search.colocated,
+        is_mixed_allowed=inputs.rules is Rules.PDSERVE
+        and (search.mixed and search.disaggregated and search.colocated),
     )
     peak = inputs.workload.peak_rate
     return Problem(
@@ -186,24 +186,19 @@ def _cells(fleets: tuple[Fleet, ...], max_gpus: int) -> tuple[tuple[Fleet, ...],
     return cell, number, total - best[0]
 
 
-def _check_floors(bounds: dict[int, Bounds]) -> None:
-    """A floor is broken only where it is for every step size."""
-    problems = []
-    for item in bounds.values():
+def _possible(bounds: dict[int, Bounds]) -> dict[int, Bounds]:
+    """The step sizes whose floors the promises keep; raises the last one's fault if none does."""
+    found, fault = {}, None
+    for tokens, item in bounds.items():
         try:
             item.check_floors()
         except LocalFault as error:
-            problems.append(error)
-    if len(problems) == len(bounds):
-        raise problems[-1]
-
-
-def _is_possible(bounds: Bounds) -> bool:
-    try:
-        bounds.check_floors()
-    except LocalFault:
-        return False
-    return True
+            fault = error
+        else:
+            found[tokens] = item
+    if fault is not None and not found:
+        raise fault
+    return found
 
 
 def _is_dominated(worker: Worker, others: tuple[Worker, ...], rules: Rules) -> bool:
@@ -220,15 +215,17 @@ def _is_dominated(worker: Worker, others: tuple[Worker, ...], rules: Rules) -> b
     )
 
 
-def _nominal_class(workers: tuple[Worker, ...]) -> TrafficClass:
-    """For bounds under Splitwise's relative limits, which have no seconds: far away."""
-    return TrafficClass(ttft_s=60.0, tpot_s=10.0, attainment=0.5)
-
-
-def _splitwise_judge(inputs: PlanInputs) -> Judge:
+def splitwise_profile(inputs: PlanInputs) -> SplitwiseProfile:
+    """The published measurements that the inputs name."""
     assert inputs.latency is not None
     assert inputs.latency.profile is not None
     profile = load_profile(inputs.latency.profile)
     assert isinstance(profile, SplitwiseProfile)
+    return profile
+
+
+def _splitwise_judge(inputs: PlanInputs) -> Judge:
+    assert inputs.latency is not None
+    profile = splitwise_profile(inputs)
     reference = profile.timing(inputs.latency.model, hardware="a100-80gb", tp=8)
     return slowdown_judge(reference, splitwise_token_s(reference))

@@ -149,17 +149,17 @@ class PlanResult:
     nodes: tuple[dict[str, Any], ...]  # per node: its workers
     affinity: str
     cross_node_bytes_per_s: float
-    disaggregation: str  # whether it pays, in a sentence
+    disaggregation: str = ""  # whether it pays, in a sentence
     notes: tuple[str, ...]
-    neighbours: tuple[Rival, ...]
-    runner_ups: tuple[Rival, ...]
-    one_gpu_more: str
-    what_ifs: tuple[WhatIf, ...]
-    sensitivity: tuple[WhatIf, ...]
-    spare: Rival | None  # the cheapest that survives the loss of a worker
-    judged: "PlanResult | None"  # the design that was asked about
-    corrected: Rival | None  # Splitwise's question with decode times as measured
-    curves: tuple[Curve, ...]
+    neighbours: tuple[Rival, ...] = ()
+    runner_ups: tuple[Rival, ...] = ()
+    one_gpu_more: str = ""
+    what_ifs: tuple[WhatIf, ...] = ()
+    sensitivity: tuple[WhatIf, ...] = ()
+    spare: Rival | None = None  # the cheapest that survives the loss of a worker
+    judged: "PlanResult | None" = None  # the design that was asked about
+    corrected: Rival | None = None  # Splitwise's question with decode times as measured
+    curves: tuple[Curve, ...] = ()
     stats: SearchStats
     inputs: dict[str, Any] = field(default_factory=dict)
     sources: tuple[str, ...] = ()

@@ -352,11 +352,3 @@ def _with_spares(problem: Problem, design: Design) -> list[Design]:
                 changed = changed.with_change(worker, 1)
         found.append(changed)
     return found
-
-
-__all__ = [
-    "find_neighbours",
-    "find_runner_ups",
-    "one_gpu_more",
-    "spare_plan",
-]

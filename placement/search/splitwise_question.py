@@ -19,7 +19,6 @@ from dataclasses import replace
 import numpy as np
 
 from placement.plan_inputs import PlanInputs
-from placement.profiles import SplitwiseProfile, load_profile
 from placement.search.bounds import Bounds
 from placement.search.choose import cheapest
 from placement.search.designs import Worker
@@ -28,12 +27,12 @@ from placement.search.evaluate import Evaluator
 from placement.search.judging import slowdown_judge
 from placement.search.maximise import Contest
 from placement.search.minimise import Bargain
-from placement.search.problem import Problem
+from placement.search.problem import NOMINAL_CLASS, Problem, splitwise_profile
 from placement.search.results import Rival
 from placement.search.space import Space
 from placement.simulation.timing import SplitwiseTiming, StepTiming
 from placement.simulation.trace import Floats, Ints
-from placement.simulation.values import PdserveOptions, Rules, TrafficClass
+from placement.simulation.values import PdserveOptions, Rules
 
 SWEEP_PROMPT = 512
 STEP_TOKENS = 2048
@@ -85,13 +84,13 @@ def corrected_problem(problem: Problem) -> Problem:
     timings = {w.gpu: _timing(problem.inputs, model, w.gpu) for w in problem.space.workers}
     workers = tuple(_corrected(w, model, timings[w.gpu]) for w in problem.space.workers)
     reference = _timing(problem.inputs, model, "a100-80gb")
-    profile = _profile(problem.inputs)
+    profile = splitwise_profile(problem.inputs)
     published = profile.timing(model, hardware="a100-80gb", tp=8)
     sample = problem.traffic.sample()
     bounds = Bounds(
         workers,
         Rules.PDSERVE,
-        (TrafficClass(ttft_s=60.0, tpot_s=10.0, attainment=0.5),),
+        (NOMINAL_CLASS,),
         sample,
         gap_cv=problem.traffic.gap_cv,
         max_step_tokens=STEP_TOKENS,
@@ -135,7 +134,7 @@ def _corrected(worker: Worker, model: str, timing: StepTiming) -> Worker:
 
 
 def _timing(inputs: PlanInputs, model: str, gpu: str) -> StepTiming:
-    profile = _profile(inputs)
+    profile = splitwise_profile(inputs)
     published = profile.timing(model, hardware=gpu, tp=8)
     rows = [row for key, row in _rows(inputs) if key == (model, gpu)]
     by_batch: dict[int, list[float]] = {}
@@ -161,14 +160,6 @@ def _timing(inputs: PlanInputs, model: str, gpu: str) -> StepTiming:
         shared_s=0.0,
         source="Splitwise's measurements, decode as measured",
     )
-
-
-def _profile(inputs: PlanInputs) -> SplitwiseProfile:
-    assert inputs.latency is not None
-    assert inputs.latency.profile is not None
-    profile = load_profile(inputs.latency.profile)
-    assert isinstance(profile, SplitwiseProfile)
-    return profile
 
 
 def _rows(inputs: PlanInputs) -> Iterator[tuple[tuple[str, str], Row]]:

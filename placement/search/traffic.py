@@ -74,10 +74,6 @@ class Traffic:
         inputs = self._inputs.model_copy(update=update)
         return Traffic(inputs, self._slo, seed=self._seed, length_scale=scale)
 
-    @property
-    def has_drawn_lengths(self) -> bool:
-        return self._recorded is None
-
     def sample(self) -> tuple[Ints, Ints]:
         """Prompt and output lengths to compute bounds from."""
         if self._recorded is not None and len(self._recorded) <= SAMPLE_LENGTH:

@@ -8,7 +8,7 @@ import numpy as np
 
 from placement.search.designs import Design, Worker, gpus_text
 from placement.search.evaluate import Evaluator
-from placement.search.predict import predict
+from placement.search.predict import met_promises, predict
 from placement.search.problem import Problem, bounds_of
 from placement.search.results import Curve, Prediction, WhatIf
 from placement.simulate import Simulator
@@ -16,7 +16,6 @@ from placement.simulation.summary import Verdict, attainment_interval
 from placement.simulation.values import PoolRole, Rules
 
 SEEDS = 2
-MAX_SECONDS_OF_TRACE = 600.0
 MAX_REQUESTS = 9000
 BURST_CV = 2.0
 HEAVY_CV = 1.0
@@ -123,7 +122,7 @@ class Questions:
             name=f"closed loop of {concurrency} requests",
             rate=len(trace) / span_s,
             attainment=margin.attainment,
-            interval=attainment_interval(_met(times, promises, classes, self.problem)),
+            interval=attainment_interval(met_promises(self.problem.slo, times, classes)),
             is_kept=margin.all >= 0,
             verdict=str(Verdict.CLOSED_LOOP),
             ttft_p90_s=float(np.percentile(times.ttft_s, 90)),
@@ -260,8 +259,3 @@ def _difference(design: Design, added: Design) -> str:
         if count > before.get(kind, 0)
     ]
     return f"{' + '.join(parts)} ({gpus_text(added.num_gpus - design.num_gpus)})"
-
-
-def _met(times, promises, classes, problem: Problem):  # type: ignore[no-untyped-def]
-    tpots = np.array([item.tpot_s for item in problem.slo])
-    return (times.ttft_s <= promises[classes]) & (times.tpot_s <= tpots[classes])

@@ -35,7 +35,6 @@ FOLLOWER = 10  # the next stage; of the last stage the first
 IS_FIRST, IS_LAST = 11, 12
 IS_COLOCATED = 13
 INSTANCE = 14
-NUM_WORKER_COLUMNS = 15
 
 IDLE, WOKEN, READS, DECODES = 0, 1, 2, 3
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -148,6 +149,25 @@ class SimulationSettings(Settings):
         return self
 
 
+PARTS: Mapping[str, type[Settings]] = {
+    "pools": PoolSettings,
+    "slo": TrafficClass,
+    "arrivals": ArrivalSettings,
+}
+
+
+def check_parts(
+    data: Mapping[str, object], kinds: Mapping[str, type[Settings]], prefix: str
+) -> None:
+    """Each part alone, lists item by item: an unknown field is named with its neighbours."""
+    for name, kind in kinds.items():
+        part = data.get(name)
+        if isinstance(part, Mapping):
+            parse_settings(kind, part, source=f"{prefix}{name}")
+        for index, item in enumerate(part if isinstance(part, list) else ()):
+            parse_settings(kind, item, source=f"{prefix}{name}[{index}]")
+
+
 def read_config(path: Path) -> SimulationConfig:
     """Read `sim.yaml`; raises `LocalFault` naming field, rule and value."""
     return parse_config(read_yaml(path), source=str(path), folder=path.parent)
@@ -156,15 +176,7 @@ def read_config(path: Path) -> SimulationConfig:
 def parse_config(data: object, *, source: str, folder: Path | None = None) -> SimulationConfig:
     """Check and resolve settings; file names in them are relative to `folder`."""
     if isinstance(data, Mapping):
-        # Item by item first: an unknown field of a list's item is then named with its neighbours.
-        for name, kind in (("pools", PoolSettings), ("slo", TrafficClass)):
-            items = data.get(name)
-            for index, item in enumerate(items if isinstance(items, list) else ()):
-                parse_settings(kind, item, source=f"{source}: {name}[{index}]")
-        if isinstance(data.get("slo"), Mapping):
-            parse_settings(TrafficClass, data["slo"], source=f"{source}: slo")
-        if isinstance(data.get("arrivals"), Mapping):
-            parse_settings(ArrivalSettings, data["arrivals"], source=f"{source}: arrivals")
+        check_parts(data, PARTS, f"{source}: ")
     settings = parse_settings(SimulationSettings, data, source=source)
     arrivals = settings.arrivals
     if not isinstance(arrivals, ArrivalSettings):
@@ -200,11 +212,8 @@ def _splitwise_options(settings: SimulationSettings) -> SplitwiseOptions:
     is_alike = all(pool.role is PoolRole.COLOCATED for pool in settings.pools)
     default = Scheduler.TOKEN_JSQ if is_alike else Scheduler.MIXED_POOL
     return SplitwiseOptions(
+        **given.model_dump(exclude={"scheduler", "transfer_gib_per_s"}),
         scheduler=given.scheduler or default,
-        max_batch_size=given.max_batch_size,
-        max_batch_tokens=given.max_batch_tokens,
-        max_preemptions=given.max_preemptions,
-        prompt_max_pending_batch_tokens=given.prompt_max_pending_batch_tokens,
         transfer_bytes_per_s=given.transfer_gib_per_s * 2**30,
     )
 
@@ -258,21 +267,18 @@ def _profiled_pool(
 ) -> Pool:
     model = settings.latency.model
     link = Link(bytes_per_s=pool.link_gb_per_s * 1e9) if pool.link_gb_per_s else Link()
+    plain = partial(Pool, role=pool.role, replicas=pool.replicas, pp=pool.pp, link=link)
     if isinstance(profile, DistserveProfile):
         if settings.rules is Rules.SPLITWISE:
             raise LocalFault(f"{source}: latency.profile: rules splitwise need Splitwise's CSV")
         tp = pool.tp or 1
         fit = profile.timing(model, tp=tp, pp=pool.pp, max_num_tokens=pool.max_num_tokens)
-        return Pool(
-            role=pool.role,
-            replicas=pool.replicas,
+        return plain(
             timing=fit,
             tp=tp,
-            pp=pool.pp,
             gpu=pool.gpu or "A100-80G",
             kv_tokens=fit.max_num_tokens,
             kv_bytes_per_token=distserve_kv_bytes_per_token(model),
-            link=link,
         )
     assert isinstance(profile, SplitwiseProfile)
     if settings.rules is Rules.DISTSERVE:
@@ -280,17 +286,12 @@ def _profiled_pool(
     if pool.gpu is None:
         raise LocalFault(f"{source}: pools: {pool.role}: gpu is needed with Splitwise's profile")
     timing: SplitwiseTiming = profile.timing(model, hardware=pool.gpu, tp=pool.tp or 8)
-    room = int((timing.memory_bytes - timing.weight_bytes) // timing.kv_bytes_per_token)
-    return Pool(
-        role=pool.role,
-        replicas=pool.replicas,
+    return plain(
         timing=timing,
         tp=pool.tp or 8,
-        pp=pool.pp,
         gpu=pool.gpu,
-        kv_tokens=pool.max_num_tokens or room,
+        kv_tokens=pool.max_num_tokens or timing.kv_tokens,
         kv_bytes_per_token=timing.kv_bytes_per_token,
-        link=link,
     )
 
 
@@ -338,6 +339,6 @@ def _modelled_pool(
         kv_tokens=kv_tokens,
         kv_bytes_per_token=spec.kv_bytes_per_token(),
         link=Link(bytes_per_s=bytes_per_s, latency_s=network.latency_s),
-        prompt_s=model.to_grid().prompt_s,
-        prompt_token_s=model.to_grid().prompt_token_s,
+        prompt_s=model.grid.prompt_s,
+        prompt_token_s=model.grid.prompt_token_s,
     )

@@ -69,9 +69,7 @@ class SplitwiseCluster:
                 f"request {int(trace.outputs.argmin())}: output_tokens must be at least 1 under "
                 f"rules splitwise; got {least}"
             )
-        timing = self._timings[0]
-        room = min(t.memory_bytes - t.weight_bytes for t in self._timings)
-        most = int(room // timing.kv_bytes_per_token)
+        most = min(timing.kv_tokens for timing in self._timings)
         totals = trace.prompts + trace.outputs
         if (longest := int(totals.max())) > most:
             raise LocalFault(

@@ -130,6 +130,11 @@ class SplitwiseTiming:
     weight_bytes: float
     kv_bytes_per_token: float
 
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose KV fits into one instance beside the weights."""
+        return int((self.memory_bytes - self.weight_bytes) // self.kv_bytes_per_token)
+
     def to_steps(self, max_num_requests: int) -> StepTiming:
         """The same in the general form; decode does not depend on the context in this data."""
         size = np.arange(max_num_requests + 1, dtype=float)

@@ -1,22 +1,17 @@
 """What a simulation is given and what it gives back."""
 
 from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from pdserve.config.processes import DEFAULT_BLOCK_SIZE, SloClass, SloName
 from pdserve.domain.pair_cost import PolicyName
 from pdserve.domain.waiting import QueueOrder
 from placement.simulation.timing import DistserveTiming, SplitwiseTiming, StepTiming
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
-NO_INSTANCE = -1
+from placement.simulation.trace import Ints, Times
 
 
 class Rules(StrEnum):
@@ -148,25 +143,19 @@ class SimulationConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SimulationResult:
+class SimulationResult(Times):
     """Per request, in the workload's order; a refused one has infinite times and no instance.
 
     Instances are numbered through the pools in the order in which these are given; in a colocated
-    pool `prefill` and `decode` are the same number. A request that never decodes has `decode`
-    NO_INSTANCE.
+    pool `prefill` and `decode` are the same number. A request that never decodes has `decode` -1.
     """
 
-    arrival_s: Floats
-    ttft_s: Floats
-    tpot_s: Floats
-    e2e_s: Floats
-    prefill: Ints
-    decode: Ints
-    busy_s: Floats  # per instance
     class_index: Ints  # per request, into the SLO classes
-    num_refused: int = 0
-    prefix_hit_tokens: int = 0
-    notes: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def of(cls, times: Times, class_index: Ints) -> "SimulationResult":
+        plain = {field.name: getattr(times, field.name) for field in fields(times)}
+        return cls(**plain, class_index=class_index)
 
     @property
     def end_s(self) -> float:

@@ -1,17 +1,19 @@
 """What `pdserve workload` prints and writes."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-from pdserve.config.base import parse_settings, read_yaml
+from pdserve.config.base import Settings, parse_settings, read_yaml
 from placement.demand import ArrivalProcess, Ints, Lengths, SharedPrefix, WorkloadSpec
+from placement.simulation.settings import check_parts
 from placement.simulation.summary import clean
 from placement.workload_files import format_workload, read_workload
-from placement.workload_stats import LengthStats, WorkloadStats, describe, fit, histogram
+from placement.workload_stats import LENGTH_NAMES, WorkloadStats, describe, fit, histogram
 
 SPEC_EXAMPLE = """\
 # A workload as distributions: pdserve workload generate spec.yaml -o w.csv
@@ -26,6 +28,12 @@ output_tokens: {distribution: gamma, mean: 200, cv: 0.8, min: 1, max: 2000}
 # prefix: {share: 0.5, tokens: 1024, groups: 4}   # prompts that begin alike
 seed: 0
 """
+PARTS: Mapping[str, type[Settings]] = {
+    "arrivals": ArrivalProcess,
+    "prompt_tokens": Lengths,
+    "output_tokens": Lengths,
+    "prefix": SharedPrefix,
+}
 BAR_WIDTH = 40
 
 
@@ -65,14 +73,7 @@ def generate_csv(file: Path, *, seed: int | None) -> str:
     data = read_yaml(file)
     source = str(file)
     if isinstance(data, dict):
-        for name, kind in (
-            ("arrivals", ArrivalProcess),
-            ("prompt_tokens", Lengths),
-            ("output_tokens", Lengths),
-            ("prefix", SharedPrefix),
-        ):
-            if isinstance(data.get(name), dict):
-                parse_settings(kind, data[name], source=f"{source}: {name}")
+        check_parts(data, PARTS, f"{source}: ")
     spec = parse_settings(WorkloadSpec, data, source=source)
     return format_workload(spec.generate(seed))
 
@@ -80,25 +81,11 @@ def generate_csv(file: Path, *, seed: int | None) -> str:
 def _length_table(stats: WorkloadStats) -> Table:
     table = Table(title=f"{stats.num_requests} requests", title_justify="left")
     table.add_column("tokens")
-    for name in ("mean", "std", "min", "p50", "p90", "p95", "p99", "max"):
+    for name in LENGTH_NAMES:
         table.add_column(name, justify="right")
-    for name, lengths in (("prompt", stats.prompt_tokens), ("output", stats.output_tokens)):
-        table.add_row(name, *_cells(lengths))
+    for name, cells in stats.length_rows():
+        table.add_row(name, *cells)
     return table
-
-
-def _cells(lengths: LengthStats) -> list[str]:
-    values = (
-        lengths.mean,
-        lengths.std,
-        lengths.min,
-        lengths.p50,
-        lengths.p90,
-        lengths.p95,
-        lengths.p99,
-        lengths.max,
-    )
-    return [f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for value in values]
 
 
 def _arrival_lines(stats: WorkloadStats) -> str:

@@ -24,19 +24,24 @@ from bench.latency_fidelity.load import found_tokens, num_requests
 from bench.latency_fidelity.predict import predict, predict_by_planner
 from bench.latency_fidelity.rows import Run, read_runs
 from pdserve.domain.errors import LocalFault
-from pdserve.domain.latency import StepCoefficients, StepShape
+from pdserve.domain.latency import StepShape
 from placement.hardware import find_gpu
-from placement.latency import composed_latency, fitted_latency
+from placement.latency import LatencyGrid, composed_latency
 from placement.model_config import load_model
 
-CONSTANT = fitted_latency(
-    StepCoefficients(
-        fixed_s=0.01,
-        prefill_token_s=0.001,
-        prefill_attention_s=0.0,
-        decode_token_s=0.0,
-        decode_context_token_s=0.0,
-    )
+UNIT = np.array([0.0, 1.0])
+CONSTANT = LatencyGrid(  # 10 ms a step and 1 ms for each prompt token
+    fixed_s=0.01,
+    prefill_fixed_s=0.0,
+    num_stages=1,
+    tokens=UNIT,
+    linear_s=0.001 * UNIT,
+    chunks=UNIT,
+    lengths=UNIT,
+    pair_s=np.zeros((2, 2)),
+    decodes=UNIT,
+    contexts=UNIT,
+    decode_s=np.array([[0.0, 0.0], [-0.001, -0.001]]),  # a decode's token is none of a prompt
 )
 NO_LIMITS = (1e9, 1e9, 1e9, 1e9)
 AGGREGATED = {
@@ -87,7 +92,7 @@ def nothing_found(prompts: np.ndarray) -> np.ndarray:
 
 
 def test_compiled_step_equals_the_grids() -> None:
-    grid = composed_latency(load_model("Llama-3.1-8B"), find_gpu("h100")).to_grid()
+    grid = composed_latency(load_model("Llama-3.1-8B"), find_gpu("h100")).grid
     arrays = grid_arrays(grid)
     for chunks, decodes in (
         ([(0, 700)], []),
@@ -109,7 +114,7 @@ def test_compiled_step_equals_the_grids() -> None:
 @pytest.mark.parametrize("rule", [VLLM, SGLANG, TRTLLM])
 def test_one_client_waits_for_prefill_and_then_a_step_a_token(rule: int) -> None:
     prompts, outputs = np.full(3, 100), np.full(3, 11)
-    arrays, found = grid_arrays(CONSTANT.grid), nothing_found(prompts)
+    arrays, found = grid_arrays(CONSTANT), nothing_found(prompts)
     ttft, tpot = serve(arrays, rule, NO_LIMITS, prompts, found, outputs, 1)
     assert ttft == pytest.approx([0.11] * 3)
     assert tpot == pytest.approx([0.01] * 3)
@@ -119,7 +124,7 @@ def test_one_client_waits_for_prefill_and_then_a_step_a_token(rule: int) -> None
 def test_tokens_found_in_the_cache_are_not_computed(rule: int) -> None:
     prompts, outputs = np.full(3, 100), np.full(3, 11)
     found = np.array([0, 90, 99])
-    ttft, tpot = serve(grid_arrays(CONSTANT.grid), rule, NO_LIMITS, prompts, found, outputs, 1)
+    ttft, tpot = serve(grid_arrays(CONSTANT), rule, NO_LIMITS, prompts, found, outputs, 1)
     assert ttft == pytest.approx([0.11, 0.02, 0.011])
     assert tpot == pytest.approx([0.01] * 3)
 
@@ -127,7 +132,7 @@ def test_tokens_found_in_the_cache_are_not_computed(rule: int) -> None:
 def test_prompts_first_delay_decodes_and_mixed_steps_share_them() -> None:
     prompts, outputs = np.full(2, 100), np.full(2, 11)
     limits = (100.0, 1e9, 1e9, 1e9)  # one prompt a step
-    arrays, found = grid_arrays(CONSTANT.grid), nothing_found(prompts)
+    arrays, found = grid_arrays(CONSTANT), nothing_found(prompts)
     ttft, tpot = serve(arrays, SGLANG, limits, prompts, found, outputs, 2)
     assert ttft == pytest.approx([0.11, 0.22])
     assert tpot == pytest.approx([(0.11 + 10 * 0.01) / 10, 0.01])
@@ -137,7 +142,7 @@ def test_prompts_first_delay_decodes_and_mixed_steps_share_them() -> None:
 
 def test_a_full_cache_makes_requests_wait() -> None:
     prompts, outputs = np.full(4, 100), np.full(4, 10)
-    arrays, found = grid_arrays(CONSTANT.grid), nothing_found(prompts)
+    arrays, found = grid_arrays(CONSTANT), nothing_found(prompts)
     free, _ = serve(arrays, TRTLLM, NO_LIMITS, prompts, found, outputs, 4)
     full, _ = serve(arrays, TRTLLM, (1e9, 120.0, 1e9, 1e9), prompts, found, outputs, 4)
     assert free == pytest.approx([0.41] * 4)

@@ -12,8 +12,9 @@ from pdserve.config.cluster import ClusterSettings, DecodePool, PrefillPool, Rou
 from pdserve.config.processes import CoefficientSettings
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.latency import StepShape
-from placement.fitted_profile import read_profile, simulation_yaml, to_json, write_profile
+from placement.fitted_profile import simulation_yaml, to_json, write_profile
 from placement.probing import ProbePlan
+from placement.profiles import load_fitted
 from placement.simulation.settings import read_config
 from placement.traffic import Level
 
@@ -52,7 +53,7 @@ async def test_profile_finds_the_times_that_the_engine_takes(tmp_path: Path) -> 
     assert any("prompts of" in text for text in heard)
     json.dumps(to_json(profile), allow_nan=False)
     write_profile(profile, tmp_path / "p.json")
-    assert read_profile(tmp_path / "p.json") == profile
+    assert load_fitted(str(tmp_path / "p.json"), profile.model) == profile
     (tmp_path / "sim.yaml").write_text(simulation_yaml(profile, "p.json"))
     config = read_config(tmp_path / "sim.yaml")
     assert config.pdserve == profile.options()

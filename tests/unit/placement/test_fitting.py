@@ -15,7 +15,6 @@ from placement.fitted_profile import (
     Handoff,
     Limits,
     Serving,
-    read_profile,
     simulation_yaml,
     to_json,
     write_profile,
@@ -29,8 +28,7 @@ from placement.fitting import (
     fit_phase,
     fit_typical,
 )
-from placement.latency import Source, fitted_latency
-from placement.profiles import DistserveProfile, load_profile
+from placement.profiles import DistserveProfile, load_fitted, load_profile
 from placement.simulation.settings import parse_config
 from placement.simulation.timing import StepTiming
 
@@ -145,15 +143,14 @@ def test_link_is_found_under_one_late_answer() -> None:
 
 def test_file_round_trips(tmp_path: Path) -> None:
     write_profile(PROFILE, tmp_path / "p.json")
-    assert read_profile(tmp_path / "p.json") == PROFILE
+    assert load_fitted(str(tmp_path / "p.json"), "demo") == PROFILE
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "not a profile"),
-        ('{"opt": {"1": {"prefill": [1, 2, 3]}}}', "not a profile"),
+        ('{"demo": [1, 2, 3]}', "expected coefficients"),
         ('{"demo": {"1": {"pdserve": {"form": 9}}}}', "form 9"),
         ('{"demo": {"1": {"pdserve": {"form": 3}}}}', "damaged"),
     ],
@@ -161,14 +158,12 @@ def test_file_round_trips(tmp_path: Path) -> None:
 def test_other_files_are_told(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "p.json").write_text(text)
     with pytest.raises(LocalFault, match=message):
-        read_profile(tmp_path / "p.json")
+        load_fitted(str(tmp_path / "p.json"), "demo")
 
 
-def test_file_that_cannot_be_written_or_read_is_told(tmp_path: Path) -> None:
+def test_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(LocalFault, match="No such file"):
         write_profile(PROFILE, tmp_path / "missing" / "p.json")
-    with pytest.raises(LocalFault, match="No such file"):
-        read_profile(tmp_path / "p.json")
 
 
 def test_simulator_reads_the_same_step_times(tmp_path: Path) -> None:
@@ -186,12 +181,6 @@ def test_simulator_reads_the_same_step_times(tmp_path: Path) -> None:
     read_s = steps.prefill_s[0] + 300 * (steps.prefill_s[1] - steps.prefill_s[0])
     read_s += prompt.num_prefill_pairs * steps.pair_s[0]
     assert read_s == pytest.approx(PROFILE.prefill.step_s(prompt))
-
-
-def test_latency_model_calls_it_fitted() -> None:
-    model = fitted_latency(PROFILE.prefill)
-    assert model.source is Source.FITTED
-    assert model.prefill_s([300]) == pytest.approx(PROFILE.prefill.step_s(StepShape.of([(0, 300)])))
 
 
 def test_written_configuration_is_one_that_simulate_accepts(tmp_path: Path) -> None:

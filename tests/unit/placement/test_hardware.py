@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from pdserve.domain.errors import LocalFault
 from placement.commands_gpus import gpus
-from placement.hardware import catalogue, find_gpu, load_gpus, measured_link, network_link
+from placement.hardware import catalogue, find_gpu, load_gpus, network_link
 
 
 def test_catalogue_has_the_types_people_rent() -> None:
@@ -63,15 +63,6 @@ def test_datasheet_link_is_latency_plus_bytes_over_rate() -> None:
     one = link.transfer_s(1e9)
     assert one == pytest.approx(2e-5 + 1e9 / (50e9 * 0.8))
     assert link.transfer_s(1e9, num_lanes=4) == pytest.approx(2e-5 + 1e9 / (4 * 50e9 * 0.8))
-
-
-def test_measured_link_reproduces_its_plateau_and_never_shrinks() -> None:
-    link = measured_link("h100_dgx", "inter_node")
-    assert 29_097_984 / link.transfer_s(29_097_984) == pytest.approx(35.7e9, rel=0.01)
-    times = [link.transfer_s(size) for size in (1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9)]
-    assert times == sorted(times)
-    with pytest.raises(LocalFault, match="h100_dgx/intra_node"):
-        measured_link("h100_dgx", "moon")
 
 
 def run_gpus(*arguments: str) -> str:

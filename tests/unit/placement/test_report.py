@@ -3,23 +3,19 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pdserve.domain.errors import LocalFault
-from placement.report import (
+from placement.report import ReportTable, read_report, render_report
+from placement.report_parts.curves import (
     AttainmentCurve,
     ClassCurve,
     CostPoint,
     Curves,
-    ReportTable,
     Timeline,
     TradeOff,
-    read_report,
-    render_report,
-    write_report,
 )
 from placement.simulation.values import TrafficClass
 
@@ -193,9 +189,3 @@ def test_numbers_that_json_lacks_become_null() -> None:
 def test_another_page_is_told() -> None:
     with pytest.raises(LocalFault, match="not a report"):
         read_report("<html></html>")
-
-
-def test_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    write_report(tmp_path / "r.html", "x")
-    with pytest.raises(LocalFault, match="No such file"):
-        write_report(tmp_path / "missing" / "r.html", "x")

@@ -5,10 +5,10 @@ import pytest
 
 from pdserve.domain.latency import StepCoefficients
 from placement.demand import Workload
-from placement.report import (
+from placement.report_parts.curves import (
     Candidate,
     attainment_curve,
-    cost_curve,
+    cheapest_at,
     replay_hour,
     trade_offs,
 )
@@ -85,7 +85,7 @@ def test_every_class_has_its_curve() -> None:
 
 
 def test_cost_grows_with_rate_until_nothing_is_enough() -> None:
-    points = cost_curve(candidates(), workload(), (5.0, 60.0, 500.0))
+    points = [cheapest_at(rate, candidates(), workload()) for rate in (5.0, 60.0, 500.0)]
     costs = [point.usd_per_hour for point in points]
     assert costs[0] == 6.0
     assert costs[1] is not None
