@@ -95,6 +95,7 @@ def borrow_engine(num_blocks: int, coefficients: StepCoefficients = COEFFICIENTS
     engine = spare.pop() if spare else _open_engine(num_blocks)
     engine.coefficients = coefficients
     engine._free_at_s = 0.0  # a time of its last event loop
+    engine.kv.thread_above_bytes = KvMemory.thread_above_bytes  # its last user may have changed it
     return engine
 
 
