@@ -56,10 +56,10 @@ async def _move(
     count = max(1, min(BUFFERS_PER_CALL, BYTES_PER_CALL // max(1, len(views[-1]))))
     first = _skip(views, 0, 0)
     done: asyncio.Future[None] = loop.create_future()  # cancelled with the caller
-    patience: asyncio.Timeout | None = None
+    moved_s = loop.time()
 
     def turn() -> None:
-        nonlocal first
+        nonlocal first, moved_s
         if done.done():
             return
         try:
@@ -72,21 +72,30 @@ async def _move(
         except OSError as error:  # raised where it is awaited
             done.set_exception(error)
         else:
-            if patience is not None:
-                patience.reschedule(loop.time() + idle_timeout_s)
+            moved_s = loop.time()
+
+    timer = loop.call_later(idle_timeout_s, lambda: look())
+
+    def look() -> None:
+        """One timer that is set anew when it ends costs less than one for each turn."""
+        nonlocal timer
+        if (left_s := moved_s + idle_timeout_s - loop.time()) > 0:
+            timer = loop.call_later(left_s, look)
+        elif not done.done():
+            done.set_exception(TimeoutError())
 
     try:
         turn()
         if not done.done():
-            async with asyncio.timeout(idle_timeout_s) as patience:
-                watch(fd := sock.fileno(), turn)
-                try:
-                    await done
-                finally:
-                    with contextlib.suppress(ValueError, OSError):  # closed by this side
-                        unwatch(fd)
+            watch(fd := sock.fileno(), turn)
+            try:
+                await done
+            finally:
+                with contextlib.suppress(ValueError, OSError):  # closed by this side
+                    unwatch(fd)
         done.result()
     finally:
+        timer.cancel()
         for view in views:  # else a failure's traceback keeps the memory from being closed
             view.release()
 
