@@ -10,13 +10,14 @@ from pdserve.config.base import Settings, parse_settings, read_yaml
 from pdserve.config.override import OverrideConfig
 from pdserve.domain.errors import LocalFault
 from placement.demand import Lengths, SharedPrefix
-from placement.simulation.settings import (
-    LatencySettings,
-    PdserveSettings,
-    SplitwiseSettings,
-    check_parts,
+from placement.simulation.settings import LatencySettings, check_parts
+from placement.simulation.values import (
+    PdserveOptions,
+    PoolRole,
+    Rules,
+    SplitwiseOptions,
+    TrafficClass,
 )
-from placement.simulation.values import PoolRole, Rules, TrafficClass
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -191,8 +192,8 @@ class PlanInputs(Settings):
     objective: ObjectiveInputs = ObjectiveInputs()
     design: tuple[DesignPool, ...] = ()
     search: SearchInputs = SearchInputs()
-    pdserve: PdserveSettings = PdserveSettings()
-    splitwise: SplitwiseSettings = SplitwiseSettings()
+    pdserve: PdserveOptions = PdserveOptions()
+    splitwise: SplitwiseOptions = SplitwiseOptions()
 
     @model_validator(mode="after")
     def _hangs_together(self) -> "PlanInputs":
@@ -227,8 +228,8 @@ PARTS: Mapping[str, type[Settings]] = {
     "workload": WorkloadInputs,
     "objective": ObjectiveInputs,
     "search": SearchInputs,
-    "pdserve": PdserveSettings,
-    "splitwise": SplitwiseSettings,
+    "pdserve": PdserveOptions,
+    "splitwise": SplitwiseOptions,
 }
 
 

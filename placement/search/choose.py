@@ -36,16 +36,12 @@ class Choice:
 
 
 def new_evaluator(problem: Problem, on_run: Callable[[int], None] | None = None) -> Evaluator:
-    search = problem.inputs.search
     return Evaluator(
-        problem.traffic,
-        problem.judge,
-        rules=problem.inputs.rules,
-        slo=problem.slo,
+        traffic=problem.traffic,
+        judge=problem.judge,
+        base=problem.base,
         horizon_s=_horizon_s(problem),
-        num_seeds=search.seeds,
-        pdserve=problem.pdserve,
-        splitwise=problem.splitwise,
+        num_seeds=problem.inputs.search.seeds,
         on_run=on_run,
     )
 

@@ -32,7 +32,7 @@ from placement.search.results import Rival
 from placement.search.space import Space
 from placement.simulation.timing import SplitwiseTiming, StepTiming
 from placement.simulation.trace import Floats, Ints
-from placement.simulation.values import PdserveOptions, Rules
+from placement.simulation.values import PdserveOptions, Rules, SimulationConfig
 
 SWEEP_PROMPT = 512
 STEP_TOKENS = 2048
@@ -66,16 +66,7 @@ def corrected_plan(problem: Problem, evaluator: Evaluator) -> Rival | None:
 
 def corrected_evaluator(corrected: Problem, evaluator: Evaluator) -> Evaluator:
     """One that judges the corrected problem on the same horizon and seeds as `evaluator`."""
-    return Evaluator(
-        corrected.traffic,
-        corrected.judge,
-        rules=Rules.PDSERVE,
-        slo=(),
-        horizon_s=evaluator.horizon_s,
-        num_seeds=evaluator.num_seeds,
-        pdserve=corrected.pdserve,
-        on_run=evaluator.on_run,
-    )
+    return replace(evaluator, judge=corrected.judge, base=corrected.base, spare_workers=0)
 
 
 def corrected_problem(problem: Problem) -> Problem:
@@ -107,7 +98,7 @@ def corrected_problem(problem: Problem) -> Problem:
         problem,
         space=space,
         judge=slowdown_judge(published, _alone_token_s(reference)),
-        pdserve=PdserveOptions(max_step_tokens=STEP_TOKENS),
+        base=SimulationConfig(pools=(), pdserve=PdserveOptions(max_step_tokens=STEP_TOKENS)),
     )
 
 

@@ -114,8 +114,7 @@ class Questions:
         config = replace(self.evaluator.config(self.design), concurrency=concurrency)
         trace, classes = self.problem.traffic.trace(0, self.rate, self._horizon_s(self.rate))
         closed = replace(trace, arrival_s=np.zeros(len(trace)))
-        promises = np.array([item.ttft_s for item in self.problem.slo])
-        times = Simulator(config).run(closed, ttft_s=promises[classes])
+        times = Simulator(config).run(closed, ttft_s=config.promises_s[classes])
         margin = self.evaluator.judge(times, closed, classes)
         span_s = max(float((times.arrival_s + times.e2e_s).max()), 1e-9)
         return WhatIf(
