@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from placement.search.designs import Design, Worker
-from placement.search.evaluate import Evaluator, Goodput
+from placement.search.evaluate import NO_GOODPUT, Evaluator, Goodput
 from placement.search.maximise import Contest
 from placement.search.minimise import Bargain
 from placement.search.problem import Problem
@@ -214,12 +214,7 @@ def _at_rate(problem: Problem, evaluator: Evaluator) -> Choice:
     )
     bargain = Bargain(problem.space, contest, problem.price, problem.rate)
     design = cheapest(problem, bargain)
-    return Choice(
-        design=design,
-        goodput=Goodput(rate=0.0, interval=(0.0, 0.0), margins=()),
-        contest=contest,
-        bargain=bargain,
-    )
+    return Choice(design=design, goodput=NO_GOODPUT, contest=contest, bargain=bargain)
 
 
 def cheapest(problem: Problem, bargain: Bargain) -> Design | None:

@@ -52,6 +52,9 @@ class Goodput:
         return replace(self, rate=rate, interval=(rate, rate))
 
 
+NO_GOODPUT = Goodput(rate=0.0, interval=(0.0, 0.0), margins=())
+
+
 @dataclass(slots=True, kw_only=True)
 class Evaluator:
     """Simulates designs of one problem; `num_runs` and `num_requests` count the work."""
@@ -191,7 +194,7 @@ class Evaluator:
 
         low, high = _bracket(test, guess, factor)
         if low == 0.0:
-            return Goodput(rate=0.0, interval=(0.0, 0.0), margins=())
+            return NO_GOODPUT
         for _ in range(MAX_STEPS):
             if high - low <= tolerance * low:
                 break
