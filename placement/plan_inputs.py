@@ -125,6 +125,18 @@ class WorkloadInputs(Settings):
             raise ValueError("diurnal: rates must be 0 or more, one of them above 0")
         return self
 
+    def changed(
+        self, *, cv: float | None = None, prompt_cv: float | None = None
+    ) -> "WorkloadInputs":
+        """The same with other burstiness, or with drawn prompts of another spread."""
+        update: dict[str, object] = {}
+        if cv is not None:
+            update |= {"cv": cv, "arrivals": "drawn"}
+        if prompt_cv is not None and self.prompt_tokens is not None:
+            changed = {"cv": prompt_cv, "distribution": "lognormal"}
+            update["prompt_tokens"] = self.prompt_tokens.model_copy(update=changed)
+        return self.model_copy(update=update)
+
     @property
     def peak_rate(self) -> float | None:
         """The rate that the plan is made for."""

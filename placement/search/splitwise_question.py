@@ -28,7 +28,7 @@ from placement.search.judging import slowdown_judge
 from placement.search.maximise import Contest
 from placement.search.minimise import Bargain
 from placement.search.problem import NOMINAL_CLASS, Problem, splitwise_profile
-from placement.search.results import Rival
+from placement.search.results import Rival, rival_of
 from placement.search.space import Space
 from placement.simulation.timing import SplitwiseTiming, StepTiming
 from placement.simulation.trace import Floats, Ints
@@ -54,14 +54,8 @@ def corrected_plan(problem: Problem, evaluator: Evaluator) -> Rival | None:
     if design is None:
         return None
     goal = problem.inputs.objective.goal
-    return Rival(
-        design=design,
-        what="decode time read at the true batch and context",
-        goodput=corrected.rate,
-        goodput_per_gpu=corrected.rate / design.num_gpus,
-        usd_per_hour=design.usd_per_hour,
-        why_not=f"{goal} {corrected.price(design):.5g}; published tables read at the wrong axis",
-    )
+    why = f"{goal} {corrected.price(design):.5g}; published tables read at the wrong axis"
+    return rival_of(design, "decode time read at the true batch and context", corrected.rate, why)
 
 
 def corrected_evaluator(corrected: Problem, evaluator: Evaluator) -> Evaluator:

@@ -79,24 +79,15 @@ class Questions:
     def traffic_changes(self) -> list[WhatIf]:
         """Bursts; prompts of more spread."""
         traffic = self.problem.traffic
-        found = [
-            self._ask(
-                f"bursts: arrival CV {BURST_CV:g}",
-                self.design,
-                self.evaluator.with_traffic(traffic.changed(cv=BURST_CV)),
-            )
-        ]
+        changes = [(f"bursts: arrival CV {BURST_CV:g}", traffic.changed(cv=BURST_CV))]
         lengths = self.problem.inputs.workload.prompt_tokens
         if lengths is not None and (lengths.distribution == "fixed" or lengths.cv < HEAVY_CV):
-            changed = traffic.changed(prompt_cv=HEAVY_CV)
-            found.append(
-                self._ask(
-                    f"prompt length CV {HEAVY_CV:g}",
-                    self.design,
-                    self.evaluator.with_traffic(changed),
-                )
-            )
-        return found
+            heavy = traffic.changed(prompt_cv=HEAVY_CV)
+            changes.append((f"prompt length CV {HEAVY_CV:g}", heavy))
+        return [
+            self._ask(name, self.design, self.evaluator.with_traffic(changed))
+            for name, changed in changes
+        ]
 
     def sensitivity(self) -> list[WhatIf]:
         """Rates from half to a fifth more, prompts 20 % longer."""
