@@ -20,7 +20,13 @@ from placement.search.judging import Judge, class_judge, slowdown_judge, splitwi
 from placement.search.space import Space
 from placement.search.traffic import Traffic
 from placement.simulation.settings import resolve_options
-from placement.simulation.values import PoolRole, Rules, SimulationConfig, TrafficClass
+from placement.simulation.values import (
+    PoolRole,
+    Rules,
+    SimulationConfig,
+    SplitwiseOptions,
+    TrafficClass,
+)
 
 NOMINAL_CLASS = TrafficClass(ttft_s=60.0, tpot_s=10.0, attainment=0.5)
 """For bounds under Splitwise's relative limits, which have no seconds: far away."""
@@ -121,7 +127,11 @@ def new_problem(inputs: PlanInputs) -> Problem:
         fleets=cell,
         found=found,
         base=SimulationConfig(
-            pools=(), rules=inputs.rules, slo=slo, pdserve=pdserve, splitwise=inputs.splitwise
+            pools=(),
+            rules=inputs.rules,
+            slo=slo,
+            pdserve=pdserve,
+            splitwise=SplitwiseOptions(scheduler=inputs.splitwise.scheduler),
         ),
         space=space,
         traffic=traffic,
