@@ -152,8 +152,6 @@ class Evaluator:
         """Whether the promises are kept at a rate, on average; gives up early where it can."""
         total = 0.0
         best = 1.0 - min((item.attainment for item in self.slo), default=0.0)
-        if not self.slo:
-            best = 1.0
         for seed in range(num_seeds):
             total += self.margin(design, rate, seed, horizon_s).all
             left = num_seeds - seed - 1
