@@ -25,7 +25,6 @@ from placement.simulation.values import PoolRole
 
 LINK_SHARE = 0.5  # of a node's links that KV may fill on average: transfers come in bursts
 MAX_PATTERNS = 4000
-TIME_LIMIT_S = 5.0
 CROSS_WEIGHT = 0.5  # of all crossing KV together, in nodes
 
 
@@ -202,13 +201,9 @@ def _crossing(pattern: Sequence[int], items: Sequence[Item], affinity: Affinity)
 
 
 def _solve(items: list[Item], fleets: Sequence[Fleet], affinity: Affinity) -> Assignment | None:
-    import highspy
+    from placement.search.program import new_program, solution
 
-    model = highspy.Highs()  # type: ignore[no-untyped-call]
-    model.setOptionValue("output_flag", False)
-    model.setOptionValue("random_seed", 0)
-    model.setOptionValue("threads", 1)
-    model.setOptionValue("time_limit", TIME_LIMIT_S)
+    model = new_program()
     total = sum(item.kv_out * item.count for item in items) or 1.0
     variables: list[tuple[Any, Fleet, list[Item], tuple[int, ...], float]] = []
     for fleet in fleets:
@@ -234,13 +229,8 @@ def _solve(items: list[Item], fleets: Sequence[Fleet], affinity: Affinity) -> As
     model.minimize(
         sum((1 + CROSS_WEIGHT * crossing / total) * v for v, _, _, _, crossing in variables)
     )
-    if model.getModelStatus() not in (
-        highspy.HighsModelStatus.kOptimal,
-        highspy.HighsModelStatus.kTimeLimit,
-    ):
-        return None
-    values = model.getSolution().col_value
-    return _read(variables, values, affinity)
+    values = solution(model)
+    return None if values is None else _read(variables, values, affinity)
 
 
 def _read(

@@ -66,7 +66,6 @@ class GpuFile(Settings):
 class Link:
     """A path that KV travels: a message of n bytes takes `latency_s + n / bytes_per_s`."""
 
-    name: str
     bytes_per_s: float
     latency_s: float
 
@@ -83,20 +82,16 @@ LINK_LATENCY_S = 2e-5
 
 def node_link(gpu: Gpu) -> Link:
     """GPU to GPU inside a node."""
-    return Link(
-        name=f"{gpu.name} intra-node",
-        bytes_per_s=gpu.intra_node_gb_per_s * 1e9 * LINK_EFFICIENCY,
-        latency_s=LINK_LATENCY_S,
-    )
+    return _link(gpu.intra_node_gb_per_s)
 
 
 def network_link(gpu: Gpu) -> Link:
     """GPU to GPU between nodes, one network card each."""
-    return Link(
-        name=f"{gpu.name} inter-node",
-        bytes_per_s=gpu.inter_node_gb_per_s * 1e9 * LINK_EFFICIENCY,
-        latency_s=LINK_LATENCY_S,
-    )
+    return _link(gpu.inter_node_gb_per_s)
+
+
+def _link(gb_per_s: float) -> Link:
+    return Link(bytes_per_s=gb_per_s * 1e9 * LINK_EFFICIENCY, latency_s=LINK_LATENCY_S)
 
 
 @cache

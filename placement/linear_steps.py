@@ -4,7 +4,6 @@ engines and routers that take nothing else."""
 import numpy as np
 
 from pdserve.domain.latency import StepCoefficients
-from placement.simulation.timing import StepTiming
 from placement.simulation.trace import Floats
 from placement.simulation.values import Pool, PoolRole
 
@@ -18,8 +17,7 @@ def linear_steps(pool: Pool, *, max_step_tokens: int, max_num_requests: int) -> 
     the role's own phase. Exact where the curves are lines; `relative_error` is the root mean square
     of line / curve - 1. With several stages the time is that of the whole pipeline, as the curves'.
     """
-    timing = pool.timing
-    steps = timing if isinstance(timing, StepTiming) else timing.to_steps(max_num_requests)
+    steps = pool.timing.to_steps(max_num_requests)
     tokens = np.linspace(1, max(max_step_tokens, 2), NUM_SAMPLES)
     read_s = _curve(tokens, steps.prefill_tokens, steps.prefill_s)
     sizes = np.linspace(1, max(max_num_requests, 2), NUM_SAMPLES)

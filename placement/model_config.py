@@ -148,14 +148,18 @@ def with_quantisation(
     if weights is not None:
         experts_only = spec.experts is not None and weights in ("int4", "mxfp4")
         linear = "bf16" if experts_only else weights
-        precision = replace(
-            precision,
-            linear_bytes=WEIGHT_BYTES[linear],
-            expert_bytes=WEIGHT_BYTES[weights],
-            linear_compute=COMPUTE.get(linear, "bfloat16"),
-            expert_compute=COMPUTE.get(weights, "bfloat16"),
-        )
+        precision = _with_weights(precision, linear, weights)
     return spec.with_precision(precision)
+
+
+def _with_weights(precision: Precision, linear: str, experts: str) -> Precision:
+    return replace(
+        precision,
+        linear_bytes=WEIGHT_BYTES[linear],
+        expert_bytes=WEIGHT_BYTES[experts],
+        linear_compute=COMPUTE.get(linear, "bfloat16"),
+        expert_compute=COMPUTE.get(experts, "bfloat16"),
+    )
 
 
 class _Reader:
@@ -277,13 +281,7 @@ def _config_precision(outer: Config, config: Config) -> Precision:
     linear = "bf16" if weights == "mxfp4" and has_experts else weights
     if method in ("compressed-tensors", "compressed_tensors") and weights == "int4" and has_experts:
         linear = "bf16"
-    return Precision(
-        linear_bytes=WEIGHT_BYTES[linear],
-        expert_bytes=WEIGHT_BYTES[weights],
-        kv_bytes=KV_BYTES[kv],
-        linear_compute=COMPUTE.get(linear, "bfloat16"),
-        expert_compute=COMPUTE.get(weights, "bfloat16"),
-    )
+    return _with_weights(Precision(kv_bytes=KV_BYTES[kv]), linear, weights)
 
 
 def _compressed_bits(quant: Config) -> int | None:

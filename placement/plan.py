@@ -16,8 +16,7 @@ from pdserve.domain.waiting import QueueOrder
 from placement.linear_steps import linear_steps
 from placement.search.designs import Design, Worker
 from placement.search.results import PlanResult, Prediction
-from placement.simulation.settings import PdserveSettings
-from placement.simulation.values import PoolRole, TrafficClass, can_serve
+from placement.simulation.values import PdserveOptions, PoolRole, TrafficClass, can_serve
 
 PLAN_VERSION = 1
 WAITING_SIGMAS, MIN_WAITING = 6.0, 4
@@ -103,7 +102,7 @@ class Plan(Settings):
 def plan_of(result: PlanResult) -> Plan:
     """The plan file of an answer."""
     prediction, design = result.prediction, result.design
-    simulated = PdserveSettings.model_validate(result.inputs.get("pdserve") or {})
+    simulated = PdserveOptions.model_validate(result.inputs.get("pdserve") or {})
     percentiles = prediction.percentiles or {}
     slo = tuple(
         TrafficClass(

@@ -10,13 +10,14 @@ from pdserve.config.base import Settings, parse_settings, read_yaml
 from pdserve.config.override import OverrideConfig
 from pdserve.domain.errors import LocalFault
 from placement.demand import Lengths, SharedPrefix
-from placement.simulation.settings import (
-    LatencySettings,
-    PdserveSettings,
-    SplitwiseSettings,
-    check_parts,
+from placement.simulation.settings import LatencySettings, check_parts
+from placement.simulation.values import (
+    PdserveOptions,
+    PoolRole,
+    Rules,
+    SplitwiseOptions,
+    TrafficClass,
 )
-from placement.simulation.values import PoolRole, Rules, TrafficClass
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -124,6 +125,18 @@ class WorkloadInputs(Settings):
             raise ValueError("diurnal: rates must be 0 or more, one of them above 0")
         return self
 
+    def changed(
+        self, *, cv: float | None = None, prompt_cv: float | None = None
+    ) -> "WorkloadInputs":
+        """The same with other burstiness, or with drawn prompts of another spread."""
+        update: dict[str, object] = {}
+        if cv is not None:
+            update |= {"cv": cv, "arrivals": "drawn"}
+        if prompt_cv is not None and self.prompt_tokens is not None:
+            changed = {"cv": prompt_cv, "distribution": "lognormal"}
+            update["prompt_tokens"] = self.prompt_tokens.model_copy(update=changed)
+        return self.model_copy(update=update)
+
     @property
     def peak_rate(self) -> float | None:
         """The rate that the plan is made for."""
@@ -191,8 +204,8 @@ class PlanInputs(Settings):
     objective: ObjectiveInputs = ObjectiveInputs()
     design: tuple[DesignPool, ...] = ()
     search: SearchInputs = SearchInputs()
-    pdserve: PdserveSettings = PdserveSettings()
-    splitwise: SplitwiseSettings = SplitwiseSettings()
+    pdserve: PdserveOptions = PdserveOptions()
+    splitwise: SplitwiseOptions = SplitwiseOptions()
 
     @model_validator(mode="after")
     def _hangs_together(self) -> "PlanInputs":
@@ -227,8 +240,8 @@ PARTS: Mapping[str, type[Settings]] = {
     "workload": WorkloadInputs,
     "objective": ObjectiveInputs,
     "search": SearchInputs,
-    "pdserve": PdserveSettings,
-    "splitwise": SplitwiseSettings,
+    "pdserve": PdserveOptions,
+    "splitwise": SplitwiseOptions,
 }
 
 

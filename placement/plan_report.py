@@ -12,7 +12,7 @@ import numpy as np
 from pdserve.config.files import write_file
 from placement.demand import Workload
 from placement.plan_inputs import PlanInputs
-from placement.report import CURVES, ReportTable, render_report
+from placement.report import CURVES, render_report
 from placement.report_parts.curves import (
     AttainmentCurve,
     Candidate,
@@ -26,6 +26,7 @@ from placement.report_parts.curves import (
     trade_offs,
 )
 from placement.report_parts.figures import percent
+from placement.report_parts.page import ReportTable
 from placement.search.choose import new_evaluator
 from placement.search.designs import Design, Worker
 from placement.search.problem import Problem, new_problem
@@ -209,7 +210,7 @@ def _pool_table(content: Mapping[str, Any]) -> ReportTable:
         for pool in content["design"]["pools"]
     ]
     header = ("pool", "GPU", "replicas", "TP", "PP", "EP", "GPUs")
-    return ReportTable(title="Pools", header=header, rows=tuple(rows))
+    return ReportTable("Pools", header, rows)
 
 
 def _prediction_table(content: Mapping[str, Any]) -> ReportTable:
@@ -235,9 +236,7 @@ def _prediction_table(content: Mapping[str, Any]) -> ReportTable:
     times = [(f"{name} p50, ms", "p90", "p99", "promise") for name in ("TTFT", "TPOT")]
     header = ("class", "attainment", "95 % interval", "target", *times[0], *times[1])
     rate = seen["rate"] * content["num_cells"]
-    return ReportTable(
-        title=f"Prediction at {rate:.4g} requests/s", header=header, rows=tuple(rows)
-    )
+    return ReportTable(f"Prediction at {rate:.4g} requests/s", header, rows)
 
 
 def _economy_table(content: Mapping[str, Any]) -> ReportTable:
@@ -253,7 +252,7 @@ def _economy_table(content: Mapping[str, Any]) -> ReportTable:
         seen["binds"],
     )
     header = ("goodput/s", "per GPU", "$/h", "$/1M tokens", "watts", "bottleneck", "binds")
-    return ReportTable(title="What it gives and costs", header=header, rows=(row,))
+    return ReportTable("What it gives and costs", header, [row])
 
 
 def _rival_tables(content: Mapping[str, Any]) -> list[ReportTable]:
@@ -275,7 +274,7 @@ def _rival_tables(content: Mapping[str, Any]) -> list[ReportTable]:
         for name, each in named
     ]
     header = ("design", "goodput/s", "per GPU", "$/h", "because")
-    return [ReportTable(title="Why not", header=header, rows=tuple(rows))] if rows else []
+    return [ReportTable("Why not", header, rows)] if rows else []
 
 
 def _what_if_tables(content: Mapping[str, Any]) -> list[ReportTable]:
@@ -291,7 +290,7 @@ def _what_if_tables(content: Mapping[str, Any]) -> list[ReportTable]:
         for each in (*content["what_ifs"], *content["sensitivity"])
     ]
     header = ("change", "attainment", "promise", "TTFT p90, ms", "TPOT p90, ms", "to keep it")
-    return [ReportTable(title="What if", header=header, rows=tuple(rows))] if rows else []
+    return [ReportTable("What if", header, rows)] if rows else []
 
 
 def _percentiles(seen: Mapping[str, Any], measure: str) -> tuple[str, str, str]:

@@ -7,23 +7,13 @@ carries that JSON unchanged (the element with id `data`), so that a page can be 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pdserve.domain.errors import LocalFault
 from placement.report_parts.figures import make_figures
-from placement.report_parts.page import make_page
+from placement.report_parts.page import ReportTable, make_page
 
 CURVES = "report"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReportTable:
-    """A table of the page; every row has as many cells as the header."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 def render_report(
@@ -40,7 +30,7 @@ def render_report(
     return make_page(
         title=title,
         lines=lines,
-        tables=[(table.title, table.header, table.rows) for table in tables],
+        tables=tables,
         figures=make_figures(content.get(CURVES) or {}),
         content=content,
     )

@@ -59,8 +59,7 @@ def simulate(config: SimulationConfig, workload: Workload) -> SimulationResult:
     class_index = workload.class_index
     if class_index is None:
         class_index = assign_classes(len(trace), config.slo)
-    promises = np.array([slo.ttft_s for slo in config.slo] or [np.inf])
-    times = Simulator(config).run(trace, ttft_s=promises[class_index])
+    times = Simulator(config).run(trace, ttft_s=config.promises_s[class_index])
     return SimulationResult.of(times, class_index)
 
 

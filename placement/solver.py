@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pdserve.domain.errors import LocalFault
-from placement.assign import Assignment, Unplaceable, assign
+from placement.assign import Unplaceable, assign
 from placement.plan_inputs import PlanInputs
 from placement.profiles import DistserveProfile, load_profile
 from placement.search.bursts import burst_above
@@ -29,7 +29,7 @@ from placement.search.results import (
     SearchStats,
     WhatIf,
 )
-from placement.search.rivals import find_neighbours, find_runner_ups, one_gpu_more, spare_plan
+from placement.search.rivals import Rivals, spare_plan
 from placement.search.what_if import BURST_CV, HEAVY_CV, Questions
 from placement.simulation.values import Rules
 
@@ -107,40 +107,42 @@ def _describe(
     problem: Problem, evaluator: Evaluator, choice: Choice, design: Design
 ) -> PlanResult | NoPlan:
     """Everything about the chosen design; the what-ifs only where they are asked for."""
-    goodput = choice.goodput
-    rate = problem.rate if problem.is_at_rate and problem.rate is not None else goodput.rate
-    prediction = predict(evaluator, design, rate)
-    placed = _place(problem, evaluator, design, rate)
-    if isinstance(placed, Unplaceable):
+    rate = choice.goodput.rate
+    if problem.is_at_rate and problem.rate is not None:
+        rate = problem.rate
+    result = _bare_result(problem, evaluator, choice, design, rate)
+    if isinstance(result, Unplaceable):
         return NoPlan(
-            reason=placed.reason,
+            reason=result.reason,
             nearest=("a cluster with faster links between nodes, or more nodes",),
             best=design,
             best_rate=rate,
         )
-    result = _bare_result(problem, evaluator, choice, design, prediction, placed)
-    rivals = find_runner_ups(problem, evaluator, choice, design, prediction)
+    rivals = Rivals(
+        problem=problem, evaluator=evaluator, design=design, goodput=choice.goodput, rate=rate
+    )
+    runner_ups = rivals.runner_ups()
+    neighbours = tuple(rivals.neighbours())
     result = replace(
         result,
-        runner_ups=tuple(rivals),
-        neighbours=tuple(find_neighbours(problem, evaluator, choice, design, prediction)),
-        disaggregation=_verdict_on_disaggregation(problem, result, design, rivals),
+        runner_ups=tuple(runner_ups),
+        neighbours=neighbours,
+        disaggregation=_verdict_on_disaggregation(problem, result, design, runner_ups),
+        one_gpu_more=rivals.one_gpu_more(neighbours),
     )
-    more = one_gpu_more(problem, evaluator, result.neighbours, design, goodput)
-    result = replace(result, one_gpu_more=more)
     if problem.inputs.search.what_ifs and problem.slo:
-        result = _with_what_ifs(problem, evaluator, choice, result)
+        result = _with_what_ifs(problem, evaluator, result)
     return replace(result, stats=_stats(problem, evaluator, choice))
 
 
 def _bare_result(
-    problem: Problem,
-    evaluator: Evaluator,
-    choice: Choice,
-    design: Design,
-    prediction: Prediction,
-    placed: Assignment,
-) -> PlanResult:
+    problem: Problem, evaluator: Evaluator, choice: Choice, design: Design, rate: float
+) -> PlanResult | Unplaceable:
+    """A design's prediction, place and price; nothing that it is compared with."""
+    prediction = predict(evaluator, design, rate)
+    placed = assign(design, problem.fleets, kv_bytes_per_s(evaluator, design, rate))
+    if isinstance(placed, Unplaceable):
+        return placed
     prompts, outputs = problem.traffic.sample()
     mean_tokens = float(prompts.mean() + outputs.mean())
     return PlanResult(
@@ -170,12 +172,6 @@ def _burst(problem: Problem, prediction: Prediction, rate: float) -> int:
         for seed in range(prediction.num_seeds)
     )
     return max((burst_above(trace.arrival_s, rate) for trace in traces), default=0)
-
-
-def _place(
-    problem: Problem, evaluator: Evaluator, design: Design, rate: float
-) -> Assignment | Unplaceable:
-    return assign(design, problem.fleets, kv_bytes_per_s(evaluator, design, rate))
 
 
 def _notes(problem: Problem, prediction: Prediction) -> tuple[str, ...]:
@@ -258,16 +254,14 @@ def _verdict_on_disaggregation(
     return f"disaggregation {pays}: {design.kind} has {gain:.0%} more goodput than {beaten}"
 
 
-def _with_what_ifs(
-    problem: Problem, evaluator: Evaluator, choice: Choice, result: PlanResult
-) -> PlanResult:
+def _with_what_ifs(problem: Problem, evaluator: Evaluator, result: PlanResult) -> PlanResult:
     plain = evaluator if not evaluator.spare_workers else evaluator.with_traffic(problem.traffic)
     asked = Questions(problem, plain, result.design, result.prediction.rate, result.nodes)
     what_ifs = asked.losses() + asked.traffic_changes()
     closed = asked.closed_loop(result.prediction)
     if closed is not None:
         what_ifs.append(closed)
-    spare = None if evaluator.spare_workers else spare_plan(problem, plain, choice, result)
+    spare = None if evaluator.spare_workers else spare_plan(problem, plain, result)
     return replace(
         result,
         what_ifs=tuple(what_ifs),
@@ -288,16 +282,13 @@ def _judge(problem: Problem, choice: Choice, given: Design) -> PlanResult:
             num_seeds=evaluator.num_seeds,
             tolerance=problem.inputs.search.tolerance,
         )
-    rate = problem.rate or goodput.rate
-    prediction = predict(evaluator, given, rate)
-    placed = _place(problem, evaluator, given, rate)
-    if isinstance(placed, Unplaceable):
-        raise LocalFault(f"design: {placed.reason}")
     own = replace(choice, goodput=goodput, design=given)
-    result = _bare_result(problem, evaluator, own, given, prediction, placed)
+    result = _bare_result(problem, evaluator, own, given, problem.rate or goodput.rate)
+    if isinstance(result, Unplaceable):
+        raise LocalFault(f"design: {result.reason}")
     if not problem.slo:
         return result
-    result = _with_what_ifs(problem, evaluator, own, result)
+    result = _with_what_ifs(problem, evaluator, result)
     planned = tuple(_with_plan(problem, item) for item in result.what_ifs)
     return replace(result, what_ifs=planned)
 
@@ -306,14 +297,12 @@ def _with_plan(problem: Problem, item: WhatIf) -> WhatIf:
     """For traffic that breaks the given design at the asked rate: the plan that is made for it."""
     inputs = problem.inputs
     workload = inputs.workload
-    prompts = workload.prompt_tokens
     if item.is_kept or problem.rate is None:
         return item
     if item.name.startswith("bursts"):
-        workload = workload.model_copy(update={"cv": BURST_CV, "arrivals": "drawn"})
-    elif item.name.startswith("prompt length") and prompts is not None:
-        spread = prompts.model_copy(update={"cv": HEAVY_CV, "distribution": "lognormal"})
-        workload = workload.model_copy(update={"prompt_tokens": spread})
+        workload = workload.changed(cv=BURST_CV)
+    elif item.name.startswith("prompt length"):
+        workload = workload.changed(prompt_cv=HEAVY_CV)
     else:
         return item
     advice = f"{item.advice}; " if item.advice else ""

@@ -10,10 +10,11 @@ Every complaint names the file and the line.
 """
 
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -28,10 +29,37 @@ from pdserve.client.workload import (
 from pdserve.domain.errors import LocalFault
 from placement.demand import DEFAULT_PREFIX_BLOCK, Floats, Ints, Workload
 
-OWN = ("prompt_tokens", "output_tokens")
-AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-MOONCAKE = ("timestamp", "input_length", "output_length")
+T = TypeVar("T")
+
 MAX_TOKENS = 100_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Form:
+    """How a kind of trace names its columns, and what it writes into them."""
+
+    columns: tuple[str, str, str]  # time, prompt tokens, output tokens
+    read_time: Callable[[object], float] = seconds
+    expected: str = "a number, 0 or more"
+    per_second: float = 1.0
+    least_output: int = 1
+    prefix: str = ""
+    slo_class: str = ""
+
+
+OWN = ("prompt_tokens", "output_tokens")
+RECORDED, UNIT_GAPS = (
+    _Form(columns=(time, *OWN), least_output=0, prefix="prefix_blocks", slo_class="slo_class")
+    for time in ("arrival_s", "unit_interarrival")
+)
+AZURE = _Form(
+    columns=("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
+    read_time=seconds_of_stamp,
+    expected="a time like 2023-11-16 18:17:03.97",
+)
+MOONCAKE = _Form(
+    columns=("timestamp", "input_length", "output_length"), per_second=1e3, prefix="hash_ids"
+)
 
 
 @dataclass(slots=True)
@@ -60,16 +88,13 @@ def read_workload(path: Path) -> Workload:
     if first is None:
         raise LocalFault(f"{source}:2: no requests in it")
     names = set(first[1])
-    rows = chain([first], rows)
-    if set(AZURE) <= names:
-        return _read_azure(rows, source)
-    if set(MOONCAKE) <= names:
-        return _read_mooncake(rows, source)
-    if set(OWN) <= names and names & {"arrival_s", "unit_interarrival"}:
-        return _read_own(rows, source, names)
+    for form in (AZURE, MOONCAKE, RECORDED, UNIT_GAPS):
+        if set(form.columns) <= names:
+            return _read(chain([first], rows), source, form, names)
     raise LocalFault(
         f"{source}:1: expected arrival_s or unit_interarrival, prompt_tokens, output_tokens; or "
-        f"{', '.join(AZURE)}; or {', '.join(MOONCAKE)}; got {', '.join(sorted(names))[:200]}"
+        f"{', '.join(AZURE.columns)}; or {', '.join(MOONCAKE.columns)}; "
+        f"got {', '.join(sorted(names))[:200]}"
     )
 
 
@@ -92,54 +117,32 @@ def format_workload(workload: Workload) -> str:
     return out.getvalue()
 
 
-def _read_own(rows: Iterator[tuple[int, Row]], source: str, names: set[str]) -> Workload:
-    is_absolute = "arrival_s" in names
-    time_name = "arrival_s" if is_absolute else "unit_interarrival"
+def _read(rows: Iterator[tuple[int, Row]], source: str, form: _Form, names: set[str]) -> Workload:
+    time, prompt, output = form.columns
     columns = _Columns()
     for line, row in rows:
         where = f"{source}:{line}"
-        columns.times.append(_seconds(row, time_name, where))
-        if is_absolute:
-            _check_order(columns.times, where, time_name)
-        columns.prompts.append(_count(row, "prompt_tokens", where, least=1))
-        columns.outputs.append(_count(row, "output_tokens", where, least=0))
-        if "prefix_blocks" in names:
-            _add_prefix(columns, row.get("prefix_blocks"), where)
-        if "slo_class" in names:
-            columns.classes.append(_count(row, "slo_class", where, least=0))
+        at = _value(row, time, where, form.read_time, form.expected)
+        columns.times.append(at / form.per_second)
+        if form is not UNIT_GAPS:
+            _check_order(columns.times, where, time)
+        columns.prompts.append(_count(row, prompt, where, least=1))
+        columns.outputs.append(_count(row, output, where, least=form.least_output))
+        if form is MOONCAKE or (form.prefix and form.prefix in names):
+            _add_prefix(columns, row.get(form.prefix), where)
+        if form.slo_class and form.slo_class in names:
+            columns.classes.append(_count(row, form.slo_class, where, least=0))
     times = np.array(columns.times)
-    if is_absolute:
-        return _workload(columns, source, arrival_s=times)
-    return _workload(columns, source, unit_gaps=times)
-
-
-def _read_azure(rows: Iterator[tuple[int, Row]], source: str) -> Workload:
-    columns = _Columns()
-    for line, row in rows:
-        where = f"{source}:{line}"
-        columns.times.append(_stamp(row, where))
-        _check_order(columns.times, where, "TIMESTAMP")
-        columns.prompts.append(_count(row, "ContextTokens", where, least=1))
-        columns.outputs.append(_count(row, "GeneratedTokens", where, least=1))
-    times = np.array(columns.times)
-    return _workload(columns, source, arrival_s=times - times[0])
-
-
-def _read_mooncake(rows: Iterator[tuple[int, Row]], source: str) -> Workload:
-    columns = _Columns()
-    for line, row in rows:
-        where = f"{source}:{line}"
-        columns.times.append(_seconds(row, "timestamp", where) / 1e3)
-        _check_order(columns.times, where, "timestamp")
-        columns.prompts.append(_count(row, "input_length", where, least=1))
-        columns.outputs.append(_count(row, "output_length", where, least=1))
-        _add_prefix(columns, row.get("hash_ids", []), where)
-    times = np.array(columns.times)
-    spread = _spread(times - times[0])
+    if form is UNIT_GAPS:
+        return replace(_workload(columns, source), unit_gaps=times)
+    if form is RECORDED:
+        return replace(_workload(columns, source), arrival_s=times)
+    times = times - times[0]
+    spread = _spread(times) if form is MOONCAKE else times
     notes: tuple[str, ...] = ()
-    if not np.array_equal(spread, times - times[0]):
+    if not np.array_equal(spread, times):
         notes = ("stamps are coarse: requests of one stamp were spread evenly up to the next",)
-    return _workload(columns, source, notes=notes, arrival_s=spread)
+    return replace(_workload(columns, source), arrival_s=spread, notes=notes)
 
 
 def _spread(times: Floats) -> Floats:
@@ -152,14 +155,8 @@ def _spread(times: Floats) -> Floats:
     return times + place * width / np.repeat(counts, counts)
 
 
-def _workload(
-    columns: _Columns,
-    source: str,
-    *,
-    notes: tuple[str, ...] = (),
-    arrival_s: Floats | None = None,
-    unit_gaps: Floats | None = None,
-) -> Workload:
+def _workload(columns: _Columns, source: str) -> Workload:
+    """All but the times."""
     starts: Ints | None = None
     ids: Ints | None = None
     if columns.prefix_counts:
@@ -169,14 +166,11 @@ def _workload(
     return Workload(
         prompt_tokens=np.array(columns.prompts, np.int64),
         output_tokens=np.array(columns.outputs, np.int64),
-        arrival_s=arrival_s,
-        unit_gaps=unit_gaps,
         prefix_starts=starts,
         prefix_ids=ids,
         prefix_block_tokens=DEFAULT_PREFIX_BLOCK,
         class_index=np.array(columns.classes, np.int64) if columns.classes else None,
         source=source,
-        notes=notes,
     )
 
 
@@ -188,39 +182,25 @@ def _check_order(times: Sequence[float], where: str, name: str) -> None:
         )
 
 
-def _seconds(row: Row, name: str, where: str) -> float:
+def _value(row: Row, name: str, where: str, read: Callable[[object], T], expected: str) -> T:
     try:
-        return seconds(row.get(name))
+        return read(row.get(name))
     except (TypeError, ValueError):
         raise LocalFault(
-            f"{where}: {name}: expected a number, 0 or more; got {str(row.get(name))[:40]!r}"
-        ) from None
-
-
-def _stamp(row: Row, where: str) -> float:
-    try:
-        return seconds_of_stamp(row["TIMESTAMP"])
-    except ValueError:
-        raise LocalFault(
-            f"{where}: TIMESTAMP: expected a time like 2023-11-16 18:17:03.97; "
-            f"got {str(row['TIMESTAMP'])[:40]!r}"
+            f"{where}: {name}: expected {expected}; got {str(row.get(name))[:40]!r}"
         ) from None
 
 
 def _count(row: Row, name: str, where: str, *, least: int) -> int:
-    value = row.get(name)
-    try:
+    def read(value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise TypeError
         count = int(value)
         if not least <= count <= MAX_TOKENS:
             raise ValueError
-    except (TypeError, ValueError):
-        raise LocalFault(
-            f"{where}: {name}: expected a whole number, {least} to {MAX_TOKENS}; "
-            f"got {str(value)[:40]!r}"
-        ) from None
-    return count
+        return count
+
+    return _value(row, name, where, read, f"a whole number, {least} to {MAX_TOKENS}")
 
 
 def _add_prefix(columns: _Columns, value: object, where: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from pdserve.config.files import write_file
 from placement.demand import Floats, Ints, Workload
 from placement.report_parts.figures import COLOURS, PageFigure
-from placement.report_parts.page import make_page
+from placement.report_parts.page import ReportTable, make_page
 from placement.simulation.summary import clean
 from placement.workload_stats import LENGTH_NAMES, WorkloadStats, histogram
 
@@ -34,7 +34,7 @@ def workload_page(workload: Workload, stats: WorkloadStats) -> str:
     return make_page(
         title=f"Workload {Path(workload.source).name}",
         lines=lines,
-        tables=[("Lengths, tokens", ("", *LENGTH_NAMES), rows)],
+        tables=[ReportTable("Lengths, tokens", ("", *LENGTH_NAMES), rows)],
         figures=(
             _length_figure("prompt", workload.prompt_tokens),
             _length_figure("output", workload.output_tokens),

@@ -1,6 +1,6 @@
 """A report's figures, made from the JSON of its curves and from nothing else."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ class PageFigure:
     about: str
     plot: dict[str, Any]  # plotly's data and layout
     header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: Sequence[tuple[str, ...]]
 
 
 def make_figures(curves: Curves) -> tuple[PageFigure, ...]:
@@ -84,7 +84,7 @@ def _attainment(curves: Curves) -> PageFigure:
         "target; dashed: the planned rate.",
         plot=_plot(figure),
         header=("requests/s", "class", "attainment", "95 % interval"),
-        rows=tuple(rows),
+        rows=rows,
     )
 
 
@@ -121,7 +121,7 @@ def _cost(curves: Curves) -> PageFigure:
         "gaps: none does.",
         plot=_plot(figure),
         header=("requests/s", "$/h", "$ per million tokens", "plan"),
-        rows=tuple(rows),
+        rows=rows,
     )
 
 
@@ -184,7 +184,7 @@ def _trade_offs(curves: Curves) -> PageFigure:
         "are in the table only.",
         plot=_plot(figure),
         header=("design", "TTFT p90", "TPOT p90", "GPUs", "$/h", ""),
-        rows=tuple(rows),
+        rows=rows,
     )
 
 
@@ -236,7 +236,7 @@ def _timeline(curves: Curves) -> PageFigure:
         about="Requests by the minute in which they arrive.",
         plot=_plot(figure),
         header=("minute", "requests/s", "TTFT p90", "TPOT p90", "met both"),
-        rows=tuple(rows),
+        rows=rows,
     )
 
 

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from placement.report_parts.figures import PageFigure, plotly_script
 
@@ -67,15 +67,23 @@ NUMBER = re.compile(r"(-|[-+]?[\d.,]+( ?(%|ms))?( to [\d.]+%)?)?")
 """Cells that stand on the right; a column is text as soon as one of its cells is."""
 
 
+class ReportTable(NamedTuple):
+    """A table of the page; every row has as many cells as the header."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
 def make_page(
     *,
     title: str,
     lines: Sequence[str],
-    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]],
+    tables: Sequence[ReportTable],
     figures: Sequence[PageFigure],
     content: object,
 ) -> str:
-    """HTML. `tables`: title, header, rows; `content` is kept in the page as JSON, id `data`."""
+    """HTML; `content` is kept in the page as JSON, id `data`."""
     plots = {figure.name: figure.plot for figure in figures}
     parts = [
         "<!doctype html>",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from placement.search.designs import Design, Worker
-from placement.search.evaluate import Evaluator, Goodput
+from placement.search.evaluate import NO_GOODPUT, Evaluator, Goodput
 from placement.search.maximise import Contest
 from placement.search.minimise import Bargain
 from placement.search.problem import Problem
@@ -36,16 +36,12 @@ class Choice:
 
 
 def new_evaluator(problem: Problem, on_run: Callable[[int], None] | None = None) -> Evaluator:
-    search = problem.inputs.search
     return Evaluator(
-        problem.traffic,
-        problem.judge,
-        rules=problem.inputs.rules,
-        slo=problem.slo,
+        traffic=problem.traffic,
+        judge=problem.judge,
+        base=problem.base,
         horizon_s=_horizon_s(problem),
-        num_seeds=search.seeds,
-        pdserve=problem.pdserve,
-        splitwise=problem.splitwise,
+        num_seeds=problem.inputs.search.seeds,
         on_run=on_run,
     )
 
@@ -218,12 +214,7 @@ def _at_rate(problem: Problem, evaluator: Evaluator) -> Choice:
     )
     bargain = Bargain(problem.space, contest, problem.price, problem.rate)
     design = cheapest(problem, bargain)
-    return Choice(
-        design=design,
-        goodput=Goodput(rate=0.0, interval=(0.0, 0.0), margins=()),
-        contest=contest,
-        bargain=bargain,
-    )
+    return Choice(design=design, goodput=NO_GOODPUT, contest=contest, bargain=bargain)
 
 
 def cheapest(problem: Problem, bargain: Bargain) -> Design | None:

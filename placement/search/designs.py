@@ -3,17 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from placement.simulation.values import (
-    PdserveOptions,
-    Pool,
-    PoolRole,
-    Rules,
-    Scheduler,
-    SimulationConfig,
-    SplitwiseOptions,
-    TrafficClass,
-    can_serve,
-)
+from placement.simulation.values import Pool, PoolRole, Scheduler, SimulationConfig, can_serve
 
 ROLE_ORDER = {PoolRole.PREFILL: 0, PoolRole.DECODE: 1, PoolRole.COLOCATED: 2}
 
@@ -162,27 +152,18 @@ class Design:
             used[worker.gpu] = used.get(worker.gpu, 0) + worker.num_gpus * count
         return used
 
-    def config(
-        self,
-        rules: Rules,
-        slo: tuple[TrafficClass, ...],
-        pdserve: PdserveOptions,
-        splitwise: SplitwiseOptions,
-    ) -> SimulationConfig:
-        """What the simulator is given."""
-        return SimulationConfig(
-            rules=rules,
+    def config(self, base: SimulationConfig) -> SimulationConfig:
+        """What the simulator is given: `base` with these pools and limits."""
+        limits = {
+            "max_step_tokens": self.max_step_tokens,
+            "max_num_requests": self.max_num_requests,
+        }
+        alike = {"scheduler": Scheduler.TOKEN_JSQ} if self.kind == "colocated" else None
+        return replace(
+            base,
             pools=tuple(replace(worker.pool, replicas=count) for worker, count in self.counts),
-            slo=slo,
-            pdserve=replace(
-                pdserve,
-                max_step_tokens=self.max_step_tokens,
-                max_num_requests=self.max_num_requests,
-            ),
-            splitwise=replace(
-                splitwise,
-                scheduler=Scheduler.TOKEN_JSQ if self.kind == "colocated" else splitwise.scheduler,
-            ),
+            pdserve=base.pdserve.model_copy(update=limits),
+            splitwise=base.splitwise.model_copy(update=alike),
         )
 
 

@@ -196,18 +196,8 @@ def _profiled_workers(
         )
     workers = []
     for role in (PoolRole.PREFILL, PoolRole.DECODE):
-        worker = Worker(
-            role=role,
-            gpu=fleet.gpu,
-            tp=1,
-            pp=1,
-            ep=1,
-            pool=fitted.pool(role, 1),
-            usd_per_hour=fleet.usd_per_hour,
-            watts=fleet.watts,
-            source=f"fitted by pdserve profile ({fitted.model})",
-            relative_error=fitted.relative_error,
-        )
+        source = f"fitted by pdserve profile ({fitted.model})"
+        worker = _worker(fleet, 1, fitted.pool(role, 1), source, fitted.relative_error)
         if problem := _memory_problem(worker, facts, inputs.rules):
             raise LocalFault(f"{role} {fleet.gpu}: {problem}")
         workers.append(worker)
@@ -260,21 +250,25 @@ def _base_worker(
     *,
     is_one_node: bool,
 ) -> Worker:
-    tp, pp, ep = cut
+    tp, _, ep = cut
     per_gpu = fleet.node_bytes_per_s if is_one_node else fleet.network_bytes_per_s
     link = Link(bytes_per_s=per_gpu * tp, latency_s=2e-5)
     pool, source, error = _pool(inputs, fleet, cut, facts, link)
+    return _worker(fleet, ep, pool, source, error)
+
+
+def _worker(fleet: Fleet, ep: int, pool: Pool, source: str, relative_error: float) -> Worker:
     return Worker(
-        role=PoolRole.COLOCATED,
+        role=pool.role,
         gpu=fleet.gpu,
-        tp=tp,
-        pp=pp,
+        tp=pool.tp,
+        pp=pool.pp,
         ep=ep,
         pool=pool,
-        usd_per_hour=fleet.usd_per_hour * tp * pp,
-        watts=fleet.watts * tp * pp,
+        usd_per_hour=fleet.usd_per_hour * pool.tp * pool.pp,
+        watts=fleet.watts * pool.tp * pool.pp,
         source=source,
-        relative_error=error,
+        relative_error=relative_error,
     )
 
 

@@ -5,7 +5,7 @@ Runs are kept by everything that they depend on within a problem: design, rate, 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -15,13 +15,7 @@ from placement.search.judging import LOST, Judge, Margin
 from placement.search.traffic import Traffic
 from placement.simulate import Simulator
 from placement.simulation.trace import Ints, Times, Trace
-from placement.simulation.values import (
-    PdserveOptions,
-    Rules,
-    SimulationConfig,
-    SplitwiseOptions,
-    TrafficClass,
-)
+from placement.simulation.values import Rules, SimulationConfig, TrafficClass
 
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 """Student's t by degrees of freedom, from 1."""
@@ -58,55 +52,39 @@ class Goodput:
         return replace(self, rate=rate, interval=(rate, rate))
 
 
+NO_GOODPUT = Goodput(rate=0.0, interval=(0.0, 0.0), margins=())
+
+
+@dataclass(slots=True, kw_only=True)
 class Evaluator:
     """Simulates designs of one problem; `num_runs` and `num_requests` count the work."""
 
-    def __init__(
-        self,
-        traffic: Traffic,
-        judge: Judge,
-        *,
-        rules: Rules,
-        slo: tuple[TrafficClass, ...],
-        horizon_s: float,
-        num_seeds: int,
-        spare_workers: int = 0,
-        pdserve: PdserveOptions | None = None,
-        splitwise: SplitwiseOptions | None = None,
-        on_run: Callable[[int], None] | None = None,
-    ) -> None:
-        self.traffic = traffic
-        self.judge = judge
-        self.rules = rules
-        self.slo = slo
-        self.horizon_s = horizon_s
-        self.num_seeds = num_seeds
-        self.spare_workers = spare_workers
-        self.pdserve = pdserve or PdserveOptions()
-        self.splitwise = splitwise or SplitwiseOptions()
-        self.on_run = on_run
-        self.num_runs = 0
-        self.num_requests = 0
-        self._promises = np.array([item.ttft_s for item in slo] or [np.inf])
-        self._margins: dict[tuple[object, ...], Margin] = {}
-        self._simulators: dict[Design, Simulator | None] = {}
+    traffic: Traffic
+    judge: Judge
+    base: SimulationConfig  # rules, promises and options of every design, whose pools are its own
+    horizon_s: float
+    num_seeds: int
+    spare_workers: int = 0
+    on_run: Callable[[int], None] | None = None
+    num_runs: int = field(default=0, init=False)
+    num_requests: int = field(default=0, init=False)
+    _margins: dict[tuple[object, ...], Margin] = field(default_factory=dict, init=False)
+    _simulators: dict[Design, Simulator | None] = field(default_factory=dict, init=False)
+
+    @property
+    def rules(self) -> Rules:
+        return self.base.rules
+
+    @property
+    def slo(self) -> tuple[TrafficClass, ...]:
+        return self.base.slo
 
     def with_traffic(self, traffic: Traffic) -> "Evaluator":
-        """The same for other requests."""
-        return Evaluator(
-            traffic,
-            self.judge,
-            rules=self.rules,
-            slo=self.slo,
-            horizon_s=self.horizon_s,
-            num_seeds=self.num_seeds,
-            pdserve=self.pdserve,
-            splitwise=self.splitwise,
-            on_run=self.on_run,
-        )
+        """The same for other requests, with no worker to spare."""
+        return replace(self, traffic=traffic, spare_workers=0)
 
     def config(self, design: Design) -> SimulationConfig:
-        return design.config(self.rules, self.slo, self.pdserve, self.splitwise)
+        return design.config(self.base)
 
     def run(
         self, design: Design, rate: float, seed: int, horizon_s: float | None = None
@@ -119,7 +97,7 @@ class Evaluator:
             return None
         trace, classes = self.traffic.trace(seed, rate, horizon_s or self.horizon_s)
         try:
-            times = simulator.run(trace, ttft_s=self._promises[classes])
+            times = simulator.run(trace, ttft_s=self.base.promises_s[classes])
         except LocalFault:
             return None
         self.num_runs += 1
@@ -174,8 +152,6 @@ class Evaluator:
         """Whether the promises are kept at a rate, on average; gives up early where it can."""
         total = 0.0
         best = 1.0 - min((item.attainment for item in self.slo), default=0.0)
-        if not self.slo:
-            best = 1.0
         for seed in range(num_seeds):
             total += self.margin(design, rate, seed, horizon_s).all
             left = num_seeds - seed - 1
@@ -216,7 +192,7 @@ class Evaluator:
 
         low, high = _bracket(test, guess, factor)
         if low == 0.0:
-            return Goodput(rate=0.0, interval=(0.0, 0.0), margins=())
+            return NO_GOODPUT
         for _ in range(MAX_STEPS):
             if high - low <= tolerance * low:
                 break

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placement.simulation.timing import SplitwiseTiming
+from placement.simulation.timing import SplitwiseTiming, interpolate
 from placement.simulation.trace import Floats, Ints, Times, Trace
 from placement.simulation.values import TrafficClass
 
@@ -95,7 +95,7 @@ def slowdown_judge(reference: SplitwiseTiming, token_s: Callable[[Ints], Floats]
     machine alone. `token_s` is its time of one token for each prompt length."""
 
     def judge(times: Times, trace: Trace, class_index: Ints) -> Margin:
-        prompt_s = _curve(reference.tokens, reference.prompt_s, trace.prompts)
+        prompt_s = interpolate(reference.tokens, reference.prompt_s, trace.prompts)
         alone_s = token_s(trace.prompts)
         whole_s = prompt_s + alone_s * (trace.outputs - 1)
         ttft = _slowdowns("TTFT", times.ttft_s / prompt_s, TTFT_LIMITS)
@@ -117,7 +117,7 @@ def slowdown_judge(reference: SplitwiseTiming, token_s: Callable[[Ints], Floats]
 
 def splitwise_token_s(reference: SplitwiseTiming) -> Callable[[Ints], Floats]:
     """The reference reads the token time at the prompt's length."""
-    return lambda prompts: _curve(reference.tokens, reference.token_s, prompts)
+    return lambda prompts: interpolate(reference.tokens, reference.token_s, prompts)
 
 
 def _slowdowns(name: str, found: Floats, limits: tuple[float, ...]) -> tuple[Slowdown, ...]:
@@ -133,10 +133,3 @@ def _slowdowns(name: str, found: Floats, limits: tuple[float, ...]) -> tuple[Slo
 
 def _room(slowdowns: tuple[Slowdown, ...]) -> float:
     return min(item.room for item in slowdowns)
-
-
-def _curve(knots: Floats, values: Floats, at: Ints) -> Floats:
-    left = np.clip(np.searchsorted(knots, at) - 1, 0, len(knots) - 2)
-    slope = (values[left + 1] - values[left]) / (knots[left + 1] - knots[left])
-    line: Floats = slope * (at - knots[left]) + values[left]
-    return line

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from placement.search.designs import Counts, Design
-from placement.search.evaluate import Evaluator, Goodput
+from placement.search.evaluate import NO_GOODPUT, Evaluator, Goodput
 from placement.search.links import is_placeable
 from placement.search.space import Space
 from placement.simulation.values import PoolRole, Rules
@@ -49,7 +49,6 @@ class Look:
 class Blame:
     """Pools that failed a promise on their own, by step tokens, and the rates at which they did."""
 
-    rules: Rules
     rates: dict[tuple[object, ...], list[tuple[tuple[int, ...], float]]] = field(
         default_factory=dict
     )
@@ -71,29 +70,22 @@ def _split(side: Counts, max_step_tokens: int) -> tuple[tuple[object, ...], tupl
     return kinds, tuple(count for _, count in side)
 
 
+@dataclass(slots=True)
 class Contest:
     """One search: the best so far, and who is left to challenge it."""
 
-    def __init__(
-        self,
-        space: Space,
-        evaluator: Evaluator,
-        value: Callable[[Design, float], float],
-        *,
-        tolerance: float,
-    ) -> None:
-        self.space = space
-        self.evaluator = evaluator
-        self.value = value  # of a design at a goodput; linear in the goodput
-        self.tolerance = tolerance
-        self.slack = ESTIMATE_SLACK
-        self.is_small = False  # so few designs that the best's steps are certified too
-        self.tally = Tally()
-        self.blame = Blame(evaluator.rules)
-        self.unplaceable: set[Design] = set()
-        self.best: Design | None = None
-        self.best_goodput = Goodput(rate=0.0, interval=(0.0, 0.0), margins=())
-        self.best_value = 0.0
+    space: Space
+    evaluator: Evaluator
+    value: Callable[[Design, float], float]  # of a design at a goodput; linear in the goodput
+    tolerance: float
+    slack: float = ESTIMATE_SLACK
+    is_small: bool = False  # so few designs that the best's steps are certified too
+    tally: Tally = field(default_factory=Tally)
+    blame: Blame = field(default_factory=Blame)
+    unplaceable: set[Design] = field(default_factory=set)
+    best: Design | None = None
+    best_goodput: Goodput = NO_GOODPUT
+    best_value: float = 0.0
 
     def run(self) -> None:
         """Judge all that is listed, then walk from the best until no step helps."""

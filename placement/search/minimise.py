@@ -7,9 +7,11 @@ largest design that would still be cheaper than the best fails.
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
 
 from placement.search.designs import Design, Worker
-from placement.search.maximise import MAX_ROUNDS, Blame, Contest
+from placement.search.maximise import MAX_ROUNDS, Contest
 from placement.search.space import Space
 from placement.simulation.values import PoolRole
 
@@ -20,19 +22,17 @@ MAX_SWEPT = 600  # designs cheaper than the best, all of which are looked at whe
 SMALL_JOBS, SMALL_SLACK = 80, 4.0  # so few pairs may be looked at more closely
 
 
+@dataclass(slots=True)
 class Bargain:
-    """One search at one rate. It shares simulations and blame with a `Contest`."""
+    """One search at one rate. It shares simulations, blame and tally with a `Contest`."""
 
-    def __init__(self, space: Space, contest: Contest, price: Price, rate: float) -> None:
-        self.space = space
-        self.contest = contest
-        self.price = price
-        self.rate = rate
-        self.best: Design | None = None
-        self.best_price = math.inf
-        self.tally = contest.tally
-        self.blame: Blame = contest.blame
-        self._known: dict[Design, bool] = {}
+    space: Space
+    contest: Contest
+    price: Price
+    rate: float
+    best: Design | None = None
+    best_price: float = math.inf
+    _known: dict[Design, bool] = field(default_factory=dict)
 
     def run(self) -> None:
         """All pairs of cuts and all colocated ones, the cheapest guesses first."""
@@ -40,18 +40,18 @@ class Bargain:
         for worker in self.space.of_role(PoolRole.COLOCATED):
             for tokens in self.space.bounds:
                 guess = self._guess_alone(worker, tokens)
-                jobs.append((guess, len(jobs), self._alone_job(worker, tokens)))
+                jobs.append((guess, len(jobs), partial(self._alone, worker, tokens)))
         for reader in self.space.of_role(PoolRole.PREFILL):
             for writer in self.space.of_role(PoolRole.DECODE):
                 guess = self._guess_pair(reader, writer)
-                jobs.append((guess, len(jobs), self._pair_job(reader, writer)))
-        self.tally.listed += len(jobs)
+                jobs.append((guess, len(jobs), partial(self._pair, reader, writer)))
+        self.contest.tally.listed += len(jobs)
         slack = SMALL_SLACK if len(jobs) <= SMALL_JOBS else GUESS_SLACK
         for guess, _, job in sorted(jobs, key=lambda item: item[:2]):
             if guess <= self.best_price * slack:
                 job()
             else:
-                self.tally.by_estimate += 1
+                self.contest.tally.by_estimate += 1
 
     def climb(self) -> None:
         """Cheaper neighbours, mixed ones among them, until there is none that holds."""
@@ -73,7 +73,7 @@ class Bargain:
         designs = self.space.cheaper(self.best, self.price, MAX_SWEPT)
         if designs is None:
             return
-        self.tally.listed += len(designs)
+        self.contest.tally.listed += len(designs)
         for design in designs:
             if self.holds(design):
                 self._take(design)
@@ -95,12 +95,12 @@ class Bargain:
         if not self.space.fits(design) or not design.is_complete:
             return False
         if self.space.rate_bound(design) < self.rate:
-            self.tally.by_bound += 1
+            self.contest.tally.by_bound += 1
             return False
         if self.contest._is_blamed(design, self.rate):
-            self.tally.by_blame += 1
+            self.contest.tally.by_blame += 1
             return False
-        self.tally.simulated += 1
+        self.contest.tally.simulated += 1
         # On all seeds at once: no other rate will show that a near miss was an unlucky trace.
         num_seeds = self.contest.evaluator.num_seeds
         is_held = self.contest.reaches(design, self.rate, num_seeds=num_seeds)
@@ -111,7 +111,7 @@ class Bargain:
 
     def _take(self, design: Design) -> None:
         self.best, self.best_price = design, self.price(design)
-        self.tally.trail.append((design, self.best_price))
+        self.contest.tally.trail.append((design, self.best_price))
 
     def _guess_alone(self, worker: Worker, tokens: int) -> float:
         each = self.space.bounds[tokens].single_estimate(worker)
@@ -126,37 +126,30 @@ class Bargain:
             counts[worker] = math.ceil(self.rate / each) if each > 0 else 10**6
         return self.price(self.space.design(counts))
 
-    def _alone_job(self, worker: Worker, tokens: int) -> Callable[[], None]:
-        def job() -> None:
-            most = self.space.max_count(worker)
-            self._descend(lambda n: self.space.design({worker: n}, tokens), 1, most)
+    def _alone(self, worker: Worker, tokens: int) -> None:
+        most = self.space.max_count(worker)
+        self._descend(lambda n: self.space.design({worker: n}, tokens), 1, most)
 
-        return job
-
-    def _pair_job(self, reader: Worker, writer: Worker) -> Callable[[], None]:
-        def job() -> None:
-            bounds = self.space.bounds[next(iter(self.space.bounds))]
-            needed = self.rate * min((s.attainment for s in bounds.slo), default=0.5)
-            least_m = math.ceil(needed / (bounds.prefill_bound(reader)) - EPSILON)
-            least_n = math.ceil(needed / max(bounds.decode_bound(writer), 1e-9) - EPSILON)
-            start_m = max(math.ceil(self.rate / max(bounds.single_estimate(reader), 1e-9)), 1)
-            most_m, most_n = self.space.max_count(reader), self.space.max_count(writer)
-            least_m, least_n = max(least_m, 1), max(least_n, 1)
-            # The guess first, so that the staircase has a price to stay below.
-            order = sorted(range(least_m, most_m + 1), key=lambda m: (abs(m - start_m), m))
-            for m in order:
-                cheapest = self.space.design({reader: m, writer: least_n})
-                if not self._is_cheaper(cheapest):
-                    if m > start_m:
-                        break
-                    continue
-                self._descend(
-                    lambda n, m=m: self.space.design({reader: m, writer: n}),  # type: ignore[misc]
-                    least_n,
-                    most_n,
-                )
-
-        return job
+    def _pair(self, reader: Worker, writer: Worker) -> None:
+        bounds = self.space.bounds[next(iter(self.space.bounds))]
+        needed = self.rate * min((s.attainment for s in bounds.slo), default=0.5)
+        least_m = math.ceil(needed / (bounds.prefill_bound(reader)) - EPSILON)
+        least_n = math.ceil(needed / max(bounds.decode_bound(writer), 1e-9) - EPSILON)
+        start_m = max(math.ceil(self.rate / max(bounds.single_estimate(reader), 1e-9)), 1)
+        most_m, most_n = self.space.max_count(reader), self.space.max_count(writer)
+        least_m, least_n = max(least_m, 1), max(least_n, 1)
+        # The guess first, so that the staircase has a price to stay below.
+        for m in sorted(range(least_m, most_m + 1), key=lambda m: (abs(m - start_m), m)):
+            cheapest = self.space.design({reader: m, writer: least_n})
+            if not self._is_cheaper(cheapest):
+                if m > start_m:
+                    break
+                continue
+            self._descend(
+                lambda n, m=m: self.space.design({reader: m, writer: n}),  # type: ignore[misc]
+                least_n,
+                most_n,
+            )
 
     def _descend(self, make: Callable[[int], Design], least: int, most: int) -> None:
         """The fewest workers of one kind that hold, where that beats the best price."""

@@ -9,6 +9,7 @@ from placement.simulation.timing import (
     DistserveTiming,
     SplitwiseTiming,
     StepTiming,
+    at_sizes,
     interpolate,
 )
 from placement.simulation.trace import Floats, Ints
@@ -51,7 +52,7 @@ def phase_times(
     if rules is Rules.SPLITWISE:
         assert isinstance(timing, SplitwiseTiming)
         return _splitwise(timing, prompts, context, ttft_s)
-    steps = timing if isinstance(timing, StepTiming) else timing.to_steps(max_batch)
+    steps = timing.to_steps(max_batch)
     room = worker.pool.kv_tokens
     most = min(max_batch, int(room / held) if room else max_batch)
     return _steps(steps, worker.pp, prompts, context, max_step_tokens, max(most, 1))
@@ -77,11 +78,7 @@ def _distserve(
     allowed[0] = True
     saturated = float(((stages + engines) / sizes)[allowed].min())
     batches = _batch_axis(UNBOUNDED_BATCH)
-    fit = np.where(
-        (batches < timing.threshold)[:, None],
-        np.array(timing.decode_small),
-        np.array(timing.decode_large),
-    )
+    fit = timing.decode_fit(batches)
     step = (fit[:, 0] + fit[:, 1] * batches * (context + 1) + fit[:, 2] * batches) / 1e3
     step = step + (ENGINE_MS + ENGINE_MS_PER_TOKEN * batches * context) / 1e3
     return PhaseTimes(
@@ -95,14 +92,14 @@ def _distserve(
 
 
 def _splitwise(timing: SplitwiseTiming, prompts: Ints, context: float, ttft_s: float) -> PhaseTimes:
-    one = np.array([interpolate(timing.tokens, timing.prompt_s, n) for n in prompts])
+    one = interpolate(timing.tokens, timing.prompt_s, prompts)
     mean = float(prompts.mean())
     sizes = np.arange(1, max(int(SPLITWISE_STEP_TOKENS / mean), 1) + 1)
-    per = [interpolate(timing.tokens, timing.prompt_s, n * mean) / n for n in sizes]
-    saturated = min(min(per), float(one.mean()))
+    per = interpolate(timing.tokens, timing.prompt_s, sizes * mean) / sizes
+    saturated = min(float(per.min()), float(one.mean()))
     room = (timing.memory_bytes - timing.weight_bytes) / timing.kv_bytes_per_token
     batches = _batch_axis(min(UNBOUNDED_BATCH, int(room / max(context, 1.0))))
-    step = np.array([interpolate(timing.tokens, timing.token_s, n) for n in batches])
+    step = interpolate(timing.tokens, timing.token_s, batches)
     return PhaseTimes(
         latency_s=one,
         occupied_s=one,
@@ -120,7 +117,7 @@ def _steps(
     full, rest = np.divmod(lengths, budget)
     knots, values = timing.prefill_tokens, timing.prefill_s
     whole = interpolate(knots, values, budget)
-    parts = np.array([interpolate(knots, values, n) if n else 0.0 for n in rest])
+    parts = np.where(rest > 0, interpolate(knots, values, rest), 0.0)
     # The rate per pair is that of the step's own tokens.
     pair_s = np.interp(np.minimum(lengths, budget), knots, timing.pair_s)
     attention = lengths * (lengths + 1) / 2 * pair_s
@@ -128,7 +125,7 @@ def _steps(
     packed = float(np.mean(lengths * (whole / budget) + attention))
     batches = _batch_axis(most)
     size = -(-batches // pp)
-    step = _at(timing.decode_s, size) + _at(timing.context_s, size) * size * context
+    step = at_sizes(timing.decode_s, size) + at_sizes(timing.context_s, size) * size * context
     return PhaseTimes(
         latency_s=latency,
         occupied_s=latency / pp,
@@ -137,11 +134,3 @@ def _steps(
         step_s=step,
         floor_step_s=float(step[0]),
     )
-
-
-def _at(table: Floats, size: Ints) -> Floats:
-    """Entries of a table by batch size; beyond its end it goes on along its last segment."""
-    last = len(table) - 1
-    beyond = np.maximum(size - last, 0)
-    found: Floats = table[np.minimum(size, last)] + beyond * (table[last] - table[last - 1])
-    return found

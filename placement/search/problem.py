@@ -21,10 +21,9 @@ from placement.search.space import Space
 from placement.search.traffic import Traffic
 from placement.simulation.settings import resolve_options
 from placement.simulation.values import (
-    PdserveOptions,
     PoolRole,
     Rules,
-    Scheduler,
+    SimulationConfig,
     SplitwiseOptions,
     TrafficClass,
 )
@@ -40,15 +39,17 @@ class Problem:
     inputs: PlanInputs
     fleets: tuple[Fleet, ...]
     found: Found
-    slo: tuple[TrafficClass, ...]
+    base: SimulationConfig  # what every design is simulated with beside its own pools
     space: Space
     traffic: Traffic
     judge: Judge
-    pdserve: PdserveOptions
-    splitwise: SplitwiseOptions
     rate: float | None
     num_cells: int
     num_unused_gpus: int
+
+    @property
+    def slo(self) -> tuple[TrafficClass, ...]:
+        return self.base.slo
 
     @property
     def num_gpus(self) -> int:
@@ -125,12 +126,16 @@ def new_problem(inputs: PlanInputs) -> Problem:
         inputs=inputs,
         fleets=cell,
         found=found,
-        slo=slo,
+        base=SimulationConfig(
+            pools=(),
+            rules=inputs.rules,
+            slo=slo,
+            pdserve=pdserve,
+            splitwise=SplitwiseOptions(scheduler=inputs.splitwise.scheduler),
+        ),
         space=space,
         traffic=traffic,
         judge=judge,
-        pdserve=pdserve,
-        splitwise=SplitwiseOptions(scheduler=inputs.splitwise.scheduler or Scheduler.MIXED_POOL),
         rate=None if peak is None else peak / num_cells,
         num_cells=num_cells,
         num_unused_gpus=num_unused,
@@ -160,7 +165,7 @@ def _bounds(
 def bounds_of(problem: Problem, traffic: Traffic, tokens: int) -> Bounds:
     """Bounds of the problem's workers for other requests."""
     is_ours = problem.inputs.rules is Rules.PDSERVE
-    handoff_s = problem.pdserve.handoff_s if is_ours else 0.0
+    handoff_s = problem.base.pdserve.handoff_s if is_ours else 0.0
     return _bounds(problem.inputs, problem.found.workers, problem.slo, traffic, tokens, handoff_s)
 
 

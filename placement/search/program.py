@@ -9,7 +9,8 @@
 HiGHS solves it; the search then simulates from there.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import highspy
 import numpy as np
@@ -32,11 +33,7 @@ def solve_mix(
 ) -> dict[Worker, int] | None:
     """Counts that maximise rate less price, or minimise the price at `rate`; None: impossible."""
     workers = tuple(worker for worker in workers if rates[worker] > 0)
-    model = highspy.Highs()  # type: ignore[no-untyped-call]
-    model.setOptionValue("output_flag", False)
-    model.setOptionValue("random_seed", 0)
-    model.setOptionValue("threads", 1)
-    model.setOptionValue("time_limit", TIME_LIMIT_S)
+    model = new_program()
     model.setOptionValue("mip_rel_gap", GAP)
     most = {worker: gpus[worker.gpu] // worker.num_gpus for worker in workers}
     counts = {w: model.addIntegral(lb=0, ub=most[w]) for w in workers}
@@ -62,11 +59,27 @@ def solve_mix(
         model.maximize(flow - total)
     else:
         model.minimize(total)
-    if model.getModelStatus() not in (
-        highspy.HighsModelStatus.kOptimal,
-        highspy.HighsModelStatus.kTimeLimit,
-    ):
+    values = solution(model)
+    if values is None:
         return None
-    values = model.getSolution().col_value
     found = {w: int(np.rint(values[counts[w].index])) for w in workers}
     return {w: n for w, n in found.items() if n > 0} or None
+
+
+def new_program() -> Any:
+    """An empty program that is solved alike at every run."""
+    model = highspy.Highs()  # type: ignore[no-untyped-call]
+    model.setOptionValue("output_flag", False)
+    model.setOptionValue("random_seed", 0)
+    model.setOptionValue("threads", 1)
+    model.setOptionValue("time_limit", TIME_LIMIT_S)
+    return model
+
+
+def solution(model: Any) -> Sequence[float] | None:
+    """Values of the variables, the best or those at the time limit; None where there are none."""
+    status = highspy.HighsModelStatus
+    if model.getModelStatus() not in (status.kOptimal, status.kTimeLimit):
+        return None
+    values: Sequence[float] = model.getSolution().col_value
+    return values

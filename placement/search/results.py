@@ -77,6 +77,28 @@ class Rival:
     interval: tuple[float, float] = (0.0, math.inf)
 
 
+def rival_of(
+    design: Design,
+    what: str,
+    goodput: float,
+    why_not: str,
+    *,
+    is_better: bool = False,
+    interval: tuple[float, float] = (0.0, math.inf),
+) -> Rival:
+    """A rival with what follows from its design and goodput."""
+    return Rival(
+        design=design,
+        what=what,
+        goodput=goodput,
+        goodput_per_gpu=goodput / design.num_gpus,
+        usd_per_hour=design.usd_per_hour,
+        why_not=why_not,
+        is_better=is_better,
+        interval=interval,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WhatIf:
     """The plan under one changed circumstance."""

@@ -28,11 +28,11 @@ from placement.search.judging import slowdown_judge
 from placement.search.maximise import Contest
 from placement.search.minimise import Bargain
 from placement.search.problem import NOMINAL_CLASS, Problem, splitwise_profile
-from placement.search.results import Rival
+from placement.search.results import Rival, rival_of
 from placement.search.space import Space
 from placement.simulation.timing import SplitwiseTiming, StepTiming
 from placement.simulation.trace import Floats, Ints
-from placement.simulation.values import PdserveOptions, Rules
+from placement.simulation.values import PdserveOptions, Rules, SimulationConfig
 
 SWEEP_PROMPT = 512
 STEP_TOKENS = 2048
@@ -54,28 +54,13 @@ def corrected_plan(problem: Problem, evaluator: Evaluator) -> Rival | None:
     if design is None:
         return None
     goal = problem.inputs.objective.goal
-    return Rival(
-        design=design,
-        what="decode time read at the true batch and context",
-        goodput=corrected.rate,
-        goodput_per_gpu=corrected.rate / design.num_gpus,
-        usd_per_hour=design.usd_per_hour,
-        why_not=f"{goal} {corrected.price(design):.5g}; published tables read at the wrong axis",
-    )
+    why = f"{goal} {corrected.price(design):.5g}; published tables read at the wrong axis"
+    return rival_of(design, "decode time read at the true batch and context", corrected.rate, why)
 
 
 def corrected_evaluator(corrected: Problem, evaluator: Evaluator) -> Evaluator:
     """One that judges the corrected problem on the same horizon and seeds as `evaluator`."""
-    return Evaluator(
-        corrected.traffic,
-        corrected.judge,
-        rules=Rules.PDSERVE,
-        slo=(),
-        horizon_s=evaluator.horizon_s,
-        num_seeds=evaluator.num_seeds,
-        pdserve=corrected.pdserve,
-        on_run=evaluator.on_run,
-    )
+    return replace(evaluator, judge=corrected.judge, base=corrected.base, spare_workers=0)
 
 
 def corrected_problem(problem: Problem) -> Problem:
@@ -107,7 +92,7 @@ def corrected_problem(problem: Problem) -> Problem:
         problem,
         space=space,
         judge=slowdown_judge(published, _alone_token_s(reference)),
-        pdserve=PdserveOptions(max_step_tokens=STEP_TOKENS),
+        base=SimulationConfig(pools=(), pdserve=PdserveOptions(max_step_tokens=STEP_TOKENS)),
     )
 
 

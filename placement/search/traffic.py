@@ -63,15 +63,8 @@ class Traffic:
         prompt_cv: float | None = None,
     ) -> "Traffic":
         """The same requests with other burstiness or lengths."""
-        update: dict[str, object] = {}
-        if cv is not None:
-            update |= {"cv": cv, "arrivals": "drawn"}
-        lengths = self._inputs.prompt_tokens
-        if prompt_cv is not None and lengths is not None:
-            changed = {"cv": prompt_cv, "distribution": "lognormal"}
-            update["prompt_tokens"] = lengths.model_copy(update=changed)
+        inputs = self._inputs.changed(cv=cv, prompt_cv=prompt_cv)
         scale = self._length_scale * length_scale
-        inputs = self._inputs.model_copy(update=update)
         return Traffic(inputs, self._slo, seed=self._seed, length_scale=scale)
 
     def sample(self) -> tuple[Ints, Ints]:

@@ -79,24 +79,15 @@ class Questions:
     def traffic_changes(self) -> list[WhatIf]:
         """Bursts; prompts of more spread."""
         traffic = self.problem.traffic
-        found = [
-            self._ask(
-                f"bursts: arrival CV {BURST_CV:g}",
-                self.design,
-                self.evaluator.with_traffic(traffic.changed(cv=BURST_CV)),
-            )
-        ]
+        changes = [(f"bursts: arrival CV {BURST_CV:g}", traffic.changed(cv=BURST_CV))]
         lengths = self.problem.inputs.workload.prompt_tokens
         if lengths is not None and (lengths.distribution == "fixed" or lengths.cv < HEAVY_CV):
-            changed = traffic.changed(prompt_cv=HEAVY_CV)
-            found.append(
-                self._ask(
-                    f"prompt length CV {HEAVY_CV:g}",
-                    self.design,
-                    self.evaluator.with_traffic(changed),
-                )
-            )
-        return found
+            heavy = traffic.changed(prompt_cv=HEAVY_CV)
+            changes.append((f"prompt length CV {HEAVY_CV:g}", heavy))
+        return [
+            self._ask(name, self.design, self.evaluator.with_traffic(changed))
+            for name, changed in changes
+        ]
 
     def sensitivity(self) -> list[WhatIf]:
         """Rates from half to a fifth more, prompts 20 % longer."""
@@ -114,8 +105,7 @@ class Questions:
         config = replace(self.evaluator.config(self.design), concurrency=concurrency)
         trace, classes = self.problem.traffic.trace(0, self.rate, self._horizon_s(self.rate))
         closed = replace(trace, arrival_s=np.zeros(len(trace)))
-        promises = np.array([item.ttft_s for item in self.problem.slo])
-        times = Simulator(config).run(closed, ttft_s=promises[classes])
+        times = Simulator(config).run(closed, ttft_s=config.promises_s[classes])
         margin = self.evaluator.judge(times, closed, classes)
         span_s = max(float((times.arrival_s + times.e2e_s).max()), 1e-9)
         return WhatIf(

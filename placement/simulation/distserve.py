@@ -63,7 +63,9 @@ class DistserveCluster:
             decode.run_decode_pool(state, order, starts, ends_ms, by_end, writer)
             busy_ms[self._reader_numbers] = reading_ms
         busy_ms[self._writer_numbers] = state.clocks[:, decode.BUSY]
-        return self._times(trace, arrival_ms, first_ms, state.last_ms, reader, writer, busy_ms)
+        prefill = self._reader_numbers[reader]
+        decoded = np.where(writer == NONE, NONE, self._writer_numbers[writer])
+        return _times(trace, first_ms, state.last_ms, prefill, decoded, busy_ms)
 
     def _check(self, trace: Trace) -> None:
         """What the reference would step over for ever is an error."""
@@ -80,27 +82,6 @@ class DistserveCluster:
                 f"request {int(totals.argmax())}: {most} tokens exceed the "
                 f"{decode.MAX_NUM_TOKENS} of one decode batch under rules distserve"
             )
-
-    def _times(
-        self,
-        trace: Trace,
-        arrival_ms: Floats,
-        first_ms: Floats,
-        last_ms: Floats,
-        reader: Ints,
-        writer: Ints,
-        busy_ms: Floats,
-    ) -> Times:
-        """The reference divides by all tokens that were decoded, so by the output length."""
-        return Times(
-            arrival_s=trace.arrival_s,
-            ttft_s=(first_ms - arrival_ms) / 1e3,
-            tpot_s=(last_ms - first_ms) / np.maximum(trace.outputs, 1) / 1e3,
-            e2e_s=(last_ms - arrival_ms) / 1e3,
-            prefill=self._reader_numbers[reader],
-            decode=np.where(writer == NONE, NONE, self._writer_numbers[writer]),
-            busy_s=busy_ms / 1e3,
-        )
 
     def _run_pipelines(self, trace: Trace, arrival_ms: Floats) -> Times:
         readers = [(*item, True) for item in self._readers]
@@ -141,15 +122,23 @@ class DistserveCluster:
         pipelines.run_pipelines(state, arrival_ms, np.array(heads[: len(readers)]), prefill)
         depth = np.bincount(state.workers[:, pipelines.INSTANCE])
         busy_ms = np.bincount(state.workers[:, pipelines.INSTANCE], weights=state.busy_ms) / depth
-        return Times(
-            arrival_s=trace.arrival_s,
-            ttft_s=(state.first_ms - arrival_ms) / 1e3,
-            tpot_s=(state.last_ms - state.first_ms) / np.maximum(trace.outputs, 1) / 1e3,
-            e2e_s=(state.last_ms - arrival_ms) / 1e3,
-            prefill=prefill,
-            decode=state.decode_instance,
-            busy_s=busy_ms / 1e3,
-        )
+        return _times(trace, state.first_ms, state.last_ms, prefill, state.decode_instance, busy_ms)
+
+
+def _times(
+    trace: Trace, first_ms: Floats, last_ms: Floats, prefill: Ints, decode: Ints, busy_ms: Floats
+) -> Times:
+    """The reference divides by all tokens that were decoded, so by the output length."""
+    arrival_ms = trace.arrival_s * 1e3
+    return Times(
+        arrival_s=trace.arrival_s,
+        ttft_s=(first_ms - arrival_ms) / 1e3,
+        tpot_s=(last_ms - first_ms) / np.maximum(trace.outputs, 1) / 1e3,
+        e2e_s=(last_ms - arrival_ms) / 1e3,
+        prefill=prefill,
+        decode=decode,
+        busy_s=busy_ms / 1e3,
+    )
 
 
 def _timing(pool: Pool) -> DistserveTiming:

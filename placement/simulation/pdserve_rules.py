@@ -6,10 +6,11 @@ import numpy as np
 
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.kv_demand import num_answer_kv_tokens
+from placement.fitting import TERMS
 from placement.linear_steps import linear_steps
 from placement.simulation import pdserve_state as state
 from placement.simulation.pdserve_cluster import run_cluster
-from placement.simulation.timing import StepTiming
+from placement.simulation.timing import at_sizes
 from placement.simulation.trace import Floats, Ints, Times, Trace
 from placement.simulation.values import PdserveOptions, Pool, PoolRole, can_serve
 
@@ -88,7 +89,8 @@ class PdserveCluster:
     def _sample_timings(self) -> tuple[Floats, tuple[int, int]]:
         # The router predicts steps of batches that are larger than those that are computed.
         size = max(4 * self._options.max_num_requests, MIN_TABLE_SIZE) + 1
-        found = {id(pool): _steps(pool, size - 1) for pool in self._pools}
+        sizes = np.arange(size)
+        found = {id(pool): pool.timing.to_steps(size - 1) for pool in self._pools}
         timings = [found[id(pool)] for pool in self._pools]
         most = max(len(timing.prefill_tokens) for timing in timings)
         curves = np.zeros((len(timings), 3 * most + 2 * size))
@@ -96,8 +98,8 @@ class PdserveCluster:
             row[: 3 * len(timing.prefill_tokens)] = np.concatenate(
                 [timing.prefill_tokens, timing.prefill_s, timing.pair_s]
             )
-            row[3 * most : 3 * most + size] = _extend(timing.decode_s, size)
-            row[3 * most + size :] = _extend(timing.context_s, size)
+            row[3 * most : 3 * most + size] = at_sizes(timing.decode_s, sizes)
+            row[3 * most + size :] = at_sizes(timing.context_s, sizes)
         self._timings = timings
         return curves, (3 * most, size)
 
@@ -138,13 +140,7 @@ class PdserveCluster:
             max_step_tokens=self._options.max_step_tokens,
             max_num_requests=self._options.max_num_requests,
         )
-        return (
-            found.fixed_s,
-            found.prefill_token_s,
-            found.prefill_attention_s,
-            found.decode_token_s,
-            found.decode_context_token_s,
-        )
+        return tuple(getattr(found, name) for name in TERMS)
 
     def _check(self, trace: Trace) -> None:
         if len(trace) == 0:
@@ -236,17 +232,3 @@ class PdserveCluster:
             prefix=prefix_ids,
             prefix_starts=starts if starts is not None else np.zeros(num + 1, np.int64),
         )
-
-
-def _steps(pool: Pool, max_num_requests: int) -> StepTiming:
-    timing = pool.timing
-    return timing if isinstance(timing, StepTiming) else timing.to_steps(max_num_requests)
-
-
-def _extend(table: Floats, size: int) -> Floats:
-    """The first `size` entries; beyond its end a table goes on along its last segment."""
-    if len(table) >= size:
-        return table[:size]
-    slope = table[-1] - table[-2]
-    more = table[-1] + slope * np.arange(1, size - len(table) + 1)
-    return np.concatenate([table, more])

@@ -1,6 +1,7 @@
 """What our own router and workers hold in a simulation (rules pdserve), and how long steps take.
 
 One kind of instance for all roles: it may read prompts, decode, or do both in the same steps.
+Kernels import this module as `at`: `row[at.DEPTH]`.
 """
 
 from typing import NamedTuple

@@ -5,6 +5,7 @@ that joins cuts the run at the next step's end. An instance of both roles comput
 tokens in one step while there is a prompt to read.
 """
 
+from placement.simulation import pdserve_state as at
 from placement.simulation.compiled import compiled, inlined
 from placement.simulation.event_heap import pop_int, push_int
 from placement.simulation.pdserve_shared import (
@@ -16,77 +17,9 @@ from placement.simulation.pdserve_shared import (
     steal,
 )
 from placement.simulation.pdserve_state import (
-    ACTIVE,
-    ADMITTED,
-    ARRIVE,
-    ASSIGNED,
-    ASSIGNED_BLOCKS,
-    ASSIGNED_TOKENS,
-    BUDGET,
-    BUSY,
-    BUSY_HANDOFF_S,
-    BY_DEADLINE,
-    CONTEXT,
-    DEADLINE_S,
-    DEPTH,
-    END_S,
-    FIRST_S,
-    FREE_BLOCKS,
-    HANDOFF_S,
-    HIT_TOKENS,
-    IN_FLIGHT,
-    IS_CLOSED_LOOP,
-    IS_CUT,
-    IS_SHARED,
-    IS_STAGE_BUSY,
-    JOINING,
-    KV_HERE,
-    LINK_IN_FREE,
-    LINK_LATENCY,
-    LINK_OUT_FREE,
     MASK,
-    MAX_ACTIVE,
-    MAX_PROMPTS_IN_STEP,
-    NEXT,
-    NEXT_REQUEST,
     NONE,
-    NUM_UNREAD_REQUESTS,
-    OLDEST,
-    OUTPUT,
-    OWED_S,
-    PREPARED,
-    PROMPT,
-    PROMPT_S,
-    PROMPT_TOKEN_S,
-    QUEUE,
-    READ,
-    READER,
-    READER_BLOCKS,
-    READS,
-    RELEASE,
-    RUN_FIRST,
-    RUN_GROWTH,
-    RUN_START,
-    RUN_STEPS,
-    SECONDS_PER_TOKEN,
-    SENT,
-    SHARED_S,
     SHIFT,
-    SLOWED,
-    STAGE_FREE,
-    STAGES,
-    STEP,
-    STEP_DONE,
-    STEP_END,
-    UNREAD,
-    UNREAD_PAIRS,
-    VERSION,
-    WAITING,
-    WAKE,
-    WAKE_S,
-    WRITER,
-    WRITER_BLOCKS,
-    WRITES,
     Cluster,
     context_s,
     decode_s,
@@ -102,10 +35,10 @@ from placement.simulation.prefix_cache import cached_tokens, keep_prefix
 @compiled
 def ask_reader(c: Cluster, request: int, now: float) -> None:
     """Blocks are promised: the reader takes the prompt on once its host has prepared it."""
-    clock = c.instance_s[c.requests[request, READER]]
-    seconds = clock[PROMPT_S] + clock[PROMPT_TOKEN_S] * c.requests[request, PROMPT]
+    clock = c.instance_s[c.requests[request, at.READER]]
+    seconds = clock[at.PROMPT_S] + clock[at.PROMPT_TOKEN_S] * c.requests[request, at.PROMPT]
     if seconds > 0.0:
-        schedule(c, now + seconds, PREPARED, request, 0)
+        schedule(c, now + seconds, at.PREPARED, request, 0)
     else:
         queue_prompt(c, request, now)
 
@@ -115,7 +48,8 @@ def has_room(c: Cluster, writer: int, request: int) -> bool:
     """Whether a decode side can promise blocks for prompt and answer, and a place in its batch."""
     row = c.instances[writer]
     return bool(
-        c.requests[request, WRITER_BLOCKS] <= row[FREE_BLOCKS] and row[ADMITTED] < row[MAX_ACTIVE]
+        c.requests[request, at.WRITER_BLOCKS] <= row[at.FREE_BLOCKS]
+        and row[at.ADMITTED] < row[at.MAX_ACTIVE]
     )
 
 
@@ -123,18 +57,18 @@ def has_room(c: Cluster, writer: int, request: int) -> bool:
 def admit(c: Cluster, writer: int, request: int, now: float) -> None:
     """Promise blocks and place; only then is a reader asked."""
     row = c.instances[writer]
-    row[FREE_BLOCKS] -= c.requests[request, WRITER_BLOCKS]
-    row[ADMITTED] += 1
+    row[at.FREE_BLOCKS] -= c.requests[request, at.WRITER_BLOCKS]
+    row[at.ADMITTED] += 1
     ask_reader(c, request, now)
 
 
 @compiled
 def queue_prompt(c: Cluster, request: int, now: float) -> None:
     """The prompt waits to be read."""
-    reader = c.requests[request, READER]
+    reader = c.requests[request, at.READER]
     row = c.instances[reader]
-    enqueue(c, reader, QUEUE, request)
-    if c.scalars[BY_DEADLINE] and row[QUEUE + 2] > 1:
+    enqueue(c, reader, at.QUEUE, request)
+    if c.scalars[at.BY_DEADLINE] and row[at.QUEUE + 2] > 1:
         _sort_in(c, reader, request)
     wake(c, reader, now)
 
@@ -143,76 +77,76 @@ def queue_prompt(c: Cluster, request: int, now: float) -> None:
 def wake(c: Cluster, instance: int, now: float) -> None:
     """There is something to do: an idle instance begins after all that happens in this moment."""
     row = c.instances[instance]
-    if row[WRITES] and row[RUN_STEPS] > 0:
+    if row[at.WRITES] and row[at.RUN_STEPS] > 0:
         cut_run(c, instance, now)
-    elif row[WRITES] or not row[IS_STAGE_BUSY]:
-        schedule(c, now, WAKE, instance, 0)
+    elif row[at.WRITES] or not row[at.IS_STAGE_BUSY]:
+        schedule(c, now, at.WAKE, instance, 0)
 
 
 @inlined
 def start_woken(c: Cluster, instance: int, now: float) -> None:
     """An instance that was idle begins, unless it has begun in the meantime."""
     row = c.instances[instance]
-    if row[WRITES]:
-        if row[RUN_STEPS] == 0:
+    if row[at.WRITES]:
+        if row[at.RUN_STEPS] == 0:
             start_run(c, instance, now)
-    elif not row[IS_STAGE_BUSY]:
+    elif not row[at.IS_STAGE_BUSY]:
         start_step(c, instance, now)
 
 
 @inlined
 def _sort_in(c: Cluster, reader: int, request: int) -> None:
     """Move the last of the queue before the first with a later deadline."""
-    row, deadline = c.instances[reader], c.request_s[request, DEADLINE_S]
-    before, after = NONE, row[QUEUE]
-    while after != request and c.request_s[after, DEADLINE_S] <= deadline:
+    row, deadline = c.instances[reader], c.request_s[request, at.DEADLINE_S]
+    before, after = NONE, row[at.QUEUE]
+    while after != request and c.request_s[after, at.DEADLINE_S] <= deadline:
         before = after
-        after = c.requests[after, NEXT]
+        after = c.requests[after, at.NEXT]
     if after == request:
         return
     last = after
-    while c.requests[last, NEXT] != request:
-        last = c.requests[last, NEXT]
-    c.requests[last, NEXT] = NONE
-    row[QUEUE + 1] = last
-    c.requests[request, NEXT] = after
+    while c.requests[last, at.NEXT] != request:
+        last = c.requests[last, at.NEXT]
+    c.requests[last, at.NEXT] = NONE
+    row[at.QUEUE + 1] = last
+    c.requests[request, at.NEXT] = after
     if before == NONE:
-        row[QUEUE] = request
+        row[at.QUEUE] = request
     else:
-        c.requests[before, NEXT] = request
+        c.requests[before, at.NEXT] = request
 
 
 @compiled
 def _form_chunks(c: Cluster, instance: int, budget: int) -> tuple[int, float]:
     """Take what the next step reads from the queue; returns its tokens and pairs."""
     row = c.instances[instance]
-    most = min(MAX_PROMPTS_IN_STEP, row[MAX_ACTIVE])
-    ring = (row[OLDEST] + row[IN_FLIGHT]) % c.chunks.shape[1]
+    most = min(at.MAX_PROMPTS_IN_STEP, row[at.MAX_ACTIVE])
+    ring = (row[at.OLDEST] + row[at.IN_FLIGHT]) % c.chunks.shape[1]
     chunks, count = c.chunks[instance, ring], 0
     tokens, pairs = 0, 0.0
-    while row[QUEUE] != NONE and tokens < budget and count < most:
-        request = row[QUEUE]
-        if c.requests[request, READ] == 0:
-            if not row[WRITES]:
-                if c.requests[request, READER_BLOCKS] > row[FREE_BLOCKS]:
+    while row[at.QUEUE] != NONE and tokens < budget and count < most:
+        request = row[at.QUEUE]
+        if c.requests[request, at.READ] == 0:
+            if not row[at.WRITES]:
+                if c.requests[request, at.READER_BLOCKS] > row[at.FREE_BLOCKS]:
                     break
-                row[FREE_BLOCKS] -= c.requests[request, READER_BLOCKS]
+                row[at.FREE_BLOCKS] -= c.requests[request, at.READER_BLOCKS]
             cached = cached_tokens(c, instance, request)
-            c.requests[request, READ] = cached
-            c.scalars[HIT_TOKENS] += cached
-        start = c.requests[request, READ]
-        length = min(budget - tokens, c.requests[request, PROMPT] - start)
-        c.requests[request, READ] = start + length
+            c.requests[request, at.READ] = cached
+            c.scalars[at.HIT_TOKENS] += cached
+        start = c.requests[request, at.READ]
+        length = min(budget - tokens, c.requests[request, at.PROMPT] - start)
+        c.requests[request, at.READ] = start + length
         tokens += length
         pairs += num_pairs(start, length)
         count += 1
         chunks[count, 0] = request
         chunks[count, 1] = start + length
-        if start + length == c.requests[request, PROMPT]:
-            dequeue(c, instance, QUEUE)
+        if start + length == c.requests[request, at.PROMPT]:
+            dequeue(c, instance, at.QUEUE)
     chunks[0, 0] = count
     if count > 0:
-        row[IN_FLIGHT] += 1
+        row[at.IN_FLIGHT] += 1
     return tokens, pairs
 
 
@@ -224,122 +158,122 @@ def start_step(c: Cluster, instance: int, now: float) -> None:
     """
     row, clock = c.instances[instance], c.instance_s[instance]
     tokens, pairs = 0, 0.0
-    if row[IN_FLIGHT] < row[DEPTH]:
-        tokens, pairs = _form_chunks(c, instance, row[BUDGET])
-    was_busy, row[IS_STAGE_BUSY] = row[IS_STAGE_BUSY], tokens > 0
-    if c.scalars[IS_SHARED] and row[IS_STAGE_BUSY] != was_busy:
-        count_busy_readers(c, row[IS_STAGE_BUSY] - was_busy, now)
+    if row[at.IN_FLIGHT] < row[at.DEPTH]:
+        tokens, pairs = _form_chunks(c, instance, row[at.BUDGET])
+    was_busy, row[at.IS_STAGE_BUSY] = row[at.IS_STAGE_BUSY], tokens > 0
+    if c.scalars[at.IS_SHARED] and row[at.IS_STAGE_BUSY] != was_busy:
+        count_busy_readers(c, row[at.IS_STAGE_BUSY] - was_busy, now)
     if tokens == 0:
         return
-    depth = row[DEPTH]
+    depth = row[at.DEPTH]
     stage_s = prefill_s(c, instance, tokens, pairs) / depth
     if not was_busy:
-        stage_s += clock[WAKE_S]
-    if c.scalars[IS_SHARED]:
-        clock[SLOWED] = slowdown(c, instance)
-        stage_s *= clock[SLOWED]
+        stage_s += clock[at.WAKE_S]
+    if c.scalars[at.IS_SHARED]:
+        clock[at.SLOWED] = slowdown(c, instance)
+        stage_s *= clock[at.SLOWED]
     end = now + stage_s
-    clock[STEP_END] = end
-    clock[BUSY] += stage_s
+    clock[at.STEP_END] = end
+    clock[at.BUSY] += stage_s
     if depth > 1:
-        schedule(c, end, STAGE_FREE, instance, 0)
+        schedule(c, end, at.STAGE_FREE, instance, 0)
         for stage in range(1, depth):
-            end = max(end, clock[STAGES + stage]) + stage_s
-            clock[STAGES + stage] = end
-    version = row[VERSION] & 0xFFFFFF if depth == 1 else 0
-    schedule(c, end, STEP_DONE, instance, version)
+            end = max(end, clock[at.STAGES + stage]) + stage_s
+            clock[at.STAGES + stage] = end
+    version = row[at.VERSION] & 0xFFFFFF if depth == 1 else 0
+    schedule(c, end, at.STEP_DONE, instance, version)
 
 
 @compiled
 def finish_chunks(c: Cluster, instance: int, now: float) -> None:
     """The oldest step in flight has ended: send its KV on; who is read has its first token."""
     row = c.instances[instance]
-    chunks = c.chunks[instance, row[OLDEST]]
-    row[OLDEST] = (row[OLDEST] + 1) % c.chunks.shape[1]
-    row[IN_FLIGHT] -= 1
+    chunks = c.chunks[instance, row[at.OLDEST]]
+    row[at.OLDEST] = (row[at.OLDEST] + 1) % c.chunks.shape[1]
+    row[at.IN_FLIGHT] -= 1
     for entry in range(1, chunks[0, 0] + 1):
         request, end = chunks[entry, 0], chunks[entry, 1]
-        writer = c.requests[request, WRITER]
+        writer = c.requests[request, at.WRITER]
         ready = now
         if writer != instance:
-            ready = _send(c, instance, writer, end - c.requests[request, SENT], now)
-            c.requests[request, SENT] = end
-        if end < c.requests[request, PROMPT]:
+            ready = _send(c, instance, writer, end - c.requests[request, at.SENT], now)
+            c.requests[request, at.SENT] = end
+        if end < c.requests[request, at.PROMPT]:
             continue
         keep_prefix(c, instance, request)
-        prompt = c.requests[request, PROMPT]
-        c.scalars[NUM_UNREAD_REQUESTS] -= 1
-        row[UNREAD] -= prompt
+        prompt = c.requests[request, at.PROMPT]
+        c.scalars[at.NUM_UNREAD_REQUESTS] -= 1
+        row[at.UNREAD] -= prompt
         if writer != instance:
-            row[ASSIGNED] -= 1
-        c.instance_s[instance, UNREAD_PAIRS] -= num_pairs(0, prompt)
-        c.request_s[request, FIRST_S] = now + c.rates[HANDOFF_S]
-        if c.instances[writer, RUN_STEPS] > 0:
-            c.request_s[request, FIRST_S] += c.rates[BUSY_HANDOFF_S]
-        if c.requests[request, OUTPUT] <= 1:
+            row[at.ASSIGNED] -= 1
+        c.instance_s[instance, at.UNREAD_PAIRS] -= num_pairs(0, prompt)
+        c.request_s[request, at.FIRST_S] = now + c.rates[at.HANDOFF_S]
+        if c.instances[writer, at.RUN_STEPS] > 0:
+            c.request_s[request, at.FIRST_S] += c.rates[at.BUSY_HANDOFF_S]
+        if c.requests[request, at.OUTPUT] <= 1:
             if writer != instance:
-                row[FREE_BLOCKS] += c.requests[request, READER_BLOCKS]
-            c.instances[writer, ASSIGNED_TOKENS] -= prompt
-            _finish(c, request, now, c.request_s[request, FIRST_S])
+                row[at.FREE_BLOCKS] += c.requests[request, at.READER_BLOCKS]
+            c.instances[writer, at.ASSIGNED_TOKENS] -= prompt
+            _finish(c, request, now, c.request_s[request, at.FIRST_S])
             continue
-        c.instances[writer, ASSIGNED_TOKENS] += 1
+        c.instances[writer, at.ASSIGNED_TOKENS] += 1
         if writer == instance:
-            enqueue(c, writer, JOINING, request)
+            enqueue(c, writer, at.JOINING, request)
         else:
-            schedule(c, ready, KV_HERE, request, 0)
+            schedule(c, ready, at.KV_HERE, request, 0)
 
 
 @inlined
 def _send(c: Cluster, reader: int, writer: int, tokens: int, now: float) -> float:
     """Put KV on the reader's outgoing and the writer's incoming link; returns when it is there."""
     source, target = c.instance_s[reader], c.instance_s[writer]
-    start = max(now, source[LINK_OUT_FREE], target[LINK_IN_FREE])
-    end = start + tokens * max(source[SECONDS_PER_TOKEN], target[SECONDS_PER_TOKEN])
-    source[LINK_OUT_FREE] = end
-    target[LINK_IN_FREE] = end
-    return float(end + max(source[LINK_LATENCY], target[LINK_LATENCY]))
+    start = max(now, source[at.LINK_OUT_FREE], target[at.LINK_IN_FREE])
+    end = start + tokens * max(source[at.SECONDS_PER_TOKEN], target[at.SECONDS_PER_TOKEN])
+    source[at.LINK_OUT_FREE] = end
+    target[at.LINK_IN_FREE] = end
+    return float(end + max(source[at.LINK_LATENCY], target[at.LINK_LATENCY]))
 
 
 @compiled
 def _finish(c: Cluster, request: int, now: float, end: float) -> None:
     """Give the decode side's blocks to who waits for them; a closed loop sends the next request."""
-    c.request_s[request, END_S] = end
-    writer = c.requests[request, WRITER]
+    c.request_s[request, at.END_S] = end
+    writer = c.requests[request, at.WRITER]
     row = c.instances[writer]
-    row[ASSIGNED] -= 1
-    row[ASSIGNED_BLOCKS] -= c.requests[request, WRITER_BLOCKS]
-    row[ADMITTED] -= 1
-    row[FREE_BLOCKS] += c.requests[request, WRITER_BLOCKS]
-    if c.scalars[IS_CLOSED_LOOP] and c.scalars[NEXT_REQUEST] < len(c.requests):
-        schedule(c, end, ARRIVE, c.scalars[NEXT_REQUEST], 0)
-        c.scalars[NEXT_REQUEST] += 1
-    if row[WAITING] != NONE:
+    row[at.ASSIGNED] -= 1
+    row[at.ASSIGNED_BLOCKS] -= c.requests[request, at.WRITER_BLOCKS]
+    row[at.ADMITTED] -= 1
+    row[at.FREE_BLOCKS] += c.requests[request, at.WRITER_BLOCKS]
+    if c.scalars[at.IS_CLOSED_LOOP] and c.scalars[at.NEXT_REQUEST] < len(c.requests):
+        schedule(c, end, at.ARRIVE, c.scalars[at.NEXT_REQUEST], 0)
+        c.scalars[at.NEXT_REQUEST] += 1
+    if row[at.WAITING] != NONE:
         # Later in this moment: the caller is in the middle of a step's end.
-        schedule(c, now, RELEASE, writer, 0)
+        schedule(c, now, at.RELEASE, writer, 0)
 
 
 @inlined
 def release(c: Cluster, writer: int, now: float) -> None:
     """Admit who waits, first come first served."""
     row = c.instances[writer]
-    while row[WAITING] != NONE:
-        waiting = row[WAITING]
+    while row[at.WAITING] != NONE:
+        waiting = row[at.WAITING]
         if not has_room(c, writer, waiting):
             break
-        dequeue(c, writer, WAITING)
+        dequeue(c, writer, at.WAITING)
         admit(c, writer, waiting, now)
 
 
 @compiled
 def receive_kv(c: Cluster, request: int, now: float) -> None:
     """All KV is on the decode side: the reader lets go, the request joins the next step."""
-    reader, writer = c.requests[request, READER], c.requests[request, WRITER]
-    c.instances[reader, FREE_BLOCKS] += c.requests[request, READER_BLOCKS]
-    if c.instances[reader, QUEUE] != NONE:
+    reader, writer = c.requests[request, at.READER], c.requests[request, at.WRITER]
+    c.instances[reader, at.FREE_BLOCKS] += c.requests[request, at.READER_BLOCKS]
+    if c.instances[reader, at.QUEUE] != NONE:
         wake(c, reader, now)
-    enqueue(c, writer, JOINING, request)
+    enqueue(c, writer, at.JOINING, request)
     steal(c, writer, now)
-    if c.instances[writer, ACTIVE] < c.instances[writer, MAX_ACTIVE]:
+    if c.instances[writer, at.ACTIVE] < c.instances[writer, at.MAX_ACTIVE]:
         wake(c, writer, now)
 
 
@@ -347,22 +281,22 @@ def receive_kv(c: Cluster, request: int, now: float) -> None:
 def start_run(c: Cluster, instance: int, now: float) -> None:
     """Form the batch and run it until it changes."""
     row, clock, heap = c.instances[instance], c.instance_s[instance], c.heap[instance]
-    was_busy = row[RUN_STEPS] > 0
-    while row[JOINING] != NONE and row[ACTIVE] < row[MAX_ACTIVE]:
-        request = dequeue(c, instance, JOINING)
-        last_step = row[STEP] + c.requests[request, OUTPUT] - 1
-        push_int(heap, row[ACTIVE], (last_step << SHIFT) | request)
-        row[ACTIVE] += 1
-        row[CONTEXT] += c.requests[request, PROMPT] + 1
-        row[ASSIGNED_TOKENS] -= c.requests[request, PROMPT] + 1
-    size, tokens, pairs = row[ACTIVE], 0, 0.0
-    depth = row[DEPTH]
-    if row[READS] and row[QUEUE] != NONE:
-        tokens, pairs = _form_chunks(c, instance, max(row[BUDGET] - size, 1))
-    row[IS_CUT] = 0
-    row[RUN_STEPS] = 0
+    was_busy = row[at.RUN_STEPS] > 0
+    while row[at.JOINING] != NONE and row[at.ACTIVE] < row[at.MAX_ACTIVE]:
+        request = dequeue(c, instance, at.JOINING)
+        last_step = row[at.STEP] + c.requests[request, at.OUTPUT] - 1
+        push_int(heap, row[at.ACTIVE], (last_step << SHIFT) | request)
+        row[at.ACTIVE] += 1
+        row[at.CONTEXT] += c.requests[request, at.PROMPT] + 1
+        row[at.ASSIGNED_TOKENS] -= c.requests[request, at.PROMPT] + 1
+    size, tokens, pairs = row[at.ACTIVE], 0, 0.0
+    depth = row[at.DEPTH]
+    if row[at.READS] and row[at.QUEUE] != NONE:
+        tokens, pairs = _form_chunks(c, instance, max(row[at.BUDGET] - size, 1))
+    row[at.IS_CUT] = 0
+    row[at.RUN_STEPS] = 0
     is_busy = size > 0 or tokens > 0
-    if c.scalars[IS_SHARED] and is_busy != was_busy and not row[READS]:
+    if c.scalars[at.IS_SHARED] and is_busy != was_busy and not row[at.READS]:
         count_busy_writers(c, 1 if is_busy else -1, now)
     if not is_busy:
         return
@@ -370,25 +304,25 @@ def start_run(c: Cluster, instance: int, now: float) -> None:
     first, growth = 0.0, 0.0
     if size > 0:
         part = (size + depth - 1) // depth
-        first = decode_s(c, instance, part, row[CONTEXT] / depth)
+        first = decode_s(c, instance, part, row[at.CONTEXT] / depth)
         growth = context_s(c, instance, part) * size / depth
     if tokens > 0:
         first += prefill_s(c, instance, tokens / depth, pairs / depth)
         if size > 0:
-            first -= clock[SHARED_S]
+            first -= clock[at.SHARED_S]
         growth, steps = 0.0, 1
     else:
-        steps = (heap[0] >> SHIFT) - row[STEP]
-    if c.scalars[IS_SHARED]:
+        steps = (heap[0] >> SHIFT) - row[at.STEP]
+    if c.scalars[at.IS_SHARED]:
         slowed = slowdown(c, instance)
         first *= slowed
         growth *= slowed
-    extra_s = clock[OWED_S] if was_busy else clock[WAKE_S]
-    clock[OWED_S] = 0.0
+    extra_s = clock[at.OWED_S] if was_busy else clock[at.WAKE_S]
+    clock[at.OWED_S] = 0.0
     if extra_s > 0.0:
         first += extra_s
         growth, steps = 0.0, 1
-    clock[RUN_START], clock[RUN_FIRST], clock[RUN_GROWTH] = now, first, growth
+    clock[at.RUN_START], clock[at.RUN_FIRST], clock[at.RUN_GROWTH] = now, first, growth
     schedule_run_end(c, instance, steps)
 
 
@@ -396,15 +330,15 @@ def start_run(c: Cluster, instance: int, now: float) -> None:
 def finish_run(c: Cluster, instance: int, now: float) -> None:
     """The steps of a run have ended: let go of what is complete and go on."""
     row, clock, heap = c.instances[instance], c.instance_s[instance], c.heap[instance]
-    clock[BUSY] += now - clock[RUN_START]
-    row[STEP] += row[RUN_STEPS]
-    row[CONTEXT] += row[ACTIVE] * row[RUN_STEPS]
-    while row[ACTIVE] > 0 and heap[0] >> SHIFT <= row[STEP]:
+    clock[at.BUSY] += now - clock[at.RUN_START]
+    row[at.STEP] += row[at.RUN_STEPS]
+    row[at.CONTEXT] += row[at.ACTIVE] * row[at.RUN_STEPS]
+    while row[at.ACTIVE] > 0 and heap[0] >> SHIFT <= row[at.STEP]:
         request = heap[0] & MASK
-        pop_int(heap, row[ACTIVE])
-        row[ACTIVE] -= 1
-        row[CONTEXT] -= c.requests[request, PROMPT] + c.requests[request, OUTPUT]
+        pop_int(heap, row[at.ACTIVE])
+        row[at.ACTIVE] -= 1
+        row[at.CONTEXT] -= c.requests[request, at.PROMPT] + c.requests[request, at.OUTPUT]
         _finish(c, request, now, now)
-    if row[IN_FLIGHT] > 0:
+    if row[at.IN_FLIGHT] > 0:
         finish_chunks(c, instance, now)
     start_run(c, instance, now)

@@ -15,7 +15,7 @@ from pdserve.domain.errors import LocalFault
 from placement.demand import Workload
 from placement.simulate import simulate
 from placement.simulation.settings import read_config
-from placement.simulation.summary import PERCENTILES, Summary, clean, summarise
+from placement.simulation.summary import PERCENTILES, Summary, summarise
 from placement.simulation.values import SimulationConfig, SimulationResult
 from placement.workload_files import read_workload
 
@@ -67,19 +67,9 @@ def format_requests(result: SimulationResult) -> str:
 
 def to_json(config: SimulationConfig, summary: Summary) -> dict[str, Any]:
     """The summary and the configuration that it belongs to."""
-    pools = [
-        {
-            "role": str(pool.role),
-            "replicas": pool.replicas,
-            "tp": pool.tp,
-            "pp": pool.pp,
-            "gpu": pool.gpu,
-        }
-        for pool in config.pools
-    ]
-    plain = clean(summary.to_json())
-    assert isinstance(plain, dict)
-    return {"rules": str(config.rules), "pools": pools, **plain}
+    names = ("role", "replicas", "tp", "pp", "gpu")
+    pools = [{name: getattr(pool, name) for name in names} for pool in config.pools]
+    return {"rules": str(config.rules), "pools": pools, **summary.to_json()}
 
 
 def show(config: SimulationConfig, summary: Summary, console: Console) -> None:

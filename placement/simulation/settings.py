@@ -9,10 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pdserve.config.base import Settings, parse_settings, read_yaml
-from pdserve.config.processes import DEFAULT_BLOCK_SIZE, POLICY, BlockSize
 from pdserve.domain.errors import LocalFault
-from pdserve.domain.pair_cost import PolicyName
-from pdserve.domain.waiting import QueueOrder
 from placement.fitted_profile import FittedProfile
 from placement.profiles import (
     DistserveProfile,
@@ -29,7 +26,6 @@ from placement.simulation.values import (
     Pool,
     PoolRole,
     Rules,
-    Scheduler,
     SimulationConfig,
     SplitwiseOptions,
     TrafficClass,
@@ -100,45 +96,14 @@ class ArrivalSettings(Settings):
         return self
 
 
-class PdserveSettings(Settings):
-    """Limits of our own workers and router; see `PdserveOptions`."""
-
-    max_step_tokens: int = Field(512, ge=1, le=1_000_000)
-    max_num_requests: int = Field(64, ge=1, le=100_000)
-    block_size: BlockSize = DEFAULT_BLOCK_SIZE
-    max_tokens_factor: float = Field(1.0, ge=1, description="max_tokens asked / tokens made")
-    handoff_s: float = Field(0.002, ge=0)
-    busy_handoff_s: float = Field(0.0, ge=0)
-    answer_scatter: float = Field(0.0, ge=0, le=2)
-    step_scatter: float = Field(0.0, ge=0, le=2)
-    policy: PolicyName = Field("least_total_time", description=POLICY)
-    prefill_order: QueueOrder = "fcfs"
-    prefix_cache_tokens: int = Field(0, ge=0)
-    max_num_waiting: int = Field(0, ge=0)
-    max_wait_s: float = Field(0.0, ge=0)
-
-
-class SplitwiseSettings(Settings):
-    """Settings of Splitwise's simulator; see `SplitwiseOptions`."""
-
-    scheduler: Scheduler | None = Field(
-        None, description="mixed_pool; token_jsq where all pools are colocated"
-    )
-    max_batch_size: int = Field(512, ge=1)
-    max_batch_tokens: int = Field(2048, ge=1)
-    max_preemptions: int = Field(4, ge=0)
-    prompt_max_pending_batch_tokens: int = Field(8192, ge=0)
-    transfer_gib_per_s: float = Field(200.0, gt=0)
-
-
 class SimulationSettings(Settings):
     rules: Rules = Rules.PDSERVE
     latency: SimulatedLatency
     pools: tuple[PoolSettings, ...] = Field(min_length=1)
     slo: TrafficClass | tuple[TrafficClass, ...] | None = None
     arrivals: ArrivalSettings | Literal["recorded"] | None = None
-    pdserve: PdserveSettings = PdserveSettings()
-    splitwise: SplitwiseSettings = SplitwiseSettings()
+    pdserve: PdserveOptions = PdserveOptions()
+    splitwise: SplitwiseOptions = SplitwiseOptions()
 
     @model_validator(mode="after")
     def _closed_loop_is_ours(self) -> "SimulationSettings":
@@ -194,7 +159,7 @@ def parse_config(data: object, *, source: str, folder: Path | None = None) -> Si
         rate=arrivals.rate,
         concurrency=arrivals.concurrency,
         pdserve=pdserve,
-        splitwise=_splitwise_options(settings),
+        splitwise=settings.splitwise,
     )
 
 
@@ -207,23 +172,11 @@ def _named(classes: tuple[TrafficClass, ...]) -> tuple[TrafficClass, ...]:
     )
 
 
-def _splitwise_options(settings: SimulationSettings) -> SplitwiseOptions:
-    given = settings.splitwise
-    is_alike = all(pool.role is PoolRole.COLOCATED for pool in settings.pools)
-    default = Scheduler.TOKEN_JSQ if is_alike else Scheduler.MIXED_POOL
-    return SplitwiseOptions(
-        **given.model_dump(exclude={"scheduler", "transfer_gib_per_s"}),
-        scheduler=given.scheduler or default,
-        transfer_bytes_per_s=given.transfer_gib_per_s * 2**30,
-    )
-
-
-def resolve_options(settings: PdserveSettings, fitted: FittedProfile | None) -> PdserveOptions:
-    """What the settings say; what they leave out a fitted profile knows, or is the default."""
+def resolve_options(given: PdserveOptions, fitted: FittedProfile | None) -> PdserveOptions:
+    """What is given; what that leaves out a fitted profile knows, or is the default."""
     if fitted is None:
-        return PdserveOptions(**settings.model_dump())
-    given = {name: getattr(settings, name) for name in settings.model_fields_set}
-    return replace(fitted.options(), **given)
+        return given
+    return fitted.options().model_copy(update=given.model_dump(exclude_unset=True))
 
 
 def _resolve_pools(

@@ -17,6 +17,7 @@ SCHEDULERS = {
     Scheduler.KV_JSQ: state.KV_JSQ,
     Scheduler.KV_TOKEN_JSQ: state.KV_TOKEN_JSQ,
 }
+RETRY_S = 1.0
 FASTER_LINK = 10
 """kv_token_jsq pretends to overlap transfers by so much more bandwidth."""
 
@@ -29,10 +30,12 @@ class SplitwiseCluster:
         self._pools = [pool for pool in pools for _ in range(pool.replicas)]
         self._options = options
         roles = {pool.role for pool in pools}
-        is_alike = options.scheduler is Scheduler.TOKEN_JSQ
+        default = Scheduler.TOKEN_JSQ if roles == {PoolRole.COLOCATED} else Scheduler.MIXED_POOL
+        self._scheduler = options.scheduler or default
+        is_alike = self._scheduler is Scheduler.TOKEN_JSQ
         if not is_alike and roles != {PoolRole.PREFILL, PoolRole.DECODE}:
             raise LocalFault(
-                f"rules splitwise: scheduler {options.scheduler} needs prefill and decode pools; "
+                f"rules splitwise: scheduler {self._scheduler} needs prefill and decode pools; "
                 f"got {', '.join(sorted(roles))}"
             )
         if any(pool.pp != 1 for pool in pools):
@@ -98,20 +101,20 @@ class SplitwiseCluster:
             machines[-1, state.LENGTHS + group] = len(members)
         most = max(len(t.tokens) for t in self._timings)
         machine_s = np.zeros((num_machines + 1, state.CURVES + 3 * most))
-        machine_s[-1, state.RETRY_S] = options.retry_s
+        machine_s[-1, state.RETRY_S] = RETRY_S
         for number, timing in enumerate(self._timings):
             curves = np.concatenate([timing.tokens, timing.prompt_s, timing.token_s])
             machine_s[number, state.CURVES : state.CURVES + len(curves)] = curves
             machines[number, state.NUM_KNOTS] = len(timing.tokens)
-        bandwidth = options.transfer_bytes_per_s
-        if options.scheduler is Scheduler.KV_TOKEN_JSQ:
+        bandwidth = options.transfer_gib_per_s * 2**30
+        if self._scheduler is Scheduler.KV_TOKEN_JSQ:
             bandwidth *= FASTER_LINK
         scalars = np.zeros(state.NUM_SCALARS, np.int64)
         scalars[state.MAX_BATCH_SIZE] = options.max_batch_size
         scalars[state.MAX_BATCH_TOKENS] = options.max_batch_tokens
         scalars[state.MAX_PREEMPTIONS] = options.max_preemptions
         scalars[state.MAX_QUEUED_TOKENS] = options.prompt_max_pending_batch_tokens
-        scalars[state.SCHEDULER] = SCHEDULERS[options.scheduler]
+        scalars[state.SCHEDULER] = SCHEDULERS[self._scheduler]
         request_s = np.zeros((num, 4))
         request_s[:, state.ARRIVAL_S] = trace.arrival_s
         request_s[:, state.TRANSFER_S] = trace.prompts * kv_bytes / bandwidth

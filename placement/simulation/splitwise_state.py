@@ -1,7 +1,8 @@
 """What Splitwise's machines and requests hold, and the event queue of its simulator.
 
 A request is two tasks: prompt `2 * r` and token `2 * r + 1`. Lists are rows of arrays with a
-length; they keep the order of the reference's Python lists, on which its choices depend.
+length; they keep the order of the reference's Python lists, on which its choices depend. Kernels
+import this module as `at`: `c.tasks[task, at.GOAL]`.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,7 @@
 """How long a step of one instance takes, in the three forms that the kernels read."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from pdserve.domain.latency import StepCoefficients, StepLatency, StepShape
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 Triple = tuple[float, float, float]
 
 PREFILL_KNOTS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -33,6 +35,10 @@ class StepTiming:
     context_s: Floats
     shared_s: float = 0.0
     source: str = ""  # where the numbers come from, for people
+
+    def to_steps(self, max_num_requests: int) -> "StepTiming":
+        """Itself: the other forms are turned into this one."""
+        return self
 
     @classmethod
     def of_coefficients(cls, c: StepCoefficients, *, source: str = "") -> "StepTiming":
@@ -100,13 +106,17 @@ class DistserveTiming:
     threshold: int  # requests from which `decode_large` holds
     max_num_tokens: int  # KV capacity at this parallelism, and the prefill budget
 
+    def decode_fit(self, sizes: Ints) -> Floats:
+        """The coefficients that hold for batches of these sizes: [sizes, 3]."""
+        small, large = np.array(self.decode_small), np.array(self.decode_large)
+        return np.where(sizes[:, None] < self.threshold, small, large)
+
     def to_steps(self, max_num_requests: int) -> StepTiming:
         """The same in the general form: tokens and pairs instead of squares."""
         a, b, c = self.prefill
         knots = np.array([0.0, 1.0])
         size = np.arange(max_num_requests + 1)
-        small, large = np.array(self.decode_small), np.array(self.decode_large)
-        fit = np.where(size[:, None] < self.threshold, small, large) / 1e3
+        fit = self.decode_fit(size) / 1e3
         # L**2 = 2 * pairs - L for a prompt read in one piece.
         return StepTiming(
             prefill_tokens=knots,
@@ -138,7 +148,7 @@ class SplitwiseTiming:
     def to_steps(self, max_num_requests: int) -> StepTiming:
         """The same in the general form; decode does not depend on the context in this data."""
         size = np.arange(max_num_requests + 1, dtype=float)
-        decode_s = np.array([interpolate(self.tokens, self.token_s, n) for n in size])
+        decode_s = interpolate(self.tokens, self.token_s, size)
         return StepTiming(
             prefill_tokens=self.tokens,
             prefill_s=self.prompt_s,
@@ -150,9 +160,17 @@ class SplitwiseTiming:
         )
 
 
-def interpolate(knots: Floats, values: Floats, at: float) -> float:
+def interpolate(knots: Floats, values: Floats, at: NDArray[Any] | float) -> Floats:
     """Straight lines between knots; the end segments go on outside."""
-    last = len(knots) - 2
-    left = min(max(int(np.searchsorted(knots, at)) - 1, 0), last)
+    left = np.clip(np.searchsorted(knots, at) - 1, 0, len(knots) - 2)
     slope = (values[left + 1] - values[left]) / (knots[left + 1] - knots[left])
-    return float(slope * (at - knots[left]) + values[left])
+    line: Floats = slope * (at - knots[left]) + values[left]
+    return line
+
+
+def at_sizes(table: Floats, sizes: Ints) -> Floats:
+    """Entries of a table by batch size; beyond its end it goes on along its last segment."""
+    last = len(table) - 1
+    beyond = np.maximum(sizes - last, 0)
+    found: Floats = table[np.minimum(sizes, last)] + beyond * (table[last] - table[last - 1])
+    return found

@@ -1,17 +1,18 @@
 """What a simulation is given and what it gives back."""
 
 from collections.abc import Set
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 import numpy as np
 from pydantic import Field
 
-from pdserve.config.processes import DEFAULT_BLOCK_SIZE, SloClass, SloName
+from pdserve.config.base import Settings
+from pdserve.config.processes import DEFAULT_BLOCK_SIZE, POLICY, BlockSize, SloClass, SloName
 from pdserve.domain.pair_cost import PolicyName
 from pdserve.domain.waiting import QueueOrder
 from placement.simulation.timing import DistserveTiming, SplitwiseTiming, StepTiming
-from placement.simulation.trace import Ints, Times
+from placement.simulation.trace import Floats, Ints, Times
 
 
 class Rules(StrEnum):
@@ -89,36 +90,35 @@ class Scheduler(StrEnum):
     KV_TOKEN_JSQ = "kv_token_jsq"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SplitwiseOptions:
+class SplitwiseOptions(Settings):
     """Settings of rules splitwise, by the names of the reference."""
 
-    scheduler: Scheduler = Scheduler.MIXED_POOL
-    max_batch_size: int = 512
-    max_batch_tokens: int = 2048
-    max_preemptions: int = 4
-    prompt_max_pending_batch_tokens: int = 8192
-    transfer_bytes_per_s: float = 200 * 2**30
-    retry_s: float = 1.0
+    scheduler: Scheduler | None = Field(
+        None, description="mixed_pool; token_jsq where all pools are colocated"
+    )
+    max_batch_size: int = Field(512, ge=1)
+    max_batch_tokens: int = Field(2048, ge=1)
+    max_preemptions: int = Field(4, ge=0)
+    prompt_max_pending_batch_tokens: int = Field(8192, ge=0)
+    transfer_gib_per_s: float = Field(200.0, gt=0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PdserveOptions:
+class PdserveOptions(Settings):
     """Limits and policies of our own router and workers (rules pdserve)."""
 
-    max_step_tokens: int = 512  # prompt tokens in one prefill step
-    max_num_requests: int = 64  # decoded at once by one instance
-    block_size: int = DEFAULT_BLOCK_SIZE
-    max_tokens_factor: float = 1.0  # max_tokens that clients ask for / tokens they get
-    handoff_s: float = 0.002  # messages between router and workers, part of TTFT
-    busy_handoff_s: float = 0.0  # added to it while the decode instance is in a step
-    answer_scatter: float = 0.0  # relative standard deviation of TPOT that no rule explains
-    step_scatter: float = 0.0  # and of each step by itself, which long answers level out
-    policy: PolicyName = "least_total_time"  # of the router
+    max_step_tokens: int = Field(512, ge=1, le=1_000_000)  # prompt tokens in one prefill step
+    max_num_requests: int = Field(64, ge=1, le=100_000)  # decoded at once by one instance
+    block_size: BlockSize = DEFAULT_BLOCK_SIZE
+    max_tokens_factor: float = Field(1.0, ge=1, description="max_tokens asked / tokens made")
+    handoff_s: float = Field(0.002, ge=0)  # messages between router and workers, part of TTFT
+    busy_handoff_s: float = Field(0.0, ge=0)  # added to it while the decode instance is in a step
+    answer_scatter: float = Field(0.0, ge=0, le=2)  # relative deviation of TPOT
+    step_scatter: float = Field(0.0, ge=0, le=2)  # and of each step, which long answers level out
+    policy: PolicyName = Field("least_total_time", description=POLICY)
     prefill_order: QueueOrder = "fcfs"
-    prefix_cache_tokens: int = 0  # kept by each instance that reads prompts; 0: off
-    max_num_waiting: int = 0  # requests without a first token in the cluster; 0: no limit
-    max_wait_s: float = 0.0  # predicted wait for prefill at which a request is refused; 0: off
+    prefix_cache_tokens: int = Field(0, ge=0)  # kept by each instance that reads prompts; 0: off
+    max_num_waiting: int = Field(0, ge=0)  # without a first token in the cluster; 0: no limit
+    max_wait_s: float = Field(0.0, ge=0)  # predicted wait at which a request is refused; 0: off
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,8 +134,13 @@ class SimulationConfig:
     slo: tuple[TrafficClass, ...] = ()
     rate: float | None = None
     concurrency: int | None = None
-    pdserve: PdserveOptions = PdserveOptions()
-    splitwise: SplitwiseOptions = SplitwiseOptions()
+    pdserve: PdserveOptions = field(default_factory=PdserveOptions)
+    splitwise: SplitwiseOptions = field(default_factory=SplitwiseOptions)
+
+    @property
+    def promises_s(self) -> Floats:
+        """Of the first token, by class; of none an infinite one."""
+        return np.array([item.ttft_s for item in self.slo] or [np.inf])
 
     @property
     def num_gpus(self) -> int:
@@ -154,7 +159,7 @@ class SimulationResult(Times):
 
     @classmethod
     def of(cls, times: Times, class_index: Ints) -> "SimulationResult":
-        plain = {field.name: getattr(times, field.name) for field in fields(times)}
+        plain = {each.name: getattr(times, each.name) for each in fields(times)}
         return cls(**plain, class_index=class_index)
 
     @property

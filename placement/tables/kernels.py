@@ -1,7 +1,5 @@
 """Times of single kernels on one GPU: from measurements, or from the datasheet's roofline."""
 
-from typing import Protocol
-
 import numpy as np
 
 from placement.hardware import Gpu
@@ -10,29 +8,6 @@ from placement.tables.measured import HEAD_DIM, MeasuredTables, measured_tables
 
 LAUNCH_S = 2.5e-6  # floor of a kernel inside a CUDA graph (smallest GEMMs and all-reduces measured)
 INTER_NODE_LATENCY_S = 1.5e-5
-
-
-class KernelTimes(Protocol):
-    """Seconds of kernels; arrays of sizes broadcast."""
-
-    gpu: Gpu
-
-    def gemm_s(self, m: Array, n: float, k: float, dtype: str, weight_bytes: float) -> Array: ...
-
-    def context_attention_s(
-        self, tokens: Array, mean_length: Array, heads: tuple[float, float], head_dim: int
-    ) -> Array: ...
-
-    def decode_attention_s(
-        self,
-        batch: Array,
-        context: Array,
-        heads: tuple[float, float],
-        head_dim: int,
-        kv_bytes: float,
-    ) -> Array: ...
-
-    def all_reduce_s(self, num_bytes: Array, num_gpus: int) -> Array: ...
 
 
 class RooflineKernels:
@@ -131,7 +106,11 @@ class MeasuredKernels:
         return inside + _between_nodes(self.gpu, num_bytes, num_gpus)
 
 
-def kernels_of(gpu: Gpu) -> MeasuredKernels | RooflineKernels:
+KernelTimes = MeasuredKernels | RooflineKernels
+"""Seconds of kernels; arrays of sizes broadcast."""
+
+
+def kernels_of(gpu: Gpu) -> KernelTimes:
     """Measured tables where the GPU has them."""
     return MeasuredKernels(gpu) if gpu.has_tables else RooflineKernels(gpu)
 

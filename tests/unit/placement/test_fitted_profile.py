@@ -71,7 +71,7 @@ def test_simulate_lets_settings_have_the_last_word(profile_file: Path) -> None:
         {"role": "decode", "link_gb_per_s": 2.0},
     ]
     found = config(profile_file, pools=pools, pdserve={"handoff_s": 0.05})
-    assert found.pdserve == replace(SERVING_PROFILE.options(), handoff_s=0.05)
+    assert found.pdserve == SERVING_PROFILE.options().model_copy(update={"handoff_s": 0.05})
     assert found.pools[0].kv_tokens == 4096
     assert found.pools[1].link.bytes_per_s == 2e9
 

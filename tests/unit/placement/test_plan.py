@@ -17,7 +17,7 @@ from placement.search.bursts import burst_above
 from placement.search.results import PlanResult
 from placement.search.traffic import Traffic
 from placement.simulate import Simulator
-from placement.simulation.values import PdserveOptions, Rules, SplitwiseOptions, TrafficClass
+from placement.simulation.values import PdserveOptions, SimulationConfig, TrafficClass
 from placement.solver import solve
 from tests.support.plan_inputs import small_inputs
 
@@ -128,7 +128,7 @@ def test_limits_refuse_nobody_for_whom_the_plan_was_made(ttft_s: float) -> None:
     limits = PdserveOptions(
         max_num_waiting=plan.limits.max_num_waiting, max_wait_s=plan.limits.max_wait_s
     )
-    config = result.design.config(Rules.PDSERVE, (), limits, SplitwiseOptions())
+    config = result.design.config(SimulationConfig(pools=(), pdserve=limits))
     assert Simulator(config).run(workload.trace()).num_refused <= 0.01 * num
     assert plan.limits.max_burst is not None
     assert burst_above(workload.trace().arrival_s, plan.limits.max_rate) <= plan.limits.max_burst
@@ -190,7 +190,7 @@ def test_limits_refuse_nobody_of_the_recorded_bursts_that_the_plan_was_made_for(
         max_num_waiting=plan.limits.max_num_waiting,
         max_wait_s=plan.limits.max_wait_s,
     )
-    simulator = Simulator(result.design.config(Rules.PDSERVE, (), limits, SplitwiseOptions()))
+    simulator = Simulator(result.design.config(SimulationConfig(pools=(), pdserve=limits)))
     traffic = Traffic(inputs.workload, (TrafficClass(ttft_s=slo["ttft_s"], tpot_s=0.2),))
     for seed in range(result.prediction.num_seeds):
         trace, _ = traffic.trace(seed, result.prediction.rate, result.prediction.horizon_s)

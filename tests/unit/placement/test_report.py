@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pdserve.domain.errors import LocalFault
-from placement.report import ReportTable, read_report, render_report
+from placement.report import read_report, render_report
 from placement.report_parts.curves import (
     AttainmentCurve,
     ClassCurve,
@@ -17,6 +17,7 @@ from placement.report_parts.curves import (
     Timeline,
     TradeOff,
 )
+from placement.report_parts.page import ReportTable
 from placement.simulation.values import TrafficClass
 
 CURVES = Curves(
