@@ -126,7 +126,7 @@ def _print_table(chosen: "list[Gpu]", spec: "ModelSpec | None") -> None:
     console = Console(width=110, soft_wrap=True)
     console.print(table)
     console.print(
-        "* our assumption of a list price: set your own with --file gpus.yaml", style="dim"
+        "* our assumption of a list price: set your own with --gpus-file gpus.yaml", style="dim"
     )
 
 
