@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from pdserve.config.binding import explain_listening, listen
 from pdserve.config.timers import Timers
 from pdserve.domain.addresses import is_loopback, join_address
-from pdserve.domain.errors import BadRequest, LocalFault, PdserveError
+from pdserve.domain.errors import BadRequest, FieldViolation, LocalFault, PdserveError
 from pdserve.rpc.channels import server_options
 from pdserve.rpc.errors import abort
 from pdserve.rpc.health import ProcessHealth
@@ -142,7 +142,8 @@ def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 def _check_readable(request: Any) -> None:
     if request is UNREADABLE:
-        raise BadRequest("the request is not a message of this method")
+        violation = FieldViolation("request", "must be a valid message with text in UTF-8")
+        raise BadRequest.of([violation])
 
 
 def _guard_call(inner: Any, method: str) -> Any:
