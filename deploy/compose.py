@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from deploy.deployment import Deployment, PlacedWorker
-from deploy.kubernetes.pods import USER_ID
+from deploy.kubernetes.pods import SCRATCH_ENV, USER_ID
 from deploy.kubernetes.pools import Pool, pools_of
 from deploy.kubernetes.settings_files import router_settings, settings_file, worker_settings
 from deploy.kubernetes.sizing import model_spec, size_of
@@ -131,12 +131,7 @@ def _worker(
         timers=pool.settings.timers,
         options=options,
     )
-    threads = {"OMP_NUM_THREADS": "1" if not pool.num_gpus else "4"}
-    service["environment"] = {
-        **service["environment"],
-        **threads,
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    service["environment"] = SCRATCH_ENV | pool.thread_env
     return {
         **service,
         "networks": ["cluster"],
@@ -156,7 +151,7 @@ def _smoke(options: ComposeOptions) -> Service:
         "mem_limit": "512m",
         "cpus": 1.0,
         "tmpfs": [f"/tmp:size={ROUTER_SCRATCH},mode=1777"],
-        "environment": _environment(),
+        "environment": SCRATCH_ENV,
         **_locked_down(),
     }
 
@@ -173,7 +168,7 @@ def _service(
         "image": image,
         "command": list(command),
         "configs": [{"source": config, "target": f"{CONFIG_DIR}/{config}.yaml"}],
-        "environment": _environment(),
+        "environment": SCRATCH_ENV,
         "restart": "unless-stopped",
         "stop_grace_period": f"{math.ceil(timers.drain_s) + KILL_MARGIN_S}s",
         **_locked_down(),
@@ -198,15 +193,6 @@ def _locked_down() -> Service:
         "security_opt": ["no-new-privileges:true"],
         "pids_limit": 512,
         "init": True,
-    }
-
-
-def _environment() -> dict[str, str]:
-    """The root is read-only: what libraries write goes to /tmp."""
-    return {
-        "HOME": "/tmp",
-        "NUMBA_CACHE_DIR": "/tmp/numba",
-        "TORCHINDUCTOR_CACHE_DIR": "/tmp/torchinductor",
     }
 
 

@@ -18,6 +18,7 @@ from pdserve.config.cluster import ClusterSettings
 from pdserve.config.processes import WorkerSettings
 from pdserve.domain.addresses import split_address
 from pdserve.domain.errors import LocalFault, PdserveError
+from pdserve.worker.parts import running
 
 JOIN_S = 10.0
 """The router has a worker that serves within this time, unless something else is wrong."""
@@ -98,8 +99,7 @@ class LocalCluster(Cluster):
     async def _start_all(self) -> None:
         self._logs = LogDir.open(self.deployment.log_dir)
         # The router goes first: workers are told its address, which may be picked by the system.
-        forking = asyncio.create_task(self._start_forking())
-        try:
+        async with running(self._start_forking()) as forking:
             settings = self.deployment.router
             self.processes = [
                 LocalProcess("router", "router", settings, self.log_dir / "router.log")
@@ -108,9 +108,6 @@ class LocalCluster(Cluster):
             self.public_address, self.internal_address = ready.address, ready.internal_address
             self.processes += [self._worker(each.settings) for each in self.deployment.workers]
             await forking
-        finally:
-            forking.cancel()
-            await asyncio.gather(forking, return_exceptions=True)
         await side_by_side(self._start(worker) for worker in self.workers)
         await self._wait_for_registration(map(self._end_of, self.processes))
         self._keepers = [

@@ -23,6 +23,7 @@ from pdserve.engine.model_files import ModelFiles
 from pdserve.observe.log_sinks import RotatingFile
 from pdserve.observe.log_writer import LogWriter
 from pdserve.observe.logging import say_dropped
+from pdserve.worker.parts import running
 
 CLOSE_S = 3.0
 PLACE_POLL_S = 0.1
@@ -159,14 +160,10 @@ class RayCluster(Cluster):
     async def _launch_all(self) -> None:
         """The router goes first: workers are told its address. Their actors come up meanwhile."""
         router, *workers = self.slots
-        opened = asyncio.create_task(side_by_side(_hosted(slot).open() for slot in workers))
-        try:
+        async with running(side_by_side(_hosted(slot).open() for slot in workers)) as opened:
             await self._launch(router)
             self._settle_addresses(router)
             await opened
-        finally:
-            opened.cancel()
-            await asyncio.gather(opened, return_exceptions=True)
         for slot in workers:
             update = {"routers": (self.internal_address,)}
             slot.settings = slot.settings.model_copy(update=update)

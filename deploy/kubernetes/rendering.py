@@ -134,8 +134,9 @@ def _base(deployment: Deployment, options: RenderOptions, pools: Sequence[Pool])
         )
     settings = _settings_files(deployment, options, pools)
     resources = list(files)
-    generators = [
-        _generator(options, name, [f"settings/{name}.yaml"]) for name in ("router", *_names(pools))
+    generators: list[Manifest] = [
+        {"name": config_name(options, name), "files": [f"settings/{name}.yaml"]}
+        for name in ("router", *(pool.name for pool in pools))
     ]
     files |= {f"settings/{name}": text for name, text in settings.items()}
     if deployment.plan is not None:
@@ -223,14 +224,6 @@ def _name_references() -> Manifest:
         for template in ("leaderTemplate", "workerTemplate")
     ]
     return {"nameReference": [{"kind": "ConfigMap", "version": "v1", "fieldSpecs": fields}]}
-
-
-def _generator(options: RenderOptions, name: str, files: Sequence[str]) -> Manifest:
-    return {"name": config_name(options, name), "files": list(files)}
-
-
-def _names(pools: Sequence[Pool]) -> tuple[str, ...]:
-    return tuple(pool.name for pool in pools)
 
 
 def _text(documents: Iterable[Manifest], *comments: str) -> str:

@@ -61,11 +61,9 @@ def _tuple_of(field: Any) -> tuple[int, ...]:
     return tuple(itertools.chain.from_iterable(slices(field)))
 
 
-def sampling_from_proto(
-    message: types_pb2.SamplingParams, *, default_seed: int = 0
-) -> SamplingParams:
-    """Unset fields take the defaults of `SamplingParams`; an unset seed takes `default_seed`."""
-    fields = ("temperature", "top_k", "top_p", "max_tokens", "min_tokens", "logprobs")
+def sampling_from_proto(message: types_pb2.SamplingParams) -> SamplingParams:
+    """Unset fields take the defaults of `SamplingParams`."""
+    fields = ("temperature", "top_k", "top_p", "seed", "max_tokens", "min_tokens", "logprobs")
     given = {
         name: getattr(message, name)
         for name in (*fields, "skip_special_tokens")
@@ -73,7 +71,6 @@ def sampling_from_proto(
     }
     return SamplingParams(
         **given,
-        seed=message.seed if message.HasField("seed") else default_seed,
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,

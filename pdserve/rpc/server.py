@@ -160,14 +160,7 @@ def _guard_call(inner: Any, method: str) -> Any:
 def _guard_stream(inner: Any, method: str) -> Any:
     """Streams answer either as async generators or by `context.write`."""
 
-    async def guarded_coroutine(request: Any, context: Any) -> None:
-        try:
-            _check_readable(request)
-            await inner(request, context)
-        except Exception as error:  # noqa: BLE001
-            await _reply_with(context, error, method)
-
-    async def guarded_generator(request: Any, context: Any) -> Any:
+    async def guarded(request: Any, context: Any) -> Any:
         try:
             _check_readable(request)
             async for reply in inner(request, context):
@@ -175,7 +168,7 @@ def _guard_stream(inner: Any, method: str) -> Any:
         except Exception as error:  # noqa: BLE001
             await _reply_with(context, error, method)
 
-    return guarded_generator if inspect.isasyncgenfunction(inner) else guarded_coroutine
+    return guarded if inspect.isasyncgenfunction(inner) else _guard_call(inner, method)
 
 
 async def _reply_with(context: Any, error: Exception, method: str) -> None:
