@@ -39,23 +39,14 @@ ROUTER_SCRATCH = "64m"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ComposeOptions:
+class ComposeOptions(RenderOptions):
     """Choices that are not the plan's."""
 
-    name: str = "pdserve"
-    image_router: str
-    image_worker: str
     models_dir: str = ""  # a folder of this machine, mounted read-only at /models
 
 
 def render_compose(deployment: Deployment, options: ComposeOptions) -> dict[str, str]:
     """Relative path to text; raises `LocalFault` for what one machine cannot hold."""
-    names = RenderOptions(
-        name=options.name,
-        image_router=options.image_router,
-        image_worker=options.image_worker,
-        num_routers=1,
-    )
     pools = pools_of(deployment.workers)
     _check_one_machine(deployment.workers)
     plan_model = deployment.plan.model if deployment.plan else ""
@@ -71,7 +62,7 @@ def render_compose(deployment: Deployment, options: ComposeOptions) -> dict[str,
     first_gpu = 0
     for pool in pools:
         size = size_of(pool, spec)
-        own = worker_settings(pool, names).model_copy(
+        own = worker_settings(pool, options).model_copy(
             update={"routers": (f"{ROUTER}:{INTERNAL_PORT}",)}
         )
         settings[f"{pool.name}.yaml"] = settings_file(

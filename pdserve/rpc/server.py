@@ -72,11 +72,8 @@ class RpcServer:
             )
         await server.start()
         started = cls(server, health_servicer, address)
-        await started.set_ready(is_ready)
+        await started.health.set_ready(is_ready)
         return started
-
-    async def set_ready(self, is_ready: bool) -> None:
-        await self.health.set_ready(is_ready)
 
     async def close(self, grace_s: float = 0.0) -> None:
         await self._server.stop(grace_s)
