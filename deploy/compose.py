@@ -49,8 +49,7 @@ def render_compose(deployment: Deployment, options: ComposeOptions) -> dict[str,
     """Relative path to text; raises `LocalFault` for what one machine cannot hold."""
     pools = pools_of(deployment.workers)
     _check_one_machine(deployment.workers)
-    plan_model = deployment.plan.model if deployment.plan else ""
-    spec = model_spec(deployment.router.model, plan_model)
+    spec = model_spec(deployment)
     services: dict[str, Service] = {ROUTER: _router(deployment, options)}
     settings = {
         f"{ROUTER}.yaml": settings_file(

@@ -104,8 +104,7 @@ def warnings_of(deployment: Deployment, models: str) -> list[str]:
 
 
 def _base(deployment: Deployment, options: RenderOptions, pools: Sequence[Pool]) -> Files:
-    plan_model = deployment.plan.model if deployment.plan else ""
-    spec = model_spec(deployment.router.model, plan_model)
+    spec = model_spec(deployment)
     router = router_settings(deployment, num_routers=options.num_routers)
     files = {
         "namespace.yaml": _text([_namespace(options)]),
@@ -171,13 +170,7 @@ def _settings_files(deployment: Deployment, options: RenderOptions, pools: Seque
         about.append(
             f"max_num_requests, max_num_waiting and max_rate: a share of 1/{options.num_routers}."
         )
-    files = {
-        "router.yaml": settings_file(
-            router,
-            left_out=("router_id",),
-            about=about,
-        )
-    }
+    files = {"router.yaml": settings_file(router, left_out=("router_id",), about=about)}
     for pool in pools:
         files[f"{pool.name}.yaml"] = settings_file(
             worker_settings(pool, options),
