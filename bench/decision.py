@@ -27,7 +27,7 @@ from pdserve.domain.latency import LiveSteps, StepCoefficients, StepShape
 from pdserve.domain.layout import KvLayout, LayerKv, ShardedLayout
 from pdserve.domain.messages import PeerHello, Reads, Role, WorkerHello, WorkerLoad
 from router.cluster_view import ClusterView, Ledger, RequestShape
-from router.decode_links import DecodeLink, LinkTarget
+from router.decode_links import DecodeLink
 from router.membership import Member, Membership
 from router.policy import POLICIES, Pair, Policy
 
@@ -136,7 +136,8 @@ class Cluster:
         member = self.membership.admit(hello, self.now_s)
         if role is Role.DECODE:
             member.link = DecodeLink(
-                LinkTarget(life=member.life, address=hello.address),
+                member.life,
+                hello.address,
                 me=PeerHello(peer_id="router", epoch=Epoch(1), protocol_version=PROTOCOL_VERSION),
                 connect=_nobody,
                 timers=TIMERS,

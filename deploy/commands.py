@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pdserve.cli.options import AsJson, GpusFile, OptionalPublicAddress, RayAddress
+from pdserve.domain.errors import LocalFault
 
 
 class Backend(StrEnum):
@@ -169,7 +170,7 @@ def up(
         )
         return
     if ray_address is not None or ray_resource or show_logs:
-        raise _misplaced("--ray-address, --ray-resource and --show-logs are for --backend ray")
+        raise LocalFault("--ray-address, --ray-resource and --show-logs are for --backend ray")
     from deploy.local import LocalCluster
 
     run_up(
@@ -210,7 +211,7 @@ def down(
         from deploy.ray.opening import stop_on_ray
 
         if every:
-            raise _misplaced("--all is for clusters of this machine: name one by --address")
+            raise LocalFault("--all is for clusters of this machine: name one by --address")
         done = stop_on_ray(ray_address, address)
         text = f"stopped the cluster at {done.address} in {done.elapsed_s:.1f} s"
         typer.echo(json.dumps([asdict(done)]) if as_json else text)
@@ -226,9 +227,3 @@ def down(
             typer.echo(f"stopped in {elapsed_s:.1f} s")
     if as_json:
         typer.echo(json.dumps(stopped))
-
-
-def _misplaced(message: str) -> Exception:
-    from pdserve.domain.errors import LocalFault
-
-    return LocalFault(message)

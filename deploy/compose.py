@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from deploy.deployment import Deployment, PlacedWorker
-from deploy.kubernetes.pods import USER_ID
+from deploy.kubernetes.pods import SCRATCH_ENV, USER_ID
 from deploy.kubernetes.pools import Pool, pools_of
 from deploy.kubernetes.settings_files import router_settings, settings_file, worker_settings
 from deploy.kubernetes.sizing import model_spec, size_of
@@ -39,27 +39,17 @@ ROUTER_SCRATCH = "64m"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ComposeOptions:
+class ComposeOptions(RenderOptions):
     """Choices that are not the plan's."""
 
-    name: str = "pdserve"
-    image_router: str
-    image_worker: str
     models_dir: str = ""  # a folder of this machine, mounted read-only at /models
 
 
 def render_compose(deployment: Deployment, options: ComposeOptions) -> dict[str, str]:
     """Relative path to text; raises `LocalFault` for what one machine cannot hold."""
-    names = RenderOptions(
-        name=options.name,
-        image_router=options.image_router,
-        image_worker=options.image_worker,
-        num_routers=1,
-    )
     pools = pools_of(deployment.workers)
     _check_one_machine(deployment.workers)
-    plan_model = deployment.plan.model if deployment.plan else ""
-    spec = model_spec(deployment.router.model, plan_model)
+    spec = model_spec(deployment)
     services: dict[str, Service] = {ROUTER: _router(deployment, options)}
     settings = {
         f"{ROUTER}.yaml": settings_file(
@@ -71,7 +61,7 @@ def render_compose(deployment: Deployment, options: ComposeOptions) -> dict[str,
     first_gpu = 0
     for pool in pools:
         size = size_of(pool, spec)
-        own = worker_settings(pool, names).model_copy(
+        own = worker_settings(pool, options).model_copy(
             update={"routers": (f"{ROUTER}:{INTERNAL_PORT}",)}
         )
         settings[f"{pool.name}.yaml"] = settings_file(
@@ -131,12 +121,7 @@ def _worker(
         timers=pool.settings.timers,
         options=options,
     )
-    threads = {"OMP_NUM_THREADS": "1" if not pool.num_gpus else "4"}
-    service["environment"] = {
-        **service["environment"],
-        **threads,
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    service["environment"] = SCRATCH_ENV | pool.thread_env
     return {
         **service,
         "networks": ["cluster"],
@@ -156,7 +141,7 @@ def _smoke(options: ComposeOptions) -> Service:
         "mem_limit": "512m",
         "cpus": 1.0,
         "tmpfs": [f"/tmp:size={ROUTER_SCRATCH},mode=1777"],
-        "environment": _environment(),
+        "environment": SCRATCH_ENV,
         **_locked_down(),
     }
 
@@ -173,7 +158,7 @@ def _service(
         "image": image,
         "command": list(command),
         "configs": [{"source": config, "target": f"{CONFIG_DIR}/{config}.yaml"}],
-        "environment": _environment(),
+        "environment": SCRATCH_ENV,
         "restart": "unless-stopped",
         "stop_grace_period": f"{math.ceil(timers.drain_s) + KILL_MARGIN_S}s",
         **_locked_down(),
@@ -198,15 +183,6 @@ def _locked_down() -> Service:
         "security_opt": ["no-new-privileges:true"],
         "pids_limit": 512,
         "init": True,
-    }
-
-
-def _environment() -> dict[str, str]:
-    """The root is read-only: what libraries write goes to /tmp."""
-    return {
-        "HOME": "/tmp",
-        "NUMBA_CACHE_DIR": "/tmp/numba",
-        "TORCHINDUCTOR_CACHE_DIR": "/tmp/torchinductor",
     }
 
 

@@ -23,7 +23,6 @@ from pdserve.domain.messages import ClusterState
 
 PROMPT = "def read_lines(path):"
 BLOCKS_FREE_WITHIN_S = 5.0
-POLL_S = 0.2
 SETTINGS = ClusterSettings(
     router=RouterPool(port=0, internal_port=0),
     prefill=PrefillPool(replicas=2),
@@ -79,22 +78,12 @@ async def run_demo() -> None:
 
 
 async def idle_state(internal_address: str) -> ClusterState:
-    """The state once no worker holds a block; raises `ClusterFailed` where some stay held.
-
-    Workers report with their heartbeats, so the state lags behind the last answer.
-    """
+    """The state once no worker holds a block; raises `ClusterFailed` where some stay held."""
     async with AdminClient(internal_address) as admin:
-        deadline = time.monotonic() + BLOCKS_FREE_WITHIN_S
-        while True:
-            state = await admin.cluster_state()
-            busy = [
-                worker.hello.worker_id for worker in state.workers if not worker.load.kv.is_idle
-            ]
-            if state.workers and not busy:
-                return state
-            if time.monotonic() > deadline:
-                raise ClusterFailed(f"KV blocks are still held by: {', '.join(busy) or 'nobody'}")
-            await asyncio.sleep(POLL_S)
+        state = await admin.settled_state(BLOCKS_FREE_WITHIN_S)
+    if state.busy_workers:
+        raise ClusterFailed(f"KV blocks are still held by: {', '.join(state.busy_workers)}")
+    return state
 
 
 def _is_alive(pid: int) -> bool:

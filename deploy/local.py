@@ -4,10 +4,9 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, Self
 
-from deploy.backend import ClusterEvent, ProcessRow, Report, side_by_side
+from deploy.backend import KILL_GRACE_S, Cluster, ProcessRow, Report, side_by_side
 from deploy.backoff import Backoff
 from deploy.deployment import Deployment, deployment_of_cluster
 from deploy.forked import ForkedProcess, ForkServer
@@ -15,21 +14,19 @@ from deploy.log_dir import LogDir
 from deploy.preflight import check_deployment
 from deploy.processes import LocalProcess, Ready, describe_exit, opened_log
 from deploy.registration import all_alive
-from pdserve.cli.problems import ClusterFailed
 from pdserve.config.cluster import ClusterSettings
 from pdserve.config.processes import WorkerSettings
 from pdserve.domain.addresses import split_address
 from pdserve.domain.errors import LocalFault, PdserveError
+from pdserve.worker.parts import running
 
-KILL_GRACE_S = 5.0
-"""A process that takes this much longer to drain than its own limit is killed."""
 JOIN_S = 10.0
 """The router has a worker that serves within this time, unless something else is wrong."""
 RESTART_S = 120.0
 """A process that does not serve so long after it was started again is tried anew."""
 
 
-class LocalCluster:
+class LocalCluster(Cluster):
     """A router and its workers, owned by an `async with` block.
 
         async with LocalCluster.start(settings) as cluster:
@@ -42,16 +39,11 @@ class LocalCluster:
     """
 
     def __init__(self, deployment: Deployment, report: Report) -> None:
-        self.deployment = deployment
+        super().__init__(deployment, report)
         self.processes: list[LocalProcess] = []
-        self._logs: LogDir | None = None
-        self._report = report
         self._fork_server = ForkServer(engine=_preloaded_engine(deployment))
         self._ends: dict[LocalProcess, asyncio.Task[int]] = {}  # their exit codes
         self._keepers: list[asyncio.Task[None]] = []
-        self._events: asyncio.Queue[ClusterEvent] = asyncio.Queue()
-        self._public_address = ""
-        self._internal_address = ""
 
     @classmethod
     def start(
@@ -74,22 +66,9 @@ class LocalCluster:
     def workers(self) -> Sequence[LocalProcess]:
         return self.processes[1:]
 
-    @property
-    def public_address(self) -> str:
-        return self._public_address
-
-    @property
-    def internal_address(self) -> str:
-        return self._internal_address
-
     def process(self, name: str) -> LocalProcess:
         """The process called `name`: router, prefill-0, decode-1, ..."""
         return next(process for process in self.processes if process.name == name)
-
-    @property
-    def log_dir(self) -> Path:
-        assert self._logs is not None, "the cluster was not started"
-        return self._logs.path
 
     @property
     def rows(self) -> Sequence[ProcessRow]:
@@ -97,7 +76,7 @@ class LocalCluster:
             ProcessRow(
                 name=each.name,
                 role=each.role,
-                pid=each.pid,
+                pid=each.pid if each.ready else 0,
                 address=each.ready.internal_address if each.ready else "",
                 num_blocks=each.num_blocks,
                 metrics_address=each.ready.metrics_address if each.ready else "",
@@ -105,67 +84,32 @@ class LocalCluster:
             for each in self.processes
         ]
 
-    @property
-    def num_serving(self) -> int:
-        return sum(process.ready is not None for process in self.processes)
-
-    async def __aenter__(self) -> Self:
+    def _check(self) -> None:
         check_deployment(self.deployment)
-        self._logs = LogDir.open(self.deployment.log_dir)
-        try:
-            async with asyncio.timeout(self.deployment.start_s):
-                await self._start_all()
-        except TimeoutError:
-            message = self._late_message()
-            await self._kill_all()
-            raise ClusterFailed(message) from None
-        except BaseException:
-            await self._kill_all()
-            raise
-        return self
-
-    async def __aexit__(self, kind: object, error: object, /, *_: object) -> None:
-        try:
-            if error is None:
-                await self.drain()
-        finally:
-            await self._kill_all()
-            if error is None:
-                assert self._logs is not None
-                self._logs.remove()
-
-    async def next_event(self) -> ClusterEvent:
-        """The next thing that happened; a loss is never the end: what is lost is started again."""
-        return await self._events.get()
 
     async def drain(self) -> None:
-        """Let requests finish: first the router, then the workers; kill what takes too long."""
         await self._stop_keeping()
         await self._stop([self.router])
         await self._stop(self.workers)
 
     def kill(self) -> None:
-        """End every process at once; `async with` still waits for their ends."""
         for process in self.processes:
             process.signal(signal.SIGKILL)
 
     async def _start_all(self) -> None:
+        self._logs = LogDir.open(self.deployment.log_dir)
         # The router goes first: workers are told its address, which may be picked by the system.
-        forking = asyncio.create_task(self._start_forking())
-        try:
+        async with running(self._start_forking()) as forking:
             settings = self.deployment.router
             self.processes = [
                 LocalProcess("router", "router", settings, self.log_dir / "router.log")
             ]
             ready = await self._start(self.router)
-            self._public_address, self._internal_address = ready.address, ready.internal_address
+            self.public_address, self.internal_address = ready.address, ready.internal_address
             self.processes += [self._worker(each.settings) for each in self.deployment.workers]
             await forking
-        finally:
-            forking.cancel()
-            await asyncio.gather(forking, return_exceptions=True)
         await side_by_side(self._start(worker) for worker in self.workers)
-        await self._wait_for_registration()
+        await self._wait_for_registration(map(self._end_of, self.processes))
         self._keepers = [
             asyncio.create_task(self._keep(place)) for place in range(len(self.processes))
         ]
@@ -196,30 +140,24 @@ class LocalCluster:
         self._report(f"{process.name} serves at {ready.address}")
         return ready
 
-    async def _wait_for_registration(self) -> None:
-        """Until the router has all workers; raises `ClusterFailed` if a process ends first."""
-        self._report("waiting for the router to see all workers")
-        names = {process.name for process in self.workers}
-        seen = asyncio.create_task(all_alive(self.internal_address, names))
-        try:
-            await asyncio.wait({seen, *self._ends.values()}, return_when=asyncio.FIRST_COMPLETED)
-            for process, end in self._ends.items():
-                if end.done():
-                    raise ClusterFailed(_obituary(process, end.result()))
-            await seen
-        finally:
-            seen.cancel()
-            await asyncio.gather(seen, return_exceptions=True)
+    async def _end_of(self, process: LocalProcess) -> str:
+        """How it ended, once it has."""
+        await asyncio.wait([self._ends[process]])
+        code = self._ends[process].result()
+        return (
+            f"{process.name} {describe_exit(code)}; the end of {process.log_path}:\n"
+            f"{process.last_words()}"
+        )
 
     async def _keep(self, place: int) -> None:
         """One place: lose a life, start the next, until cancelled."""
         backoff, loop = Backoff(), asyncio.get_running_loop()
         while True:
             process, born_s = self.processes[place], loop.time()
-            await asyncio.wait([self._ends[process]])
-            code = self._ends.pop(process).result()
+            obituary = await self._end_of(process)
+            del self._ends[process]
             lost_s = loop.time()
-            self._tell(f"{_obituary(process, code)}\nstarting {process.name} again")
+            self._tell(f"{obituary}\nstarting {process.name} again")
             await asyncio.sleep(backoff.after_life(lost_s - born_s))
             ready = await self._revive(place, backoff)
             names = {each.name for each in self.workers} if place == 0 else {process.name}
@@ -262,9 +200,6 @@ class LocalCluster:
             self.processes[place] = LocalProcess("router", "router", settings, lost.log_path)
         return self.processes[place]
 
-    def _tell(self, message: str) -> None:
-        self._events.put_nowait(ClusterEvent(message))
-
     async def _stop_keeping(self) -> None:
         """Nothing is started again any more."""
         for keeper in self._keepers:
@@ -288,11 +223,7 @@ class LocalCluster:
             for task in running:
                 task.cancel()
 
-    async def _kill_all(self) -> None:
-        # A second Ctrl-C must not leave zombies behind: they are dead already, this is brief.
-        await asyncio.shield(self._kill_all_now())
-
-    async def _kill_all_now(self) -> None:
+    async def _end_all_now(self, keeps_logs: bool) -> None:
         await self._stop_keeping()
         self.kill()
         await asyncio.gather(*(process.wait() for process in self.processes))
@@ -300,20 +231,9 @@ class LocalCluster:
         await self._fork_server.close()
 
     def _late_message(self) -> str:
-        late = [process for process in self.processes if process.ready is None]
-        limit = f"{self.deployment.start_s:g} s (start_s)"
-        if not late:
-            return f"the router did not see all workers within {limit}; logs in {self.log_dir}"
-        words = "\n".join(f"  {each.name}:\n{each.last_words()}" for each in late)
-        names = ", ".join(each.name for each in late)
-        return f"{names} did not serve within {limit}; logs in {self.log_dir}\n{words}"
-
-
-def _obituary(process: LocalProcess, code: int) -> str:
-    return (
-        f"{process.name} {describe_exit(code)}; the end of {process.log_path}:\n"
-        f"{process.last_words()}"
-    )
+        late = (process for process in self.processes if process.ready is None)
+        words = (f"  {each.name}:\n{each.last_words()}" for each in late)
+        return "\n".join([super()._late_message(), *words])
 
 
 def _can_fork(settings: WorkerSettings) -> bool:

@@ -4,10 +4,9 @@ import asyncio
 import json
 import signal
 from collections.abc import Coroutine, Sequence
-from pathlib import Path
 from typing import Self
 
-from deploy.backend import ClusterEvent, ProcessRow, Report, side_by_side
+from deploy.backend import KILL_GRACE_S, Cluster, ProcessRow, Report, side_by_side
 from deploy.deployment import Deployment
 from deploy.log_dir import LogDir
 from deploy.ray.connecting import connect, disconnect, living_nodes, this_node
@@ -18,17 +17,14 @@ from deploy.ray.resources import RayOptions, explain_unfit, needs_of
 from deploy.ray.slots import Slot
 from deploy.ray.stopping import StopRequest
 from deploy.ray.supervision import Supervisor
-from deploy.registration import all_alive
-from pdserve.cli.problems import ClusterFailed
 from pdserve.domain.addresses import is_loopback, is_wildcard, join_address, split_address
 from pdserve.domain.errors import LocalFault
 from pdserve.engine.model_files import ModelFiles
 from pdserve.observe.log_sinks import RotatingFile
 from pdserve.observe.log_writer import LogWriter
 from pdserve.observe.logging import say_dropped
+from pdserve.worker.parts import running
 
-KILL_GRACE_S = 5.0
-"""A process that takes this much longer to drain than its own limit is killed."""
 CLOSE_S = 3.0
 PLACE_POLL_S = 0.1
 SETTLE_S = 2.0
@@ -38,7 +34,7 @@ LOG_S = 2.0
 SHOWN_LEVELS = ("error", "critical")
 
 
-class RayCluster:
+class RayCluster(Cluster):
     """A router and its workers as actors of a Ray cluster, owned by an `async with` block.
 
         async with RayCluster.start(deployment) as cluster:
@@ -50,21 +46,16 @@ class RayCluster:
     """
 
     def __init__(self, deployment: Deployment, options: RayOptions, report: Report) -> None:
-        self.deployment = deployment
+        super().__init__(deployment, report)
         self.options = options
         self.slots: list[Slot] = []
-        self._report = report
-        self._events: asyncio.Queue[ClusterEvent] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._log_copies: set[asyncio.Task[None]] = set()
         self._supervisor: Supervisor | None = None
         self._fork_servers = ForkServers()
         self._stop_request: StopRequest | None = None
-        self._logs: LogDir | None = None
         self._has_connected = False
         self._is_killed = False
-        self._public_address = ""
-        self._internal_address = ""
 
     @classmethod
     def start(
@@ -82,67 +73,27 @@ class RayCluster:
         return cls(deployment, options or RayOptions(), report)
 
     @property
-    def public_address(self) -> str:
-        return self._public_address
-
-    @property
-    def internal_address(self) -> str:
-        return self._internal_address
-
-    @property
-    def log_dir(self) -> Path:
-        return self._logs.path if self._logs is not None else Path()
-
-    @property
     def rows(self) -> Sequence[ProcessRow]:
         return [_row(slot) for slot in self.slots]
-
-    @property
-    def num_serving(self) -> int:
-        return sum(slot.serving_since_s is not None for slot in self.slots)
 
     def slot(self, name: str) -> Slot:
         """The process called `name`: router, prefill-0, decode-1, ..."""
         return next(slot for slot in self.slots if slot.name == name)
 
-    async def __aenter__(self) -> Self:
+    def _check(self) -> None:
         engine = self.deployment.workers[0].settings.engine
         # A model that is not there is told at once.
         ModelFiles.open(self.deployment.router.model, engine.override_config)
-        try:
-            async with asyncio.timeout(self.deployment.start_s):
-                await self._start_all()
-        except TimeoutError:
-            message = self._late_message()
-            await self._end_all(keeps_logs=True)
-            raise ClusterFailed(message) from None
-        except BaseException:
-            await self._end_all(keeps_logs=True)
-            raise
-        return self
-
-    async def __aexit__(self, kind: object, error: object, /, *_: object) -> None:
-        try:
-            if self._supervisor is not None:
-                await self._supervisor.stop()
-            if error is None:
-                await self.drain()
-        finally:
-            await self._end_all(keeps_logs=error is not None)
-
-    async def next_event(self) -> ClusterEvent:
-        """The next thing that happened; a loss is never the end: what is lost is replaced."""
-        return await self._events.get()
 
     async def drain(self) -> None:
-        """Let requests finish: first the router, then the workers; `_end_all` ends what is left."""
+        if self._supervisor is not None:
+            await self._supervisor.stop()
         await self._stop(self.slots[:1])
         await self._stop(self.slots[1:])
         if self._log_copies:
             await asyncio.wait(self._log_copies, timeout=LOG_S)
 
     def kill(self) -> None:
-        """End every process at once; `async with` still waits for their ends."""
         self._is_killed = True
         for slot in self.slots:
             if slot.hosted is not None:
@@ -164,7 +115,7 @@ class RayCluster:
         self._report("reserving resources")
         await side_by_side(slot.reserve(by_id[where[slot.name]]) for slot in self.slots)
         await self._launch_all()
-        await self._wait_for_registration()
+        await self._wait_for_registration(map(_loss_of, self.slots))
         self._stop_request = StopRequest(self.public_address, self.deployment.drain_s)
         self._spawn(self._await_stop_request(self._stop_request))
         self._supervisor.watch_all(self.internal_address)
@@ -209,14 +160,10 @@ class RayCluster:
     async def _launch_all(self) -> None:
         """The router goes first: workers are told its address. Their actors come up meanwhile."""
         router, *workers = self.slots
-        opened = asyncio.create_task(side_by_side(_hosted(slot).open() for slot in workers))
-        try:
+        async with running(side_by_side(_hosted(slot).open() for slot in workers)) as opened:
             await self._launch(router)
             self._settle_addresses(router)
             await opened
-        finally:
-            opened.cancel()
-            await asyncio.gather(opened, return_exceptions=True)
         for slot in workers:
             update = {"routers": (self.internal_address,)}
             slot.settings = slot.settings.model_copy(update=update)
@@ -233,34 +180,14 @@ class RayCluster:
         hosted = _hosted(router)
         assert hosted.started is not None
         public, internal = hosted.started.ready.address, hosted.started.ready.internal_address
-        self._public_address = _dialled(public, hosted.host)
-        self._internal_address = _dialled(internal, hosted.host)
+        self.public_address = _dialled(public, hosted.host)
+        self.internal_address = _dialled(internal, hosted.host)
         ports = {"port": split_address(public)[1], "internal_port": split_address(internal)[1]}
         router.settings = router.settings.model_copy(update=ports)
 
-    async def _wait_for_registration(self) -> None:
-        """Until the router has all workers; raises `ClusterFailed` where one is lost first."""
-        self._report("waiting for the router to see all workers")
-        names = {slot.name for slot in self.slots[1:]}
-        seen = asyncio.create_task(all_alive(self.internal_address, names))
-        losses = {asyncio.create_task(_hosted(slot).loss()): slot for slot in self.slots}
-        try:
-            await asyncio.wait({seen, *losses}, return_when=asyncio.FIRST_COMPLETED)
-            for loss, slot in losses.items():
-                if loss.done():
-                    where = _hosted(slot).node.label
-                    raise ClusterFailed(
-                        f"{slot.name} on {where} {loss.result()} while the cluster started"
-                    )
-            await seen
-        finally:
-            for task in (seen, *losses):
-                task.cancel()
-            await asyncio.gather(seen, *losses, return_exceptions=True)
-
     async def _await_stop_request(self, request: StopRequest) -> None:
         if await request.wait():
-            self._events.put_nowait(ClusterEvent("asked to stop", asks_stop=True))
+            self._tell("asked to stop", asks_stop=True)
 
     async def _stop(self, slots: Sequence[Slot]) -> None:
         """SIGTERM, then wait for the drain."""
@@ -274,10 +201,6 @@ class RayCluster:
         finally:
             for end in ends:
                 end.cancel()
-
-    async def _end_all(self, *, keeps_logs: bool) -> None:
-        # A second Ctrl-C must not leave actors behind: they are killed at once, this is brief.
-        await asyncio.shield(self._end_all_now(keeps_logs))
 
     async def _end_all_now(self, keeps_logs: bool) -> None:
         if self._supervisor is not None:
@@ -295,8 +218,6 @@ class RayCluster:
         if self._has_connected:
             self._has_connected = False
             await asyncio.to_thread(disconnect)
-        if self._logs is not None and not keeps_logs:
-            self._logs.remove()
 
     def _follow_log(self, slot: Slot) -> None:
         copy = self._spawn(self._copy_log(slot.name, _hosted(slot)))
@@ -330,9 +251,6 @@ class RayCluster:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _tell(self, message: str) -> None:
-        self._events.put_nowait(ClusterEvent(message))
-
     def _tell_exposure(self) -> None:
         hosts = sorted({_hosted(slot).host for slot in self.slots})
         exposed = [host for host in hosts if not is_loopback(host)]
@@ -344,13 +262,10 @@ class RayCluster:
             )
 
     def _late_message(self) -> str:
-        limit = f"{self.deployment.start_s:g} s (start_s)"
-        late = [slot.name for slot in self.slots if slot.serving_since_s is None]
         if not self.slots:
+            limit = f"{self.deployment.start_s:g} s (start_s)"
             return f"the Ray cluster did not take the processes within {limit}"
-        if not late:
-            return f"the router did not see all workers within {limit}; logs in {self.log_dir}"
-        return f"{', '.join(late)} did not serve within {limit}; logs in {self.log_dir}"
+        return super()._late_message()
 
 
 def _row(slot: Slot) -> ProcessRow:
@@ -375,6 +290,11 @@ def _row(slot: Slot) -> ProcessRow:
         metrics_address=_dialled(ready.metrics_address, hosted.host),
         place=f"{hosted.node.label}{ranks}",
     )
+
+
+async def _loss_of(slot: Slot) -> str:
+    hosted = _hosted(slot)
+    return f"{slot.name} on {hosted.node.label} {await hosted.loss()} while the cluster started"
 
 
 def _hosted(slot: Slot) -> HostedProcess:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pdserve.client.values import Finished
+from pdserve.domain.tokens import Finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

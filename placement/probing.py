@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pdserve.client.inference import InferenceClient
-from pdserve.client.values import Finished, Model, Sampling
+from pdserve.client.values import Model, Sampling
 from pdserve.client.workload import make_prompt
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.latency import StepCoefficients, StepShape, num_attention_pairs
 from pdserve.domain.messages import ClusterState, Role, WorkerHello
+from pdserve.domain.tokens import Finished
 from placement.answered import Answered
 from placement.fitted_profile import FittedProfile, Handoff, Limits
 from placement.fitting import Phase, StepPoint, compare, fit_link, fit_phase

@@ -42,7 +42,7 @@ class ServedRouter:
 
     async def drain(self, drain_s: float) -> None:
         """Say that it is not ready, take nothing new, let what runs end."""
-        await self.public.set_ready(False)
+        await self.public.health.set_ready(False)
         await self.router.dispatcher.drain(drain_s)
 
 

@@ -15,7 +15,7 @@ from router.admission import TextLimits
 from router.cluster_view import Health, Ledger
 from router.decode_links import ConnectDecode
 from router.dispatch import Dispatcher, DispatchLimits, Encode
-from router.in_flight import InFlight
+from router.in_flight import InFlight, Outcome
 from router.membership import Membership
 from router.policy import POLICIES
 from router.rate_limit import RateLimit
@@ -64,7 +64,7 @@ class Router:
         )
 
     def state(self, public_address: str = "") -> ClusterState:
-        counts, now_s = self.in_flight.counts, self.clock()
+        now_s, counts = self.clock(), self.in_flight.counts
         return ClusterState(
             router_id=self.settings.router_id,
             model_name=self.model_name,
@@ -72,10 +72,7 @@ class Router:
             uptime_s=now_s - self.started_s,
             num_in_flight=len(self.in_flight),
             num_waiting=self.ledger.num_unread,
-            num_completed=counts.completed,
-            num_failed=counts.failed,
-            num_cancelled=counts.cancelled,
-            num_refused=counts.refused,
+            **{f"num_{outcome}": counts[outcome] for outcome in Outcome},
             workers=self.membership.worker_states(now_s),
             slo=self.slo.states(),
         )

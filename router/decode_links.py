@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from random import Random
 
 import structlog
@@ -115,14 +115,6 @@ def _merged(outputs: list[RequestOutput]) -> RequestOutput:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkTarget:
-    """The decode worker that a link leads to."""
-
-    life: Life
-    address: str
-
-
 class DecodeLink:
     """One life of one decode worker; carries all requests of this router on it.
 
@@ -132,7 +124,8 @@ class DecodeLink:
 
     def __init__(
         self,
-        target: LinkTarget,
+        life: Life,
+        address: str,
         *,
         me: PeerHello,
         connect: ConnectDecode,
@@ -140,8 +133,8 @@ class DecodeLink:
         rng: Random,
         on_change: Callable[[bool], None],
     ) -> None:
-        self.life = target.life
-        self._address = target.address
+        self.life = life
+        self._address = address
         self._me = me
         self._connect = connect
         self._timers = timers

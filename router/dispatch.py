@@ -24,7 +24,7 @@ from pdserve.domain.errors import (
 )
 from pdserve.domain.ids import AttemptId, RequestId
 from pdserve.domain.messages import PrefillTarget, RequestOutput, Submit
-from pdserve.domain.tokens import Completed, Failed, PhaseTimeline
+from pdserve.domain.tokens import Completed, Failed, Finished, PhaseTimeline, Usage
 from pdserve.observe.watch import RouterWatch
 from router.admission import (
     ServedModel,
@@ -51,7 +51,7 @@ from router.policy import MIN_RETRY_AFTER_S, NoWorkers, Overloaded, Pair, Policy
 from router.prompts import checked_token_ids
 from router.rate_limit import RateLimit
 from router.records import Record, Visit
-from router.requests import Chunk, ChunkSink, Finished, GenerateCall, Usage
+from router.requests import Chunk, ChunkSink, GenerateCall
 from router.slo import SloBook
 
 log = structlog.get_logger(__name__)

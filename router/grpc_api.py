@@ -1,33 +1,25 @@
 """The public gRPC service: protobuf to the router's values and back, nothing else."""
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
-import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError, Message
 
-from pdserve.domain.errors import BadRequest, FieldViolation, PdserveError, Reason
-from pdserve.rpc.codec import (
-    FINISH_TO_PROTO,
-    sampling_from_proto,
-    timeline_to_proto,
-    token_to_proto,
-)
+from pdserve.domain.errors import PdserveError, Reason
+from pdserve.domain.tokens import Finished
+from pdserve.rpc.alike import message_of
+from pdserve.rpc.codec import FINISH_TO_PROTO, sampling_from_proto, token_to_proto
 from pdserve.rpc.errors import abort
-from pdserve.rpc.links import AddService
+from pdserve.rpc.links import AddService, added_by
 from pdserve.v1 import inference_pb2 as pb
-from pdserve.v1 import types_pb2
+from pdserve.v1 import inference_pb2_grpc, types_pb2
 from router.admission import is_safe_label
 from router.dispatch import Dispatcher
-from router.requests import Chunk, Finished, GenerateCall
-
-SERVICE_NAME = "pdserve.v1.Inference"
+from router.requests import Chunk, GenerateCall
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class InferenceService:
+class InferenceService(inference_pb2_grpc.InferenceServicer):
     """`pdserve.v1.Inference`."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
@@ -89,54 +81,8 @@ class InferenceService:
 
 def inference_service(dispatcher: Dispatcher) -> AddService:
     """Serve `Inference` with `dispatcher`."""
-    service = InferenceService(dispatcher)
-    handlers = {
-        "Generate": grpc.unary_stream_rpc_method_handler(
-            _checked(service.Generate),
-            request_deserializer=_lenient(pb.GenerateRequest),
-            response_serializer=pb.GenerateChunk.SerializeToString,
-        ),
-        "Complete": grpc.unary_unary_rpc_method_handler(
-            _checked(service.Complete),
-            request_deserializer=_lenient(pb.GenerateRequest),
-            response_serializer=pb.CompleteResponse.SerializeToString,
-        ),
-        "ListModels": grpc.unary_unary_rpc_method_handler(
-            _checked(service.ListModels),
-            request_deserializer=_lenient(pb.ListModelsRequest),
-            response_serializer=pb.ListModelsResponse.SerializeToString,
-        ),
-    }
-
-    def add(server: grpc.aio.Server) -> str:
-        server.add_generic_rpc_handlers(
-            [grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)]
-        )
-        return SERVICE_NAME
-
-    return add
-
-
-def _lenient(kind: type[Message]) -> Callable[[bytes], Message | None]:
-    """Parse, or None: gRPC would answer bad bytes with UNKNOWN and protobuf's own words."""
-
-    def parse(data: bytes) -> Message | None:
-        try:
-            return kind.FromString(data)
-        except DecodeError:
-            return None
-
-    return parse
-
-
-def _checked(method: Callable[[Any, Context], Awaitable[Any]]) -> Any:
-    async def checked(request: Message | None, context: Context) -> Any:
-        if request is None:
-            violation = FieldViolation("request", "must be a valid message with text in UTF-8")
-            raise BadRequest.of([violation])
-        return await method(request, context)
-
-    return checked
+    add = inference_pb2_grpc.add_InferenceServicer_to_server
+    return added_by(add, InferenceService(dispatcher), "pdserve.v1.Inference")
 
 
 class _ChunkWriter:
@@ -198,16 +144,12 @@ def _call_from_proto(request: pb.GenerateRequest, label: str, context: Context) 
 
 
 def _finished_to_proto(finished: Finished) -> pb.Finished:
-    usage = finished.usage
-    return pb.Finished(
+    return message_of(
+        pb.Finished,
+        finished,
         reason=FINISH_TO_PROTO[finished.reason],
-        usage=types_pb2.Usage(
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            cached_prompt_tokens=usage.cached_prompt_tokens,
-            seed=usage.seed,
-        ),
-        timeline=timeline_to_proto(finished.timeline),
+        usage=message_of(types_pb2.Usage, finished.usage),
+        timeline=message_of(types_pb2.PhaseTimeline, finished.timeline),
     )
 
 

@@ -1,6 +1,6 @@
 """The table of requests that have been taken and not ended, and the counts of those that have."""
 
-from dataclasses import dataclass
+from collections import Counter
 from enum import StrEnum
 
 from pdserve.domain.errors import BadRequest, Reason, Refused
@@ -22,19 +22,11 @@ class Outcome(StrEnum):
     REFUSED = "refused"
 
 
-@dataclass(slots=True)
-class Counts:
-    completed: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    refused: int = 0
-
-
 class InFlight:
     """One entry for each request, by the client's name for it; bounded."""
 
     def __init__(self, *, max_num_requests: int) -> None:
-        self.counts = Counts()
+        self.counts: Counter[Outcome] = Counter()
         self.is_draining = False
         self._max_num_requests = max_num_requests
         self._entered_s: dict[str, float] = {}
@@ -48,14 +40,14 @@ class InFlight:
         try:
             self._check(label)
         except (Refused, BadRequest):
-            self.counts.refused += 1
+            self.counts[Outcome.REFUSED] += 1
             raise
         self._entered_s[label] = now_s
 
     def leave(self, label: str, outcome: Outcome, now_s: float) -> None:
         """End a request that has entered."""
         total_s = now_s - self._entered_s.pop(label)
-        setattr(self.counts, outcome, getattr(self.counts, outcome) + 1)
+        self.counts[outcome] += 1
         if outcome is Outcome.COMPLETED:
             self._mean_total_s += SMOOTHING * (total_s - self._mean_total_s)
 

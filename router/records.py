@@ -8,11 +8,12 @@ from pdserve.config.processes import SloClass
 from pdserve.domain.errors import PdserveError
 from pdserve.domain.ids import RequestId
 from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.tokens import Finished
 from pdserve.observe.watch import RequestEnd
 from router.cluster_view import Life, RequestShape
 from router.failures import interrupted
 from router.in_flight import Outcome
-from router.requests import ChunkSink, Finished
+from router.requests import ChunkSink
 from router.slo import Seen, SloResult
 
 

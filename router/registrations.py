@@ -10,7 +10,7 @@ from pdserve.config.timers import Timers
 from pdserve.domain.errors import PdserveError, PeerFault, Reason, WorkerLost
 from pdserve.domain.messages import PeerHello, RegisterReply, Role, WorkerHello
 from pdserve.rpc.streams import RegisterServerLink
-from router.decode_links import ConnectDecode, DecodeLink, LinkTarget
+from router.decode_links import ConnectDecode, DecodeLink
 from router.membership import Member, Membership
 
 log = structlog.get_logger(__name__)
@@ -111,7 +111,8 @@ class Registrations:
             member.link = link if is_open else None
 
         link = DecodeLink(
-            LinkTarget(life=member.life, address=member.hello.address),
+            member.life,
+            member.hello.address,
             me=self._me,
             connect=self._connect,
             timers=self._timers,

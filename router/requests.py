@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from pdserve.domain.sampling import SamplingParams
-from pdserve.domain.tokens import FinishReason, PhaseTimeline, SampledToken
+from pdserve.domain.tokens import SampledToken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,25 +28,6 @@ class Chunk:
     first_index: int
     tokens: tuple[SampledToken, ...]
     text: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """What is counted, and the seed that gives the same answer again."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_prompt_tokens: int
-    seed: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """The good end of an answer."""
-
-    reason: FinishReason
-    usage: Usage
-    timeline: PhaseTimeline
 
 
 ChunkSink = Callable[[Chunk], Awaitable[None]]

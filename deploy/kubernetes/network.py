@@ -16,6 +16,7 @@ from deploy.kubernetes.values import (
     WORKER_PORT,
     Manifest,
     RenderOptions,
+    cluster_labels,
     labels,
     metadata,
 )
@@ -30,16 +31,16 @@ DNS_PEER: Manifest = {
 def services(options: RenderOptions, pools: Sequence[Pool]) -> list[Manifest]:
     """The public one for clients, and headless ones: routers for workers, a name a worker pod."""
     router = labels(options, "router")
-    public = _service(options.name, router, router, {"public": ROUTER_PORT})
+    public = _service(options.name, router, {"public": ROUTER_PORT})
     # Also routers that drain: their workers stay with them until the last answer.
-    internal = _service(options.internal_service, router, router, {"internal": INTERNAL_PORT})
+    internal = _service(options.internal_service, router, {"internal": INTERNAL_PORT})
     internal["spec"] |= {"clusterIP": "None", "publishNotReadyAddresses": True}
     found = [public, internal]
     for pool in pools:
         if pool.is_multi_node:
             continue  # a LeaderWorkerSet brings its own
         of_pool = labels(options, pool.role, pool.name)
-        service = _service(f"{options.name}-{pool.name}", of_pool, of_pool, {"grpc": WORKER_PORT})
+        service = _service(f"{options.name}-{pool.name}", of_pool, {"grpc": WORKER_PORT})
         service["spec"] |= {"clusterIP": "None", "publishNotReadyAddresses": True}
         found.append(service)
     return found
@@ -101,12 +102,8 @@ def metrics_policy(options: RenderOptions) -> Manifest:
         },
         "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}},
     }
-    everything = {
-        "app.kubernetes.io/name": "pdserve",
-        "app.kubernetes.io/instance": options.name,
-    }
     name = f"{options.name}-metrics"
-    policy = _policy(name, everything, ingress=[_from([prometheus], METRICS_PORT)])
+    policy = _policy(name, cluster_labels(options), ingress=[_from([prometheus], METRICS_PORT)])
     policy["spec"]["policyTypes"] = ["Ingress"]
     return policy
 
@@ -124,16 +121,14 @@ def dns_egress() -> Manifest:
     return {"to": [DNS_PEER], "ports": ports}
 
 
-def _service(
-    name: str, own: dict[str, str], selector: dict[str, str], ports: dict[str, int]
-) -> Manifest:
+def _service(name: str, own: dict[str, str], ports: dict[str, int]) -> Manifest:
     return {
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": metadata(name, own),
         "spec": {
             "type": "ClusterIP",
-            "selector": selector,
+            "selector": own,
             "ports": [
                 {
                     "name": port_name,

@@ -4,13 +4,14 @@ import json
 from collections.abc import Sequence
 
 from deploy.kubernetes.network import client_policy, metrics_policy
-from deploy.kubernetes.pods import container_security, pod_security, scratch_env
+from deploy.kubernetes.pods import SCRATCH_ENV, container_security, env_entries, pod_security
 from deploy.kubernetes.pools import Pool
 from deploy.kubernetes.values import (
     CLIENT_LABEL,
     ROUTER_PORT,
     Manifest,
     RenderOptions,
+    cluster_labels,
     metadata,
 )
 from deploy.kubernetes.workloads import HOSTNAME
@@ -69,10 +70,7 @@ def production_overlay(options: RenderOptions) -> Manifest:
 
 def monitoring_component(options: RenderOptions) -> list[Manifest]:
     """A PodMonitor for every process, and the hole in default-deny that it needs."""
-    selector = {
-        "app.kubernetes.io/name": "pdserve",
-        "app.kubernetes.io/instance": options.name,
-    }
+    selector = cluster_labels(options)
     monitor = {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PodMonitor",
@@ -100,7 +98,7 @@ def smoke_job(options: RenderOptions) -> list[Manifest]:
         "imagePullPolicy": "IfNotPresent",
         "command": ["pdserve"],
         "args": ["smoke", "--address", address],
-        "env": scratch_env(),
+        "env": env_entries(SCRATCH_ENV),
         "resources": {"requests": dict(limits), "limits": dict(limits)},
         "securityContext": container_security(),
         "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],

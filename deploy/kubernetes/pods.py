@@ -13,6 +13,12 @@ PROBE_PERIOD_S = 5
 ENDPOINTS_S = 5
 """New requests may still come for this long after a pod is told to end: kube-proxies lag."""
 KILL_MARGIN_S = 10
+SCRATCH_ENV = {
+    "HOME": "/tmp",
+    "NUMBA_CACHE_DIR": "/tmp/numba",
+    "TORCHINDUCTOR_CACHE_DIR": "/tmp/torchinductor",
+}
+"""The root is read-only: what libraries write goes to /tmp."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,13 +96,8 @@ def container_security() -> Manifest:
     }
 
 
-def scratch_env() -> list[Manifest]:
-    """The root is read-only: what libraries write goes to /tmp."""
-    return [
-        {"name": "HOME", "value": "/tmp"},
-        {"name": "NUMBA_CACHE_DIR", "value": "/tmp/numba"},
-        {"name": "TORCHINDUCTOR_CACHE_DIR", "value": "/tmp/torchinductor"},
-    ]
+def env_entries(values: Mapping[str, str]) -> list[Manifest]:
+    return [{"name": name, "value": value} for name, value in values.items()]
 
 
 def _container(container: Container, mounts: Sequence[Manifest], lag_s: int) -> Manifest:
@@ -112,7 +113,7 @@ def _container(container: Container, mounts: Sequence[Manifest], lag_s: int) -> 
         "env": [
             _field("POD_NAME", "metadata.name"),
             _field("POD_IP", "status.podIP"),
-            *scratch_env(),
+            *env_entries(SCRATCH_ENV),
             *container.env,
         ],
         "ports": [

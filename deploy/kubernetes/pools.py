@@ -32,6 +32,12 @@ class Pool:
         return -(-self.num_gpus // self.gpus_per_node) if self.is_multi_node else 1
 
     @property
+    def thread_env(self) -> dict[str, str]:
+        """Environment variables that say how many threads compute."""
+        threads = "4" if self.num_gpus else "1"
+        return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+
+    @property
     def gpus_per_pod(self) -> int:
         return -(-self.num_gpus // self.num_pods)
 

@@ -104,8 +104,7 @@ def warnings_of(deployment: Deployment, models: str) -> list[str]:
 
 
 def _base(deployment: Deployment, options: RenderOptions, pools: Sequence[Pool]) -> Files:
-    plan_model = deployment.plan.model if deployment.plan else ""
-    spec = model_spec(deployment.router.model, plan_model)
+    spec = model_spec(deployment)
     router = router_settings(deployment, num_routers=options.num_routers)
     files = {
         "namespace.yaml": _text([_namespace(options)]),
@@ -134,8 +133,9 @@ def _base(deployment: Deployment, options: RenderOptions, pools: Sequence[Pool])
         )
     settings = _settings_files(deployment, options, pools)
     resources = list(files)
-    generators = [
-        _generator(options, name, [f"settings/{name}.yaml"]) for name in ("router", *_names(pools))
+    generators: list[Manifest] = [
+        {"name": config_name(options, name), "files": [f"settings/{name}.yaml"]}
+        for name in ("router", *(pool.name for pool in pools))
     ]
     files |= {f"settings/{name}": text for name, text in settings.items()}
     if deployment.plan is not None:
@@ -170,13 +170,7 @@ def _settings_files(deployment: Deployment, options: RenderOptions, pools: Seque
         about.append(
             f"max_num_requests, max_num_waiting and max_rate: a share of 1/{options.num_routers}."
         )
-    files = {
-        "router.yaml": settings_file(
-            router,
-            left_out=("router_id",),
-            about=about,
-        )
-    }
+    files = {"router.yaml": settings_file(router, left_out=("router_id",), about=about)}
     for pool in pools:
         files[f"{pool.name}.yaml"] = settings_file(
             worker_settings(pool, options),
@@ -223,14 +217,6 @@ def _name_references() -> Manifest:
         for template in ("leaderTemplate", "workerTemplate")
     ]
     return {"nameReference": [{"kind": "ConfigMap", "version": "v1", "fieldSpecs": fields}]}
-
-
-def _generator(options: RenderOptions, name: str, files: Sequence[str]) -> Manifest:
-    return {"name": config_name(options, name), "files": list(files)}
-
-
-def _names(pools: Sequence[Pool]) -> tuple[str, ...]:
-    return tuple(pool.name for pool in pools)
 
 
 def _text(documents: Iterable[Manifest], *comments: str) -> str:

@@ -9,8 +9,11 @@ import yaml
 from deploy.deployment import Deployment
 from deploy.kubernetes.pools import Pool
 from deploy.kubernetes.values import (
-    DEFAULT_PORTS,
     INTERNAL_PORT,
+    KV_PORT,
+    METRICS_PORT,
+    ROUTER_PORT,
+    WORKER_PORT,
     RenderOptions,
 )
 from pdserve.config.processes import RouterSettings, WorkerSettings
@@ -35,9 +38,9 @@ def router_settings(deployment: Deployment, *, num_routers: int) -> RouterSettin
         update={
             "host": "0.0.0.0",
             "insecure": True,
-            "port": DEFAULT_PORTS["public"],
-            "internal_port": DEFAULT_PORTS["internal"],
-            "metrics_port": DEFAULT_PORTS["metrics"],
+            "port": ROUTER_PORT,
+            "internal_port": INTERNAL_PORT,
+            "metrics_port": METRICS_PORT,
             "max_num_requests": _share(router.max_num_requests, num_routers),
             "max_num_waiting": _share(waiting, num_routers) if waiting else waiting,
             # Not the burst: nothing says that it spreads as evenly as the long run.
@@ -51,9 +54,9 @@ def worker_settings(pool: Pool, options: RenderOptions) -> WorkerSettings:
     return pool.settings.model_copy(
         update={
             "insecure": True,
-            "port": DEFAULT_PORTS["grpc"],
-            "kv_port": DEFAULT_PORTS["kv"],
-            "metrics_port": DEFAULT_PORTS["metrics"],
+            "port": WORKER_PORT,
+            "kv_port": KV_PORT,
+            "metrics_port": METRICS_PORT,
             "routers": (f"{options.internal_service}:{INTERNAL_PORT}",),
             "transports": ("tcp",),  # shared memory ends at a pod's own processes
             "cpus": (),  # the kubelet gives cores

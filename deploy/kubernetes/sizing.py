@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from deploy.deployment import Deployment
 from deploy.kubernetes.accelerators import Accelerator
 from deploy.kubernetes.pools import Pool
 from deploy.kubernetes.values import Manifest
@@ -76,12 +77,13 @@ def size_of(pool: Pool, model: ModelSpec) -> PodSize:
     )
 
 
-def model_spec(engine_model: str, plan_model: str) -> ModelSpec:
+def model_spec(deployment: Deployment) -> ModelSpec:
     """The model's sizes: of the plan's model, since containers may have it at another path.
 
     Raises `LocalFault` for one that is neither packaged, nor here, nor in the catalogue.
     """
-    name = plan_model or engine_model
+    plan = deployment.plan
+    name = plan.model if plan and plan.model else deployment.router.model
     try:
         return load_model(resolve_model_dir(name) if name in PACKAGED else name)
     except LocalFault as fault:

@@ -25,13 +25,6 @@ METRICS_PORT = 7452
 CLIENT_LABEL = {"pdserve/client": "true"}
 """Pods with this label, in any namespace, may talk to the router's public port."""
 
-DEFAULT_PORTS = {
-    "public": ROUTER_PORT,
-    "internal": INTERNAL_PORT,
-    "grpc": WORKER_PORT,
-    "kv": KV_PORT,
-    "metrics": METRICS_PORT,
-}
 _DNS_LABEL = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _IMAGE = re.compile(
     r"(?P<name>[a-z0-9][a-z0-9._/:-]*?)(:(?P<tag>[\w][\w.-]*)|@sha256:[0-9a-f]{64})"
@@ -87,13 +80,15 @@ def check_image(image: str, flag: str) -> None:
         )
 
 
+def cluster_labels(options: RenderOptions) -> dict[str, str]:
+    """Of every object of the cluster."""
+    return {"app.kubernetes.io/name": "pdserve", "app.kubernetes.io/instance": options.name}
+
+
 def labels(options: RenderOptions, component: str, pool: str = "") -> dict[str, str]:
     """Of an object of `component` (router, prefill, decode); a worker's pool has one more."""
-    found = {
-        "app.kubernetes.io/name": "pdserve",
-        "app.kubernetes.io/instance": options.name,
-        "app.kubernetes.io/component": str(component),  # YAML knows no enumerations
-    }
+    # YAML knows no enumerations.
+    found = cluster_labels(options) | {"app.kubernetes.io/component": str(component)}
     return {**found, "pdserve/pool": pool} if pool else found
 
 

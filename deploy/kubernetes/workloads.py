@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from deploy.kubernetes.accelerators import Accelerator, accelerator
-from deploy.kubernetes.pods import ENDPOINTS_S, Container, pod_spec
+from deploy.kubernetes.pods import ENDPOINTS_S, Container, env_entries, pod_spec
 from deploy.kubernetes.pools import Pool
 from deploy.kubernetes.settings_files import POD_SETS_ROUTER, POD_SETS_WORKER
 from deploy.kubernetes.sizing import PodSize
@@ -147,7 +147,7 @@ def _worker_spec(
         probe_port=WORKER_PORT,
         resources=size.resources(pool.gpus_per_pod, gpu),
         start_s=size.start_s,
-        env=[*_thread_env(pool), *(_rank_env(pool) if pool.is_multi_node else [])],
+        env=[*env_entries(pool.thread_env), *(_rank_env(pool) if pool.is_multi_node else [])],
     )
     spec = pod_spec(
         container,
@@ -210,14 +210,6 @@ def _rank_env(pool: Pool) -> list[Manifest]:
         {"name": "PDSERVE_NUM_NODES", "value": str(pool.num_pods)},
         {"name": "PDSERVE_RANKS_PER_NODE", "value": str(pool.gpus_per_pod)},
         {"name": "PDSERVE_RENDEZVOUS_PORT", "value": str(RENDEZVOUS_PORT)},
-    ]
-
-
-def _thread_env(pool: Pool) -> list[Manifest]:
-    threads = {"OMP_NUM_THREADS": "1" if not pool.num_gpus else "4"}
-    return [
-        {"name": name, "value": value}
-        for name, value in {**threads, "TOKENIZERS_PARALLELISM": "false"}.items()
     ]
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from pdserve.cli.plain_json import json_text
 from pdserve.client.inference import InferenceClient
-from pdserve.client.values import Chunk, Finished, Prompt, Sampling
+from pdserve.client.values import Chunk, Prompt, Sampling
 from pdserve.domain.errors import LocalFault, PdserveError
-from pdserve.domain.tokens import SampledToken
+from pdserve.domain.tokens import Finished, SampledToken
 
 BAR_CHARS = 40
 PHASE_LABELS = {

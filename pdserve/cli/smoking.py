@@ -18,14 +18,13 @@ from pdserve.client.load import only_model
 from pdserve.client.values import Answer, Model, Sampling
 from pdserve.client.workload import make_prompt
 from pdserve.domain.errors import BadRequest, PdserveError
-from pdserve.domain.messages import ClusterState, Role
+from pdserve.domain.messages import Role
 
 NUM_TOKENS = 16
 NUM_SIDE_BY_SIDE = 8
 MAX_PROMPT_TOKENS = 512
 ENGINE_SEED = 20
 IDLE_WITHIN_S = 10.0
-POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,11 +160,9 @@ class Smoke:
     async def _books(self) -> str:
         assert self._internal_address is not None
         async with AdminClient(self._internal_address) as admin:
-            deadline = time.monotonic() + IDLE_WITHIN_S
-            while busy := _busy(state := await admin.cluster_state()):
-                late = f"KV blocks are held by {', '.join(busy)}, or others use the cluster"
-                _expect(time.monotonic() < deadline, late)
-                await asyncio.sleep(POLL_S)
+            state = await admin.settled_state(IDLE_WITHIN_S)
+        busy = state.busy_workers
+        _expect(not busy, f"KV blocks are held by {', '.join(busy)}, or others use the cluster")
         sick = [str(w.hello.worker_id) for w in state.workers if w.health != "alive"]
         _expect(not sick, f"not alive: {', '.join(sick)}")
         counts = {role: sum(w.hello.role is role for w in state.workers) for role in Role}
@@ -196,10 +193,6 @@ def _sampling(
 
 def _ids(answer: Answer) -> list[int]:
     return [token.token_id for token in answer.tokens]
-
-
-def _busy(state: ClusterState) -> list[str]:
-    return [str(w.hello.worker_id) for w in state.workers if not w.load.kv.is_idle]
 
 
 def _expect(is_so: bool, otherwise: str) -> None:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pdserve.cli.plain_json import json_text
+from pdserve.cli.tables import titled_table
 from pdserve.client.admin import AdminClient
 from pdserve.client.inference import InferenceClient
 from pdserve.domain.latency import LiveSteps
@@ -58,10 +59,7 @@ async def show_models(address: str, *, as_json: bool) -> None:
     if as_json:
         print(json_text([dataclasses.asdict(model) for model in models]))
         return
-    table = Table(box=box.SIMPLE)
-    table.add_column("model")
-    table.add_column("context (tokens)", justify="right")
-    table.add_column("vocabulary", justify="right")
+    table = titled_table("", "model", "context (tokens)", "vocabulary")
     for model in models:
         table.add_row(model.name, f"{model.max_context_tokens:,}", f"{model.vocab_size:,}")
     plain_console().print(table)

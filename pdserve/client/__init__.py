@@ -13,18 +13,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pdserve.client.admin import AdminClient
     from pdserve.client.inference import InferenceClient
-    from pdserve.client.values import Answer, Chunk, Finished, Model, Sampling, Usage
+    from pdserve.client.values import Answer, Chunk, Model, Sampling
+    from pdserve.domain.tokens import Finished, Usage
 
 _MODULES = {
-    "AdminClient": "admin",
-    "InferenceClient": "inference",
-    "Answer": "values",
-    "Chunk": "values",
-    "Finished": "values",
-    "Model": "values",
-    "Sampling": "values",
-    "Usage": "values",
-}
+    "AdminClient": "pdserve.client.admin",
+    "InferenceClient": "pdserve.client.inference",
+    "Finished": "pdserve.domain.tokens",
+    "Usage": "pdserve.domain.tokens",
+}  # the others are in `pdserve.client.values`
 
 __all__ = [
     "AdminClient",
@@ -39,6 +36,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    module = _MODULES.get(name, "pdserve.client.values")
+    return getattr(importlib.import_module(module), name)

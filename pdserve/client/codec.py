@@ -1,10 +1,10 @@
 """Protobuf of the public service to values and back, as a client sees it."""
 
-from pdserve.client.values import Answer, Chunk, Finished, Model, Prompt, Sampling, Usage
+from pdserve.client.values import Answer, Chunk, Prompt, Sampling
 from pdserve.domain.errors import BadRequest, FieldViolation
-from pdserve.domain.tokens import FinishReason
+from pdserve.domain.tokens import Finished, FinishReason, PhaseTimeline, Usage
 from pdserve.rpc.alike import message_of, value_of
-from pdserve.rpc.codec import FINISH_FROM_PROTO, timeline_from_proto, token_from_proto
+from pdserve.rpc.codec import FINISH_FROM_PROTO, token_from_proto
 from pdserve.v1 import inference_pb2, types_pb2
 
 MAX_UINT32 = 2**32 - 1
@@ -27,7 +27,7 @@ def request_to_proto(
     message = inference_pb2.GenerateRequest(
         model=model,
         request_id=request_id,
-        sampling=_sampling_to_proto(sampling),
+        sampling=message_of(types_pb2.SamplingParams, sampling),
         slo_class=slo_class,
         add_special_tokens=add_special_tokens,
     )
@@ -39,26 +39,21 @@ def request_to_proto(
 
 
 def chunk_from_proto(message: inference_pb2.GenerateChunk) -> Chunk:
-    return Chunk(
-        first_index=message.first_index,
+    return value_of(
+        Chunk,
+        message,
         tokens=tuple(map(token_from_proto, message.tokens)),
-        text=message.text,
-        request_id=message.request_id,
-        finished=(_finished_from_proto(message.finished) if message.HasField("finished") else None),
+        finished=_finished_from_proto(message.finished) if message.HasField("finished") else None,
     )
 
 
 def answer_from_proto(message: inference_pb2.CompleteResponse) -> Answer:
-    return Answer(
-        request_id=message.request_id,
+    return value_of(
+        Answer,
+        message,
         tokens=tuple(map(token_from_proto, message.tokens)),
-        text=message.text,
         finished=_finished_from_proto(message.finished),
     )
-
-
-def model_from_proto(message: inference_pb2.Model) -> Model:
-    return value_of(Model, message)
 
 
 def _check_representable(prompt: Prompt, sampling: Sampling) -> None:
@@ -94,14 +89,10 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _sampling_to_proto(sampling: Sampling) -> types_pb2.SamplingParams:
-    return message_of(types_pb2.SamplingParams, sampling)
-
-
 def _finished_from_proto(message: inference_pb2.Finished) -> Finished:
     return Finished(
         # A reason of a later release is shown as the nearest thing that this one knows.
         reason=FINISH_FROM_PROTO.get(message.reason, FinishReason.STOP),
         usage=value_of(Usage, message.usage),
-        timeline=timeline_from_proto(message.timeline),
+        timeline=value_of(PhaseTimeline, message.timeline),
     )

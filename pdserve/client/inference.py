@@ -10,6 +10,7 @@ from pdserve.client.channel import open_channel
 from pdserve.client.errors import error_from_call
 from pdserve.client.values import Answer, Chunk, Model, Prompt, Sampling
 from pdserve.domain.errors import PdserveError
+from pdserve.rpc.alike import value_of
 from pdserve.v1 import inference_pb2, inference_pb2_grpc
 
 DEFAULT_SAMPLING = Sampling()
@@ -110,4 +111,4 @@ class InferenceClient:
             response = await self._stub.ListModels(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise error_from_call(error, self.address) from None
-        return tuple(map(codec.model_from_proto, response.models))
+        return tuple(value_of(Model, model) for model in response.models)

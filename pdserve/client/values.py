@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pdserve.domain.tokens import FinishReason, PhaseTimeline, SampledToken
+from pdserve.domain.tokens import Finished, SampledToken
 
 Prompt = str | Sequence[int]
 """Text, or token ids of the model's vocabulary."""
@@ -25,25 +25,6 @@ class Sampling:
     logprobs: int | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """`seed`, sent again with the same request, gives the same tokens."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_prompt_tokens: int
-    seed: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """A whole answer was sent."""
-
-    reason: FinishReason
-    usage: Usage
-    timeline: PhaseTimeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ over prompt tokens, attention over (token, earlier token) pairs, and for decode 
 weights (fixed) and of KV (context). `placement.latency` says where coefficients come from.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,16 @@ class StepShape:
             num_prefill_pairs=sum(num_attention_pairs(start, length) for start, length in chunks),
             num_decodes=len(contexts),
             num_decode_context_tokens=sum(contexts),
+        )
+
+    @classmethod
+    def total(cls, shapes: Sequence["StepShape"]) -> "StepShape":
+        """Of several steps together."""
+        return cls(
+            num_prefill_tokens=sum(each.num_prefill_tokens for each in shapes),
+            num_prefill_pairs=sum(each.num_prefill_pairs for each in shapes),
+            num_decodes=sum(each.num_decodes for each in shapes),
+            num_decode_context_tokens=sum(each.num_decode_context_tokens for each in shapes),
         )
 
 

@@ -3,7 +3,7 @@
 The field comments of `proto/pdserve/v1` hold here too.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from pdserve.domain.ids import BlockId, Epoch, HandoffId, RequestId, WorkerId
@@ -275,5 +275,10 @@ class ClusterState:
     num_cancelled: int = 0
     num_refused: int = 0
     num_waiting: int = 0
-    workers: tuple[WorkerState, ...] = field(default_factory=tuple)
+    workers: tuple[WorkerState, ...] = ()
     slo: tuple[SloState, ...] = ()
+
+    @property
+    def busy_workers(self) -> list[str]:
+        """Those that hold KV blocks."""
+        return [str(each.hello.worker_id) for each in self.workers if not each.load.kv.is_idle]

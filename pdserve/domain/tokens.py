@@ -63,6 +63,25 @@ class PhaseTimeline:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What is counted; `seed`, sent again with the same request, gives the same tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_prompt_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The good end of an answer, as its client gets it."""
+
+    reason: FinishReason
+    usage: Usage
+    timeline: PhaseTimeline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completed:
     """A request ended with its whole answer."""
 

@@ -10,6 +10,8 @@ from torch.nn import Linear, Module
 from pdserve.engine.numba_rows import compile_rows
 from pdserve.engine.packed_linear import JoinedLinears, JoinedPart
 
+Forward = Callable[[Tensor], Tensor]
+
 
 @torch.inference_mode()
 def fuse_mlps(model: Module) -> int:
@@ -18,10 +20,14 @@ def fuse_mlps(model: Module) -> int:
     Call it after `pack_linears`. Names of parts say little of what is done with them, so each
     module is tried on random rows, and left alone unless the results are equal to rounding.
     """
+    return replace_forwards(model, _fused_forward)
+
+
+def replace_forwards(model: Module, fused: Callable[[Module], Forward | None]) -> int:
+    """Give each module of `model` the forward that `fused` has for it; returns how many."""
     num_fused = 0
     for module in model.modules():
-        forward = _fused_forward(module)
-        if forward is not None:
+        if (forward := fused(module)) is not None:
             replaced: Any = module
             replaced.forward = forward
             num_fused += 1

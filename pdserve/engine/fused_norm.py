@@ -1,12 +1,12 @@
 """RMS normalisation as one pass where the library's code takes six."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from pdserve.engine.fused_mlp import replace_forwards
 from pdserve.engine.numba_rows import compile_rows
 
 
@@ -17,17 +17,12 @@ def fuse_norms(model: Module) -> int:
     Families differ in details (Gemma multiplies by 1 + weight, others normalise groups), so each
     module is tried on random rows, and left alone unless the results are equal to rounding.
     """
-    num_fused = 0
-    for module in model.modules():
-        forward = _fused_forward(module) if type(module).__name__.endswith("RMSNorm") else None
-        if forward is not None:
-            replaced: Any = module
-            replaced.forward = forward
-            num_fused += 1
-    return num_fused
+    return replace_forwards(model, _fused_forward)
 
 
 def _fused_forward(module: Module) -> Callable[[Tensor], Tensor] | None:
+    if not type(module).__name__.endswith("RMSNorm"):
+        return None
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):

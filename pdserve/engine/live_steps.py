@@ -53,7 +53,7 @@ class StepKind:
     def _start_block(self) -> None:
         self._ratios: list[float] = []
         self._block_s = 0.0
-        self._tokens = self._pairs = self._decodes = self._context = 0
+        self._shapes: list[StepShape] = []
 
     def note(self, shape: StepShape, elapsed_s: float, now_s: float) -> None:
         """Take one step that ended; one that is predicted to take no time says nothing."""
@@ -63,22 +63,14 @@ class StepKind:
         self._ended_s = now_s
         self._ratios.append(elapsed_s / predicted_s)
         self._block_s += elapsed_s
-        self._tokens += shape.num_prefill_tokens
-        self._pairs += shape.num_prefill_pairs
-        self._decodes += shape.num_decodes
-        self._context += shape.num_decode_context_tokens
+        self._shapes.append(shape)
         num_steps = len(self._ratios)
         is_long = num_steps >= MIN_BLOCK_STEPS and self._block_s >= MIN_BLOCK_S
         if is_long or num_steps >= MAX_BLOCK_STEPS:
             self._end_block(num_steps)
 
     def _end_block(self, num_steps: int) -> None:
-        shape = StepShape(
-            num_prefill_tokens=self._tokens,
-            num_prefill_pairs=self._pairs,
-            num_decodes=self._decodes,
-            num_decode_context_tokens=self._context,
-        )
+        shape = StepShape.total(self._shapes)
         ratio = median(self._ratios)
         if self._blocks:
             self._errors.append(abs(math.log(ratio / self._typical())))
@@ -100,13 +92,7 @@ class StepKind:
         if not self._blocks:
             return None
         num_steps = sum(block.num_steps for block in self._blocks)
-        shapes = [block.shape for block in self._blocks]
-        shape = StepShape(
-            num_prefill_tokens=sum(each.num_prefill_tokens for each in shapes),
-            num_prefill_pairs=sum(each.num_prefill_pairs for each in shapes),
-            num_decodes=sum(each.num_decodes for each in shapes),
-            num_decode_context_tokens=sum(each.num_decode_context_tokens for each in shapes),
-        )
+        shape = StepShape.total([block.shape for block in self._blocks])
         return LiveSteps(
             num_steps=num_steps,
             shape=shape,

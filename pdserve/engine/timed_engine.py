@@ -24,7 +24,6 @@ from pdserve.domain.errors import LocalFault, Reason
 from pdserve.domain.invariants import check_invariant
 from pdserve.domain.latency import StepLatency
 from pdserve.domain.layout import KvLayout
-from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Failed, SampledToken
 from pdserve.engine.contract import Drawn, SampleStep, SequenceStep, StepBatch, StepResult
 from pdserve.engine.kv_memory import KvMemory
@@ -92,22 +91,6 @@ class TimedEngine:
         if sequence.sample is None:
             return None
         return _draw(self.spec, _fold(self._tags.read(table, end)), sequence.sample)
-
-
-def timed_tokens(
-    prompt: Sequence[int], num: int, *, spec: EngineSpec, params: SamplingParams | None = None
-) -> tuple[int, ...]:
-    """The first `num` output tokens for `prompt`, straight from the definition: a test's oracle."""
-    params = params or SamplingParams()
-    token_ids = list(prompt)
-    num_tags = 2 * len(spec.layout.layers)
-    for index in range(num):
-        tags = _tags(_advance(_seed(spec), token_ids), num_tags)
-        drawn = _draw(spec, _fold(tags), SampleStep(params=params, token_index=index))
-        if isinstance(drawn, Failed):
-            raise ValueError(drawn.message)
-        token_ids.append(drawn.token_id)
-    return tuple(token_ids[len(prompt) :])
 
 
 class _TagMemory:

@@ -7,6 +7,7 @@ for each prompt or request would grow Prometheus without bound, and tell what cl
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 
 class Process(StrEnum):
@@ -76,30 +77,22 @@ class MetricSpec:
     buckets: tuple[float, ...] = ()
 
 
-def _counter(name: str, processes: tuple[Process, ...], text: str, *labels: str) -> MetricSpec:
-    return MetricSpec(name=name, kind=Kind.COUNTER, help=text, processes=processes, labels=labels)
-
-
-def _gauge(name: str, processes: tuple[Process, ...], text: str, *labels: str) -> MetricSpec:
-    return MetricSpec(name=name, kind=Kind.GAUGE, help=text, processes=processes, labels=labels)
-
-
-def _histogram(
+def _metric(
+    kind: Kind,
     name: str,
     processes: tuple[Process, ...],
     text: str,
     *labels: str,
-    buckets: tuple[float, ...],
+    buckets: tuple[float, ...] = (),
 ) -> MetricSpec:
     return MetricSpec(
-        name=name,
-        kind=Kind.HISTOGRAM,
-        help=text,
-        processes=processes,
-        labels=labels,
-        buckets=buckets,
+        name=name, kind=kind, help=text, processes=processes, labels=labels, buckets=buckets
     )
 
+
+_counter = partial(_metric, Kind.COUNTER)
+_gauge = partial(_metric, Kind.GAUGE)
+_histogram = partial(_metric, Kind.HISTOGRAM)
 
 # What clients get ---------------------------------------------------------------------------------
 
@@ -349,6 +342,8 @@ CORRUPT_BLOCKS = _counter(
     "pdserve_kv_corrupt_blocks_total", DECODE, "Blocks read that did not match their digest"
 )
 
+OWN_METRICS = tuple(each for each in tuple(vars().values()) if isinstance(each, MetricSpec))
+
 # From the library's process collector, where the system has /proc ---------------------------------
 
 PROCESS_METRICS = (
@@ -358,19 +353,5 @@ PROCESS_METRICS = (
     _gauge("process_start_time_seconds", ALL, "When the process started, in Unix time"),
     _gauge("process_open_fds", ALL, "Open file descriptors"),
     _gauge("process_max_fds", ALL, "The most that may be open"),
-)
-
-OWN_METRICS = (
-    *(TTFT, TPOT, REQUEST, PHASE, SLO_REQUESTS, SLO_LIMIT, SLO_TARGET),
-    *(REQUESTS, REFUSALS, FAILED_ATTEMPTS, IN_FLIGHT, WAITING),
-    *(PROMPT_TOKENS, CACHED_TOKENS, OUTPUT_TOKENS),
-    *(WORKERS_BY_HEALTH, BUILD, DRAINING, LOOP_LAG, DROPPED_LOG_LINES),
-    *(STEP, BATCH, STEP_FAILURES, ROW_FAILURES, STEP_SLOWNESS),
-    *(ENGINE_PROMPT_TOKENS, ENGINE_CACHED_TOKENS, ENGINE_OUTPUT_TOKENS),
-    *(RUNNING, QUEUED, QUEUED_TOKENS, CONTEXT_TOKENS),
-    *(KV_BLOCKS, KV_CACHED, KV_CAPACITY, KV_BLOCK_BYTES),
-    *(DROPPED_MESSAGES, OPEN_HANDOFFS, HANDOFFS_SENT, SENT_BLOCKS),
-    *(HANDOFFS_RECEIVED, HANDOFF_RETRIES),
-    *(TRANSFER_BYTES, TRANSFER_SECONDS, CORRUPT_BLOCKS),
 )
 METRICS = (*OWN_METRICS, *PROCESS_METRICS)

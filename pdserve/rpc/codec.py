@@ -10,7 +10,7 @@ from typing import Any
 
 from pdserve.domain import messages as m
 from pdserve.domain.errors import Reason
-from pdserve.domain.ids import BlockId, Epoch, HandoffId, RequestId
+from pdserve.domain.ids import HandoffId, RequestId
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import (
     Completed,
@@ -61,15 +61,9 @@ def _tuple_of(field: Any) -> tuple[int, ...]:
     return tuple(itertools.chain.from_iterable(slices(field)))
 
 
-def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
-    return message_of(types_pb2.SamplingParams, params)
-
-
-def sampling_from_proto(
-    message: types_pb2.SamplingParams, *, default_seed: int = 0
-) -> SamplingParams:
-    """Unset fields take the defaults of `SamplingParams`; an unset seed takes `default_seed`."""
-    fields = ("temperature", "top_k", "top_p", "max_tokens", "min_tokens", "logprobs")
+def sampling_from_proto(message: types_pb2.SamplingParams) -> SamplingParams:
+    """Unset fields take the defaults of `SamplingParams`."""
+    fields = ("temperature", "top_k", "top_p", "seed", "max_tokens", "min_tokens", "logprobs")
     given = {
         name: getattr(message, name)
         for name in (*fields, "skip_special_tokens")
@@ -77,7 +71,6 @@ def sampling_from_proto(
     }
     return SamplingParams(
         **given,
-        seed=message.seed if message.HasField("seed") else default_seed,
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
@@ -97,18 +90,6 @@ def token_from_proto(message: types_pb2.Token) -> SampledToken:
         return SampledToken(message.id)
     top = tuple((entry.token_id, entry.logprob) for entry in message.top_logprobs)
     return SampledToken(message.id, message.logprob, top)
-
-
-def timeline_to_proto(timeline: PhaseTimeline) -> types_pb2.PhaseTimeline:
-    return message_of(types_pb2.PhaseTimeline, timeline)
-
-
-def timeline_from_proto(message: types_pb2.PhaseTimeline) -> PhaseTimeline:
-    return value_of(PhaseTimeline, message)
-
-
-def failure_to_proto(failure: Failed) -> types_pb2.Failure:
-    return message_of(types_pb2.Failure, failure)
 
 
 def failure_from_proto(message: types_pb2.Failure) -> Failed:
@@ -133,7 +114,7 @@ def router_message_to_proto(message: m.RouterToDecode) -> decode_pb2.RouterMessa
             submit = decode_pb2.Submit(
                 request_id=message.request_id,
                 attempt=message.attempt,
-                sampling=sampling_to_proto(message.sampling),
+                sampling=message_of(types_pb2.SamplingParams, message.sampling),
                 deadline_s=message.deadline_s,
                 prefill_targets=[
                     message_of(decode_pb2.PrefillTarget, target)
@@ -149,11 +130,7 @@ def router_message_to_proto(message: m.RouterToDecode) -> decode_pb2.RouterMessa
 def router_message_from_proto(message: decode_pb2.RouterMessage) -> m.RouterToDecode:
     match message.WhichOneof("message"):
         case "hello":
-            return m.PeerHello(
-                peer_id=message.hello.router_id,
-                epoch=Epoch(message.hello.epoch),
-                protocol_version=message.hello.protocol_version,
-            )
+            return value_of(m.PeerHello, message.hello, peer_id=message.hello.router_id)
         case "submit":
             submit = message.submit
             return value_of(
@@ -186,11 +163,7 @@ def decode_message_to_proto(message: m.DecodeToRouter) -> decode_pb2.DecodeMessa
 def decode_message_from_proto(message: decode_pb2.DecodeMessage) -> m.DecodeToRouter:
     match message.WhichOneof("message"):
         case "hello":
-            return m.PeerHello(
-                peer_id=message.hello.worker_id,
-                epoch=Epoch(message.hello.epoch),
-                protocol_version=message.hello.protocol_version,
-            )
+            return value_of(m.PeerHello, message.hello, peer_id=message.hello.worker_id)
         case "outputs":
             return m.StepOutputs(tuple(map(_output_from_proto, message.outputs.outputs)))
         case other:
@@ -207,15 +180,15 @@ def _output_to_proto(output: m.RequestOutput) -> decode_pb2.RequestOutput:
     )
     match output.end:
         case Completed() as completed:
-            message.completed.CopyFrom(
-                decode_pb2.Completion(
-                    reason=FINISH_TO_PROTO[completed.reason],
-                    cached_prompt_tokens=completed.cached_prompt_tokens,
-                    timeline=timeline_to_proto(completed.timeline),
-                )
+            completion = message_of(
+                decode_pb2.Completion,
+                completed,
+                reason=FINISH_TO_PROTO[completed.reason],
+                timeline=message_of(types_pb2.PhaseTimeline, completed.timeline),
             )
+            message.completed.CopyFrom(completion)
         case Failed() as failed:
-            message.failed.CopyFrom(failure_to_proto(failed))
+            message.failed.CopyFrom(message_of(types_pb2.Failure, failed))
         case None:
             pass
     return message
@@ -227,10 +200,11 @@ def _output_from_proto(message: decode_pb2.RequestOutput) -> m.RequestOutput:
         case "completed":
             if message.completed.reason not in FINISH_FROM_PROTO:
                 raise ValueError(f"unknown finish reason {message.completed.reason}")
-            end = Completed(
+            end = value_of(
+                Completed,
+                message.completed,
                 reason=FINISH_FROM_PROTO[message.completed.reason],
-                cached_prompt_tokens=message.completed.cached_prompt_tokens,
-                timeline=timeline_from_proto(message.completed.timeline),
+                timeline=value_of(PhaseTimeline, message.completed.timeline),
             )
         case "failed":
             end = failure_from_proto(message.failed)
@@ -296,7 +270,7 @@ def to_prefill_proto(message: m.DecodeToPrefill) -> prefill_pb2.DecodeToPrefill:
             start = prefill_pb2.StartHandoff(
                 handoff=handoff_to_proto(message.handoff),
                 first_block=message.first_block,
-                sampling=sampling_to_proto(message.sampling),
+                sampling=message_of(types_pb2.SamplingParams, message.sampling),
                 deadline_s=message.deadline_s,
             )
             _extend(start.prompt_token_ids, message.prompt_token_ids)
@@ -342,7 +316,7 @@ def to_decode_proto(message: m.PrefillToDecode) -> prefill_pb2.PrefillToDecode:
         case m.HandoffRefused():
             refused = prefill_pb2.HandoffRefused(
                 handoff=handoff_to_proto(message.handoff),
-                failure=failure_to_proto(message.failure),
+                failure=message_of(types_pb2.Failure, message.failure),
             )
             return envelope(refused=refused)
         case m.BlocksOffered():
@@ -359,7 +333,7 @@ def to_decode_proto(message: m.PrefillToDecode) -> prefill_pb2.PrefillToDecode:
         case m.HandoffFailed():
             failed = prefill_pb2.HandoffFailed(
                 handoff=handoff_to_proto(message.handoff),
-                failure=failure_to_proto(message.failure),
+                failure=message_of(types_pb2.Failure, message.failure),
             )
             return envelope(failed=failed)
 
@@ -374,10 +348,11 @@ def from_prefill_proto(message: prefill_pb2.PrefillToDecode) -> m.PrefillToDecod
                 failure=failure_from_proto(message.refused.failure),
             )
         case "offered":
-            return m.BlocksOffered(
+            return value_of(
+                m.BlocksOffered,
+                message.offered,
                 handoff=handoff_from_proto(message.offered.handoff),
-                first_block=message.offered.first_block,
-                block_ids=tuple(map(BlockId, message.offered.block_ids)),
+                block_ids=tuple(message.offered.block_ids),
                 digests=tuple(message.offered.digests),
             )
         case "done":

@@ -120,13 +120,11 @@ class ClientStream(GrpcStream[Out, In]):
         try:
             async with asyncio.timeout(connect_s):
                 await call.wait_for_connection()
-        except (TimeoutError, grpc.RpcError):
+        except BaseException as error:
             call.cancel()
             await channel.close(None)
-            raise WorkerLost(f"{peer} does not answer") from None
-        except asyncio.CancelledError:
-            call.cancel()
-            await channel.close(None)
+            if isinstance(error, TimeoutError | grpc.RpcError):
+                raise WorkerLost(f"{peer} does not answer") from None
             raise
         return cls(channel, call, encode=encode, decode=decode, peer=peer, num_tokens=num_tokens)
 

@@ -1,13 +1,15 @@
 """The internal services as message streams: one function to connect and one to serve each."""
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import grpc.aio
 
 from pdserve.config.timers import Timers
-from pdserve.domain.messages import ClusterState
+from pdserve.domain.messages import ClusterState, RegisterReply
 from pdserve.rpc import codec, membership_codec
+from pdserve.rpc.alike import message_of, value_of
 from pdserve.rpc.channels import open_channel
 from pdserve.rpc.grpc_streams import ClientStream, serve_stream
 from pdserve.rpc.streams import (
@@ -27,6 +29,16 @@ from pdserve.v1 import (
 
 AddService = Callable[[grpc.aio.Server], str]
 """Adds a service to a server and returns its full name."""
+
+
+def added_by(add: Callable[[Any, Any], None], servicer: object, name: str) -> AddService:
+    """By `add`, the generated function for services of this kind; `name` is the full one."""
+
+    def add_to(server: grpc.aio.Server) -> str:
+        add(servicer, server)
+        return name
+
+    return add_to
 
 
 async def connect_decode(address: str, timers: Timers) -> DecodeLink:
@@ -68,7 +80,7 @@ async def connect_membership(address: str, timers: Timers) -> RegisterLink:
         stub.Register,
         connect_s=timers.connect_s,
         encode=membership_codec.report_to_proto,
-        decode=membership_codec.reply_from_proto,
+        decode=partial(value_of, RegisterReply),
         peer=f"router at {address}",
     )
 
@@ -86,11 +98,8 @@ def decode_service(handler: Callable[[DecodeServerLink], Awaitable[None]]) -> Ad
                 num_tokens=codec.num_prompt_tokens,
             )
 
-    def add(server: grpc.aio.Server) -> str:
-        decode_pb2_grpc.add_DecodeServicer_to_server(Servicer(), server)  # type: ignore[no-untyped-call]
-        return "pdserve.v1.Decode"
-
-    return add
+    add = decode_pb2_grpc.add_DecodeServicer_to_server
+    return added_by(add, Servicer(), "pdserve.v1.Decode")
 
 
 def prefill_service(handler: Callable[[PrefillServerLink], Awaitable[None]]) -> AddService:
@@ -106,11 +115,8 @@ def prefill_service(handler: Callable[[PrefillServerLink], Awaitable[None]]) -> 
                 num_tokens=codec.num_prompt_tokens,
             )
 
-    def add(server: grpc.aio.Server) -> str:
-        prefill_pb2_grpc.add_PrefillServicer_to_server(Servicer(), server)  # type: ignore[no-untyped-call]
-        return "pdserve.v1.Prefill"
-
-    return add
+    add = prefill_pb2_grpc.add_PrefillServicer_to_server
+    return added_by(add, Servicer(), "pdserve.v1.Prefill")
 
 
 def membership_service(
@@ -124,7 +130,7 @@ def membership_service(
             await serve_stream(
                 context,
                 handler,
-                encode=membership_codec.reply_to_proto,
+                encode=partial(message_of, membership_pb2.RegisterReply),
                 decode=membership_codec.report_from_proto,
             )
 
@@ -133,8 +139,5 @@ def membership_service(
         ) -> membership_pb2.ClusterState:
             return membership_codec.cluster_to_proto(cluster_state())
 
-    def add(server: grpc.aio.Server) -> str:
-        membership_pb2_grpc.add_MembershipServicer_to_server(Servicer(), server)  # type: ignore[no-untyped-call]
-        return "pdserve.v1.Membership"
-
-    return add
+    add = membership_pb2_grpc.add_MembershipServicer_to_server
+    return added_by(add, Servicer(), "pdserve.v1.Membership")

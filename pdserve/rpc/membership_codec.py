@@ -110,14 +110,6 @@ def report_from_proto(message: pb.WorkerReport) -> m.WorkerReport:
             raise ValueError(f"unknown report {other}")
 
 
-def reply_to_proto(reply: m.RegisterReply) -> pb.RegisterReply:
-    return message_of(pb.RegisterReply, reply)
-
-
-def reply_from_proto(message: pb.RegisterReply) -> m.RegisterReply:
-    return value_of(m.RegisterReply, message)
-
-
 def cluster_to_proto(state: m.ClusterState) -> pb.ClusterState:
     workers = [
         message_of(

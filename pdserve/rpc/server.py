@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from pdserve.config.binding import explain_listening, listen
 from pdserve.config.timers import Timers
 from pdserve.domain.addresses import is_loopback, join_address
-from pdserve.domain.errors import BadRequest, LocalFault, PdserveError
+from pdserve.domain.errors import BadRequest, FieldViolation, LocalFault, PdserveError
 from pdserve.rpc.channels import server_options
 from pdserve.rpc.errors import abort
 from pdserve.rpc.health import ProcessHealth
@@ -72,11 +72,8 @@ class RpcServer:
             )
         await server.start()
         started = cls(server, health_servicer, address)
-        await started.set_ready(is_ready)
+        await started.health.set_ready(is_ready)
         return started
-
-    async def set_ready(self, is_ready: bool) -> None:
-        await self.health.set_ready(is_ready)
 
     async def close(self, grace_s: float = 0.0) -> None:
         await self._server.stop(grace_s)
@@ -142,7 +139,8 @@ def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 def _check_readable(request: Any) -> None:
     if request is UNREADABLE:
-        raise BadRequest("the request is not a message of this method")
+        violation = FieldViolation("request", "must be a valid message with text in UTF-8")
+        raise BadRequest.of([violation])
 
 
 def _guard_call(inner: Any, method: str) -> Any:
@@ -159,14 +157,7 @@ def _guard_call(inner: Any, method: str) -> Any:
 def _guard_stream(inner: Any, method: str) -> Any:
     """Streams answer either as async generators or by `context.write`."""
 
-    async def guarded_coroutine(request: Any, context: Any) -> None:
-        try:
-            _check_readable(request)
-            await inner(request, context)
-        except Exception as error:  # noqa: BLE001
-            await _reply_with(context, error, method)
-
-    async def guarded_generator(request: Any, context: Any) -> Any:
+    async def guarded(request: Any, context: Any) -> Any:
         try:
             _check_readable(request)
             async for reply in inner(request, context):
@@ -174,7 +165,7 @@ def _guard_stream(inner: Any, method: str) -> Any:
         except Exception as error:  # noqa: BLE001
             await _reply_with(context, error, method)
 
-    return guarded_generator if inspect.isasyncgenfunction(inner) else guarded_coroutine
+    return guarded if inspect.isasyncgenfunction(inner) else _guard_call(inner, method)
 
 
 async def _reply_with(context: Any, error: Exception, method: str) -> None:

@@ -93,7 +93,7 @@ async def serve_worker(
         )
         stack.push_async_callback(registrations.close)
         server.health.ready_while = lambda: registrations.is_registered
-        await server.set_ready(True)
+        await server.health.set_ready(True)
         log.info("worker.ready", role=settings.role, address=server.address, epoch=parts.epoch)
         on_ready(
             address=server.address,
@@ -103,7 +103,7 @@ async def serve_worker(
         await _run_until(stop, role.work, registrations.refused)
         service.is_draining = True
         registrations.report_now()
-        await server.set_ready(False)
+        await server.health.set_ready(False)
         is_idle = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timers.drain_s):

@@ -21,7 +21,7 @@ from pdserve.config.processes import CoefficientSettings, EngineSettings
 from pdserve.domain.messages import Role, WorkerState
 from pdserve.domain.sampling import SamplingParams
 from pdserve.engine.opening import open_engine
-from pdserve.engine.timed_engine import timed_tokens
+from tests.support.timed_oracle import timed_tokens
 
 COEFFICIENTS = CoefficientSettings(fixed_s=0.005, prefill_token_s=0.01, decode_token_s=0.001)
 PROMPT = tuple(range(20, 120))

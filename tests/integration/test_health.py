@@ -52,7 +52,7 @@ async def test_a_process_is_ready_and_live_until_it_says_otherwise() -> None:
         assert await check(it.address, READINESS) == SERVING
         assert await check(it.address, LIVENESS) == NOT_SERVING
         it.health.live_while = lambda: True
-        await it.set_ready(False)
+        await it.health.set_ready(False)
         assert await check(it.address, READINESS) == NOT_SERVING
         assert await check(it.address, LIVENESS) == SERVING
         with pytest.raises(grpc.aio.AioRpcError) as caught:

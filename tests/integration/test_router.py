@@ -38,6 +38,7 @@ from pdserve.v1 import inference_pb2 as pb
 from pdserve.v1 import inference_pb2_grpc, membership_pb2, membership_pb2_grpc, types_pb2
 from router.app import ServedRouter, open_router
 from router.building import Router
+from router.in_flight import Outcome
 from tests.unit.router.builders import make_hello, make_load
 
 T = TypeVar("T")
@@ -361,7 +362,7 @@ async def test_client_cancel_reaches_the_worker() -> None:
         cancel = await soon(worker.cancels.get())
         assert (cancel.request_id, cancel.attempt) == (submit.request_id, 1)
         await cluster.assert_nothing_is_held()
-        assert cluster.router.in_flight.counts.cancelled == 1
+        assert cluster.router.in_flight.counts[Outcome.CANCELLED] == 1
         await worker.say(submit, 1, 1)  # late: dropped
         again = cluster.generate()
         await worker.say(await soon(worker.submits.get()), 0, 8, end=DONE)
@@ -687,7 +688,7 @@ async def test_bad_requests_name_the_field() -> None:
             ended = await failure(cluster.generate(**fields))
             assert (ended.reason, ended.violations) == (reason, [field])
             assert not ended.can_retry
-        assert cluster.router.in_flight.counts.failed == 0
+        assert cluster.router.in_flight.counts[Outcome.FAILED] == 0
 
 
 async def test_too_many_in_flight_are_refused_with_a_time_to_come_back() -> None:

@@ -166,7 +166,7 @@ async def test_request_that_cannot_be_parsed_is_refused_without_the_parsers_word
         check = channel.unary_unary("/grpc.health.v1.Health/Check", bytes, bytes)
         call = check(b"\xff\xff\xff")
         assert await call.code() == grpc.StatusCode.INVALID_ARGUMENT
-        assert await call.details() == "the request is not a message of this method"
+        assert await call.details() == "request: must be a valid message with text in UTF-8"
 
 
 async def test_failing_log_does_not_put_its_own_text_into_the_reply(

@@ -16,9 +16,9 @@ from deploy.simulated.cluster import SimulatedCluster, open_simulated_cluster
 from deploy.simulated.virtual_time import run_virtual
 from pdserve.domain.sampling import SamplingParams
 from pdserve.engine.opening import open_engine
-from pdserve.engine.timed_engine import timed_tokens
 from router.requests import Chunk, GenerateCall
 from tests.support.plans import STEP_TIMES, plan, pool
+from tests.support.timed_oracle import timed_tokens
 from tests.support.worker_pair import demo_tokenizer
 
 NUM_REQUESTS = 200

@@ -10,8 +10,9 @@ from deploy.simulated.cluster import SimulatedCluster, open_simulated_cluster
 from pdserve.config.processes import EngineSettings
 from pdserve.domain.errors import Refused
 from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.tokens import Finished
 from pdserve.engine.contract import Engine
-from router.requests import Chunk, Finished, GenerateCall
+from router.requests import Chunk, GenerateCall
 from tests.support.worker_pair import BLOCK_SIZE, borrow_engine
 
 FIRST_PROMPT_TOKEN = 10

@@ -46,12 +46,13 @@ from pdserve.engine.digest import block_digest
 from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.kv_store import KvStore
 from pdserve.engine.model_files import ModelFiles, resolve_model_dir
-from pdserve.engine.timed_engine import TimedEngine, timed_tokens
+from pdserve.engine.timed_engine import TimedEngine
 from pdserve.engine.tokenizer import Tokenizer
 from pdserve.rpc.memory_network import MemoryNetwork, Wire, serve_like_grpc
 from pdserve.rpc.streams import MemoryStream, PrefillLink, iterate, memory_stream_pair
 from pdserve.worker.parts import WorkerParts
 from prefill_worker.building import open_prefill_worker
+from tests.support.timed_oracle import timed_tokens
 
 T = TypeVar("T")
 

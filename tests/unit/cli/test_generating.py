@@ -12,9 +12,9 @@ from pdserve.cli.generating import (
     render_logprobs,
     render_timeline,
 )
-from pdserve.client.values import Chunk, Finished, Sampling, Usage
+from pdserve.client.values import Chunk, Sampling
 from pdserve.domain.errors import LocalFault
-from pdserve.domain.tokens import FinishReason, PhaseTimeline, SampledToken
+from pdserve.domain.tokens import Finished, FinishReason, PhaseTimeline, SampledToken, Usage
 
 
 def question(prompt: str, *, is_token_ids: bool = False) -> Question:

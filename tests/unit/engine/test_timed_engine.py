@@ -13,7 +13,8 @@ from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import SampledToken
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
 from pdserve.engine.model_files import ModelFiles
-from pdserve.engine.timed_engine import TimedEngine, timed_tokens
+from pdserve.engine.timed_engine import TimedEngine
+from tests.support.timed_oracle import timed_tokens
 
 BLOCK_SIZE = 8
 FILES = ModelFiles.open("demo")

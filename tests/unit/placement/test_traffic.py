@@ -5,9 +5,8 @@ from random import Random
 
 import pytest
 
-from pdserve.client.values import Finished, Usage
 from pdserve.domain.latency import StepCoefficients
-from pdserve.domain.tokens import FinishReason, PhaseTimeline
+from pdserve.domain.tokens import Finished, FinishReason, PhaseTimeline, Usage
 from placement.answered import Answered
 from placement.fitted_profile import Handoff, Serving
 from placement.traffic import Level, Steps, draw_traffic, fit_serving

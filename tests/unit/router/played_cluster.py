@@ -16,7 +16,7 @@ from pdserve.domain.tokens import Completed, Failed, FinishReason, PhaseTimeline
 from pdserve.observe.watch import RequestEnd, RouterWatch
 from pdserve.rpc.streams import MemoryStream, iterate, memory_stream_pair
 from router.cluster_view import Ledger
-from router.decode_links import DecodeLink, LinkTarget
+from router.decode_links import DecodeLink
 from router.dispatch import Dispatcher, DispatchLimits
 from router.in_flight import InFlight
 from router.membership import Member, Membership
@@ -98,7 +98,8 @@ class PlayedWorker:
 def open_link(member: Member) -> DecodeLink:
     """What a registration sets once the stream to a decode worker is open."""
     return DecodeLink(
-        LinkTarget(life=member.life, address=member.hello.address),
+        member.life,
+        member.hello.address,
         me=ME,
         connect=PlayedWorker(member.hello.worker_id, {}).connect,
         timers=TIMERS,
@@ -205,7 +206,8 @@ async def open_played_cluster(
             member.link = cluster.links[member.hello.worker_id] if is_open else None
 
         link = DecodeLink(
-            LinkTarget(life=member.life, address=""),
+            member.life,
+            "",
             me=ME,
             connect=worker.connect,
             timers=TIMERS,

@@ -14,7 +14,7 @@ from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import SampledToken
 from pdserve.rpc.streams import MAX_NUM_BUFFERED_MESSAGES, MemoryStream, memory_stream_pair
 from router.cluster_view import Life
-from router.decode_links import DecodeLink, Inbox, LinkTarget
+from router.decode_links import DecodeLink, Inbox
 from tests.unit.router.played_cluster import DONE, ME, open_played_cluster, settle
 
 ID = RequestId("r")
@@ -122,7 +122,8 @@ async def test_leaving_twice_cancels_once() -> None:
 
 def make_link(connect: Any, changes: list[bool], **timers: float) -> DecodeLink:
     return DecodeLink(
-        LinkTarget(life=LIFE, address="a"),
+        LIFE,
+        "a",
         me=ME,
         connect=connect,
         timers=Timers(**timers),

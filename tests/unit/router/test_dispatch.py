@@ -7,6 +7,7 @@ import pytest
 from pdserve.domain.errors import PdserveError, Reason
 from pdserve.domain.tokens import Failed
 from router.dispatch import DispatchLimits
+from router.in_flight import Outcome
 from tests.unit.router.played_cluster import DONE, open_played_cluster, settle
 
 
@@ -28,7 +29,7 @@ async def test_reservation_and_submit_happen_in_one_step() -> None:
         await asyncio.gather(first, second, return_exceptions=True)
         await settle()
         assert cluster.is_idle
-        assert cluster.in_flight.counts.cancelled == 2
+        assert cluster.in_flight.counts[Outcome.CANCELLED] == 2
 
 
 async def test_prompt_counts_as_unread_until_its_first_token() -> None:
@@ -116,7 +117,7 @@ async def test_deadline_ends_the_request_and_cancels_at_the_worker() -> None:
         await settle()
         assert len(cluster.workers["d0"].cancels) == 1
         assert cluster.is_idle
-        assert cluster.in_flight.counts.failed == 1
+        assert cluster.in_flight.counts[Outcome.FAILED] == 1
 
 
 async def test_deadline_that_has_passed_starts_nothing_that_stays() -> None:

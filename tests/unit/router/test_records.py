@@ -10,11 +10,11 @@ from pdserve.config.processes import SloClass
 from pdserve.domain.errors import PdserveError, Reason
 from pdserve.domain.ids import Epoch, RequestId, WorkerId
 from pdserve.domain.sampling import SamplingParams
-from pdserve.domain.tokens import FinishReason, PhaseTimeline
+from pdserve.domain.tokens import Finished, FinishReason, PhaseTimeline, Usage
 from router.cluster_view import Life, RequestShape
 from router.in_flight import Outcome
 from router.records import Record, Visit
-from router.requests import Chunk, Finished, Usage
+from router.requests import Chunk
 from router.slo import SloResult
 
 CANCELLED = PdserveError("the client is gone", reason=Reason.CANCELLED)

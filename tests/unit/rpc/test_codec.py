@@ -310,8 +310,8 @@ def test_reason_that_only_a_newer_peer_knows_still_ends_its_request() -> None:
 
 
 def test_unset_sampling_fields_take_the_documented_defaults() -> None:
-    params = codec.sampling_from_proto(types_pb2.SamplingParams(), default_seed=9)
-    assert params == SamplingParams(seed=9)
+    params = codec.sampling_from_proto(types_pb2.SamplingParams())
+    assert params == SamplingParams()
 
 
 LAYER = {"num_layers": 2, "num_kv_heads": 4, "k_head_dim": 8, "v_head_dim": 8}
