@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from random import Random
 
 import structlog
@@ -70,7 +69,6 @@ async def open_router(settings: RouterSettings) -> AsyncIterator[ServedRouter]:
     async with TextEncoder(tokenizer, model_dir) as encoder:
         router = build_router(
             settings,
-            model_name=settings.model_name or Path(settings.model).name or model_dir.name,
             tokenizer=tokenizer,
             encode=encoder.encode,
             slo=slo,

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 
 from pdserve.config.processes import RouterSettings
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch
 from pdserve.domain.messages import ClusterState, PeerHello
+from pdserve.engine.model_files import resolve_model_dir
 from pdserve.engine.tokenizer import Tokenizer
 from pdserve.observe.prometheus import RouterNow
 from pdserve.observe.watch import RouterWatch
@@ -81,7 +83,6 @@ class Router:
 def build_router(
     settings: RouterSettings,
     *,
-    model_name: str,
     tokenizer: Tokenizer,
     encode: Encode,
     slo: SloBook,
@@ -91,6 +92,8 @@ def build_router(
     watch: RouterWatch,
 ) -> Router:
     """`connect` reaches decode workers; `tokenizer` says what `encode` may be given."""
+    model_dir = resolve_model_dir(settings.model)  # "." has no name of its own
+    model_name = settings.model_name or Path(settings.model).name or model_dir.name
     ledger = Ledger()
     in_flight = InFlight(max_num_requests=settings.max_num_requests)
     membership = Membership(timers=settings.timers, ledger=ledger, tokenizer_hash=tokenizer.digest)

@@ -9,7 +9,6 @@ take no time, and what is left is the time of the engines' steps.
 
 import asyncio
 import contextlib
-import itertools
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from random import Random
@@ -28,7 +27,7 @@ from pdserve.engine.tokenizer import Tokenizer
 from pdserve.observe.watch import RouterWatch
 from pdserve.rpc.memory_network import MemoryNetwork
 from pdserve.rpc.registration import Registration
-from pdserve.worker.parts import WorkerParts, running
+from pdserve.worker.parts import WorkerParts, numbered_loads, running
 from prefill_worker.building import PrefillWorker, open_prefill_worker
 from router.building import Router, build_router
 from router.cluster_view import Health
@@ -69,7 +68,6 @@ async def open_simulated_cluster(
         network = await stack.enter_async_context(MemoryNetwork())
         router = build_router(
             settings,
-            model_name=settings.model_name or settings.model,
             tokenizer=tokenizer,
             encode=encode,
             slo=SloBook(settings.slo),
@@ -119,13 +117,12 @@ async def _parts(settings: WorkerSettings, engine: Engine, rng: Random) -> Worke
 def _register(
     parts: WorkerParts, worker: PrefillWorker | DecodeWorker, network: MemoryNetwork, rng: Random
 ) -> Registration:
-    sequence = itertools.count(1)
     hello = parts.hello(parts.settings.worker_id)
     return Registration(
         network.connect,
         ROUTER,
         hello,
-        lambda: worker.service.load(next(sequence)),
+        numbered_loads(worker.service),
         parts.settings.timers,
         rng,
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,12 @@ class RoleService(Protocol):
     async def close(self) -> None:
         """End streams that must not be cut: their peers still have to hear what is queued."""
         ...
+
+
+def numbered_loads(service: RoleService) -> Callable[[], WorkerLoad]:
+    """The load at each call, for the routers of one life: they drop reports that are overtaken."""
+    sequence = itertools.count(1)
+    return lambda: service.load(next(sequence))
 
 
 @contextlib.asynccontextmanager

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import os
 import random
 import secrets
@@ -25,7 +24,7 @@ from pdserve.rpc.links import AddService, connect_membership
 from pdserve.rpc.process import OnReady
 from pdserve.rpc.router_names import RouterRegistrations
 from pdserve.rpc.server import RpcServer
-from pdserve.worker.parts import RoleService, WorkerParts
+from pdserve.worker.parts import RoleService, WorkerParts, numbered_loads
 
 log = structlog.get_logger(__name__)
 
@@ -82,11 +81,10 @@ async def serve_worker(
         )
         server.health.live_while = lambda: engine.step_age_s < timers.stuck_s
         stack.push_async_callback(server.close)
-        sequence = itertools.count(1)
         registrations = RouterRegistrations(
             settings.routers,
             parts.hello(server.address),
-            lambda: service.load(next(sequence)),
+            numbered_loads(service),
             timers,
             random.Random(parts.epoch),
             connect=connect_membership,
