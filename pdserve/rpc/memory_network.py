@@ -87,9 +87,16 @@ class MemoryNetwork:
             raise WorkerLost(f"nobody listens at {address}")
         wire = self.make_wire("caller", address)
         self.wires[address].append(wire)
-        self._spawn(wire.run())
+        self._spawn(self._run(wire, address))
         self._spawn(serve_like_grpc(handle, wire.right, wire.left))
         return wire.left
+
+    async def _run(self, wire: Wire, address: str) -> None:
+        try:
+            await wire.run()
+        finally:
+            if wire in self.wires[address]:  # not after a cut
+                self.wires[address].remove(wire)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -52,3 +52,5 @@ async def test_refused_caller_learns_why() -> None:
         with pytest.raises(WorkerLost, match="protocol versions differ") as caught:
             await stream.receive()
         assert caught.value.reason is Reason.INCOMPATIBLE_PEER
+        await asyncio.sleep(0.1)
+        assert not network.wires["here"], "a stream that is over is not kept"
