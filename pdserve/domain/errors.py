@@ -136,5 +136,9 @@ class TransferFailed(PeerFault):
     default_reason = Reason.TRANSFER_FAILED
 
 
+class RankLost(PdserveError):
+    """A rank of this worker died, stopped or failed: the worker cannot go on."""
+
+
 class LocalFault(PdserveError):
     """Ours: a setting, a file or a bug."""
