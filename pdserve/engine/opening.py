@@ -15,7 +15,7 @@ def open_engine(settings: EngineSettings) -> Engine:
         return TimedEngine(
             files,
             block_size=settings.block_size,
-            num_blocks=settings.num_blocks,
+            num_blocks=settings.host_num_blocks,
             coefficients=settings.coefficients.to_coefficients(),
             dtype=settings.dtype,
         )
@@ -33,7 +33,7 @@ def open_engine(settings: EngineSettings) -> Engine:
     return TorchEngine.load(
         files,
         block_size=settings.block_size,
-        num_blocks=settings.num_blocks,
+        num_blocks=settings.host_num_blocks,
         dtype=settings.dtype,
         device=settings.device,
     )
