@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from deploy.deployment import PlacedWorker
+from deploy.processes import VISIBLE_GPUS
 from pdserve.domain.errors import LocalFault
 
 DEV = Path("/dev")
 ROUNDING = 1e-6
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def num_gpus() -> int:
@@ -20,8 +20,8 @@ def num_gpus() -> int:
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    told = environment.get(VISIBLE)
+    """GPUs that this process may use, as CUDA_VISIBLE_GPUS_DEVICES names them."""
+    told = environment.get(VISIBLE_GPUS)
     if told is None:
         return tuple(map(str, range(num_gpus())))
     return tuple(name for each in told.split(",") if (name := each.strip()))
@@ -53,7 +53,7 @@ def assign_gpus(
 def gpu_environment(worker: PlacedWorker, gpus: Sequence[str]) -> Mapping[str, str]:
     """What the process of a worker is told of its GPUs; `cuda:N` counts from those seen here."""
     is_told = gpus and worker.settings.engine.device == "cuda"
-    return {VISIBLE: ",".join(gpus)} if is_told else {}
+    return {VISIBLE_GPUS: ",".join(gpus)} if is_told else {}
 
 
 def _chosen(worker: PlacedWorker, gpus: Sequence[str]) -> tuple[str, ...]:

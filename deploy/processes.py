@@ -19,6 +19,7 @@ from pdserve.observe.log_sinks import rotated_paths
 
 ProcessRole = Role | Literal["router"]
 MODULES = {"router": "router", **fork_server.MODULES}
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 NUM_LOG_LINES = 8
 MAX_LOG_LINE_CHARS = 300
 MAX_LOG_TAIL_BYTES = 16_384
