@@ -39,7 +39,7 @@ def check_deployment(deployment: Deployment) -> Footprint:
     layout = kv_layout(files.config, block_size=engines[0].block_size, dtype=engines[0].dtype)
     footprint = Footprint(
         router.model_name or files.name,
-        sum(engine.num_blocks for engine in engines),
+        sum(engine.planned_num_blocks or 0 for engine in engines),
         layout.block_bytes,
     )
     _check_metrics_ports(deployment)

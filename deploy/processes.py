@@ -86,8 +86,10 @@ class LocalProcess:
 
     @property
     def num_blocks(self) -> int:
-        """KV blocks; none in a router."""
-        return self.settings.engine.num_blocks if isinstance(self.settings, WorkerSettings) else 0
+        """KV blocks; none in a router, nor known of a worker whose GPU decides."""
+        if not isinstance(self.settings, WorkerSettings):
+            return 0
+        return self.settings.engine.planned_num_blocks or 0
 
     async def start(self) -> Ready:
         """Start and wait for its ready line; raises `ClusterFailed` with its reason or its log."""

@@ -55,7 +55,7 @@ def size_of(pool: Pool, model: ModelSpec) -> PodSize:
     # GPUs keep quantised weights and KV as the config says; the CPU engine knows `dtype` only.
     kv_share = value_bytes / model.precision.kv_bytes if not pool.num_gpus else 1.0
     token_bytes = model.kv_bytes_per_token() * kv_share
-    kv_bytes = engine.num_blocks * engine.block_size * token_bytes
+    kv_bytes = engine.host_num_blocks * engine.block_size * token_bytes
     if pool.num_gpus:
         weight_bytes = min(weight_bytes, model.weight_bytes() / pool.num_pods)
         shm = SHM_BYTES_PER_GPU * pool.gpus_per_pod if pool.num_gpus > 1 else 0
