@@ -87,7 +87,8 @@ class HostedProcess:
         self.node = reservation.node
         self.host = reservation.node.host
         self.gpus: tuple[str, ...] = ()  # of each rank, as Ray names them
-        self.started: Started | None = None
+        self.pids: tuple[int, ...] = ()  # of the process of each rank
+        self.started: Started | None = None  # of rank 0, the worker to all others
         self._reservation = reservation
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         actor = ray.remote(RankActor)
@@ -120,11 +121,12 @@ class HostedProcess:
             actor.start.remote(self._rank_name(rank), role, own.model_dump_json(), fork_server)
             for rank, (actor, own) in enumerate(zip(self._actors, told, strict=True))
         ]
-        said = await self.ask(_first_or_failed(calls), within_s, "did not start")
+        said = await self.ask(_all_or_failed(calls), within_s, "did not start")
         if isinstance(said, NotStarted):
             raise ClusterFailed(f"on {self.node.label}: {said.message}")
-        self.started = said
-        return said
+        self.pids = tuple(each.pid for each in said)
+        self.started = said[0]
+        return self.started
 
     async def _settings_of_ranks(self, settings: Settings) -> list[Settings]:
         """Of the process of each rank: they meet at a port of the first one's node."""
@@ -259,16 +261,15 @@ def explain_ray_error(error: RayError) -> str:
     return f"the actor died ({lines[0] if lines else type(error).__name__})"
 
 
-async def _first_or_failed(calls: Sequence[Any]) -> Started | NotStarted:
-    """What the first call says once all have started; why not, as soon as one has not."""
+async def _all_or_failed(calls: Sequence[Any]) -> list[Started] | NotStarted:
+    """What the calls say once all have started; why not, as soon as one has not."""
     tasks = [asyncio.create_task(_result(call)) for call in calls]
     try:
         for next_one in asyncio.as_completed(tasks):
             said: Started | NotStarted = await next_one
             if isinstance(said, NotStarted):
                 return said
-        first: Started | NotStarted = tasks[0].result()
-        return first
+        return [task.result() for task in tasks]
     finally:
         for task in tasks:
             task.cancel()
