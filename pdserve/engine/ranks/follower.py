@@ -22,7 +22,7 @@ from pdserve.domain.rank_place import RankPlace
 from pdserve.engine.contract import Engine
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.ranks.batch_codec import batch_of, drawn_message
-from pdserve.engine.ranks.channel import SILENT_S, RankChannel
+from pdserve.engine.ranks.channel import CLOSED, SILENT_S, RankChannel
 from pdserve.engine.ranks.frames import Message
 from pdserve.engine.ranks.joining import JOIN_S, join_leader, plan_fields
 from pdserve.engine.ranks.service import LoadPart, OpenRankService, RankParts
@@ -89,13 +89,13 @@ class Follower:
 
     async def run(self, connection: socket.socket) -> None:
         async with self._stack:
-            parent = await RankChannel.open(connection, "rank 0")
+            parent = await RankChannel.open(connection, "rank 0", self._parent)
             self._stack.push_async_callback(parent.close)
             if self._settings.ranks.node == 0:
                 self._leader = parent
             else:
                 parent.peer = "the host of this rank"
-                parent.max_silence_s = float("inf")  # it computes nothing, and matters to nobody
+                parent.max_silence_s = float("inf")
                 parent.on_lost = lambda why: self._die(f"{parent.peer} {why}")
                 try:
                     self._leader = await self._join(parent)
@@ -161,7 +161,7 @@ class Follower:
                 handlers = await self._stack.enter_async_context(open_service(parts))
                 for name, handler in handlers.items():
                     self._leader.handle(name, handler)
-        self._leader.max_silence_s = SILENT_S
+        self._leader.expect_quick()
         if self._host is not None:
             await self._host.ask("ready", deadline_s=SILENT_S)
         log.info("rank.ready")
@@ -191,19 +191,16 @@ class Follower:
 
     def _lose_leader(self, why: str) -> None:
         """A leader on this host that was stopped holds ports and requests until it is killed."""
-        is_local = self._host is None
-        if is_local and os.getppid() == self._parent:
-            self._say(f"rank 0 {why}")
-            os.kill(self._parent, signal.SIGKILL)
-            os._exit(EXIT_FAILED)
-        self._die(f"rank 0 {why}")
-
-    def _say(self, why: str) -> None:
-        log.error("worker.lost", why=why)
+        log.error("worker.lost", why=f"rank 0 {why}")
         flush_logs()
+        is_ours = self._host is None and os.getppid() == self._parent
+        if is_ours and why != CLOSED:  # otherwise it is about to end, and has words to say
+            os.kill(self._parent, signal.SIGKILL)
+        os._exit(EXIT_FAILED)
 
     def _die(self, why: str) -> NoReturn:
-        self._say(why)
+        log.error("worker.lost", why=why)
+        flush_logs()
         os._exit(EXIT_FAILED)
 
 
