@@ -12,7 +12,6 @@ import torch
 
 from pdserve.config.processes import EngineSettings
 from pdserve.domain.engine_spec import EngineSpec
-from pdserve.domain.rank_place import RankPlace
 from pdserve.domain.tokens import SampledToken
 from pdserve.engine.contract import Drawn, StepBatch, StepResult
 from pdserve.engine.kv_memory import KvMemory
@@ -28,9 +27,8 @@ WEIGHTS = 1_000_003
 class ToyPart:
     """Satisfies `Engine`, for one rank."""
 
-    def __init__(
-        self, files: ModelFiles, settings: EngineSettings, place: RankPlace, group: RankGroup
-    ) -> None:
+    def __init__(self, files: ModelFiles, settings: EngineSettings, group: RankGroup) -> None:
+        place = group.place
         whole = kv_layout(files.config, block_size=settings.block_size, dtype="float32")
         self.spec = EngineSpec(
             kind="torch",

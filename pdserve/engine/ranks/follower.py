@@ -95,8 +95,7 @@ class Follower:
                 self._leader = parent
             else:
                 parent.peer = "the host of this rank"
-                parent.max_silence_s = float("inf")
-                parent.on_lost = lambda why: self._die(f"{parent.peer} {why}")
+                parent.on_lost = self._lose_parent
                 try:
                     self._leader = await self._join(parent)
                 except LocalFault as fault:
@@ -141,7 +140,6 @@ class Follower:
             self._load,
             self._files,
             part_settings(self._settings, self._place.rank),
-            self._place,
             self._group,
         )
         self._engine = engine
@@ -163,6 +161,7 @@ class Follower:
                     self._leader.handle(name, handler)
         self._leader.expect_quick()
         if self._host is not None:
+            self._host.expect_quick()
             await self._host.ask("ready", deadline_s=SILENT_S)
         log.info("rank.ready")
 
@@ -187,20 +186,22 @@ class Follower:
     def _end_soon(self) -> None:
         """A step that failed here cannot be made good: rank 0 says why, and ends the worker."""
         loop = asyncio.get_running_loop()
-        loop.call_later(DIES_ALONE_S, self._die, "rank 0 did not end a worker that failed")
+        loop.call_later(DIES_ALONE_S, self._lose, "rank 0", "did not end a worker that failed")
 
     def _lose_leader(self, why: str) -> None:
-        """A leader on this host that was stopped holds ports and requests until it is killed."""
-        log.error("worker.lost", why=f"rank 0 {why}")
-        flush_logs()
-        is_ours = self._host is None and os.getppid() == self._parent
-        if is_ours and why != CLOSED:  # otherwise it is about to end, and has words to say
-            os.kill(self._parent, signal.SIGKILL)
-        os._exit(EXIT_FAILED)
+        self._lose("rank 0", why, is_parent=self._settings.ranks.node == 0)
 
-    def _die(self, why: str) -> NoReturn:
-        log.error("worker.lost", why=why)
+    def _lose_parent(self, why: str) -> None:
+        self._lose("the host of this rank", why, is_parent=True)
+
+    def _lose(self, peer: str, why: str, *, is_parent: bool = False) -> NoReturn:
+        """Say why and end. A parent that was stopped would hold ports and requests until it is
+        killed; one that closed its connection is about to end, and has words to say.
+        """
+        log.error("worker.lost", why=f"{peer} {why}")
         flush_logs()
+        if is_parent and why != CLOSED and os.getppid() == self._parent:
+            os.kill(self._parent, signal.SIGKILL)
         os._exit(EXIT_FAILED)
 
 

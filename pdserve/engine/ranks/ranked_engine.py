@@ -105,7 +105,7 @@ async def loaded(crew: Crew) -> AsyncIterator[RankedEngine]:
         crew.ask_all("group", told, deadline_s=LOAD_S),
     )
     part, said = await asyncio.gather(
-        asyncio.to_thread(crew.prepared.load, files, own, place, group),
+        asyncio.to_thread(crew.prepared.load, files, own, group),
         crew.ask_all("load", Message(), deadline_s=LOAD_S),
     )
     try:
