@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from pdserve.config.processes import EngineSettings
 from pdserve.domain.errors import LocalFault
-from pdserve.domain.rank_place import RankPlace
 from pdserve.engine.contract import Engine
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.timed_engine import TimedEngine
@@ -45,11 +44,15 @@ def open_engine(settings: EngineSettings) -> Engine:
     )
 
 
-def load_rank_part(
-    files: ModelFiles, settings: EngineSettings, place: RankPlace, group: "RankGroup"
-) -> Engine:
+def load_rank_part(files: ModelFiles, settings: EngineSettings, group: "RankGroup") -> Engine:
     """One rank's part of the model, beside which all others compute theirs."""
-    raise LocalFault(
-        f"engine: torch serves on one rank; got tp {settings.tp}, pp {settings.pp}: plan "
-        "with search: {tp: [1], pp: [1]}, or use engine: timed"
+    from pdserve.engine.torch_engine import TorchEngine
+
+    return TorchEngine.load(
+        files,
+        block_size=settings.block_size,
+        num_blocks=settings.host_num_blocks,
+        dtype=settings.dtype,
+        device=settings.device,
+        group=group,
     )

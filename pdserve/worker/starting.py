@@ -30,14 +30,19 @@ ServeWorker = Callable[
 ]
 
 
-def run_worker(serve: ServeWorker, services: Sequence[OpenRankService], doc: str) -> None:
+def run_worker(
+    serve: ServeWorker,
+    services: Sequence[OpenRankService],
+    doc: str,
+    load: LoadPart = load_rank_part,
+) -> None:
     """The whole `__main__` of a worker, or of a node that only hosts ranks of one.
 
     `services` are what its ranks other than 0 do besides computing.
     """
 
     def prepare(settings: WorkerSettings) -> ServeProcess[WorkerSettings]:
-        prepared = prepare_ranks(settings, services)
+        prepared = prepare_ranks(settings, services, load)
 
         async def run(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event) -> None:
             if settings.ranks.node > 0:
@@ -85,7 +90,7 @@ def prepare_ranks(
     except LocalFault:
         local.kill()
         raise
-    return PreparedRanks(files=files, local=local, listener=listener)
+    return PreparedRanks(files=files, load=load, local=local, listener=listener)
 
 
 @contextlib.asynccontextmanager
@@ -93,7 +98,6 @@ async def opened_engine(
     settings: WorkerSettings,
     prepared: PreparedRanks | None,
     on_stop: Callable[[], None] = lambda: None,
-    load: LoadPart = load_rank_part,
 ) -> AsyncIterator[Engine]:
     """The engine of a worker, of all its ranks, until the block ends.
 
@@ -112,7 +116,7 @@ async def opened_engine(
             else:
                 from pdserve.engine.ranks.ranked_engine import loaded
 
-                engine = await stack.enter_async_context(loaded(crew, load))
+                engine = await stack.enter_async_context(loaded(crew))
         yield engine
 
 

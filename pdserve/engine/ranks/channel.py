@@ -11,15 +11,19 @@ import structlog
 
 from pdserve.domain.errors import LocalFault, PdserveError, RankLost, TransferFailed, WorkerLost
 from pdserve.engine.ranks.frames import BadFrame, Message, frame, read_frame
-from pdserve.engine.ranks.silence import TICK_S, Silence
+from pdserve.engine.ranks.silence import TICK_S, Silence, is_stopped
 
 log = structlog.get_logger(__name__)
 
 BEAT_S = 0.25
 SILENT_S = 2.0
-"""A peer that has said nothing for so long is lost."""
+"""A peer on another host that has said nothing for so long is lost."""
+STOPPED_S = 1.5
+"""A peer on this host is lost sooner, if it is also stopped ..."""
+BUSY_SILENT_S = 10.0
+"""... and later, if it is not: a machine may be too busy to let it speak."""
 LOADING_SILENT_S = 60.0
-"""The same while models load: imports and compilers hold up a process for seconds."""
+"""While models load, on any host: imports and compilers hold up a process for seconds."""
 
 GIVE_UP_S = 5.0
 """A handler that was cancelled is over within this time."""
@@ -27,6 +31,8 @@ GIVE_UP_S = 5.0
 Handler = Callable[[Message], Awaitable[Message | None]]
 """Answers a question. What it raises is raised where the question was asked: an error of ours as
 what it is, any other as a `LocalFault` with the name of its kind."""
+
+CLOSED = "closed its connection"
 
 OnLost = Callable[[str], None]
 """Called once, on the event loop, with a clause: `has been silent for 2 s`."""
@@ -40,13 +46,18 @@ class RankChannel:
     """One socket to the peer called `peer`, such as `rank 2`; whoever opens it closes it.
 
     Both ends beat, so that a peer which stopped is noticed: then, or once the connection ends,
-    `on_lost` is called and every open question raises `RankLost`.
+    `on_lost` is called and every open question raises `RankLost`. `pid` is of a peer on this host.
     """
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        peer: str,
+        pid: int | None = None,
     ) -> None:
         self.peer = peer
+        self._pid = pid
         self.on_lost: OnLost = lambda why: None
         self.max_silence_s = LOADING_SILENT_S
         self.over = asyncio.Event()  # nothing more will be said or heard
@@ -59,7 +70,7 @@ class RankChannel:
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._beat())]
 
     @classmethod
-    async def open(cls, connection: socket.socket, peer: str) -> Self:
+    async def open(cls, connection: socket.socket, peer: str, pid: int | None = None) -> Self:
         """Take over a connected stream socket."""
         connection.setblocking(False)
         if connection.family == socket.AF_UNIX:
@@ -67,7 +78,7 @@ class RankChannel:
         else:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             reader, writer = await asyncio.open_connection(sock=connection)
-        return cls(reader, writer, peer)
+        return cls(reader, writer, peer, pid)
 
     def handle(self, name: str, handler: Handler) -> None:
         """Have `handler` answer questions called `name`; they begin in the order they came."""
@@ -78,6 +89,10 @@ class RankChannel:
     def begin(self, name: str, message: Message | None = None) -> asyncio.Future[Message]:
         """Ask at once; the answer comes later. For those who wait for it with a deadline."""
         return self._begin(next(self._numbers), name, message or Message())
+
+    def expect_quick(self) -> None:
+        """Nothing loads any more that could hold up the peer."""
+        self.max_silence_s = SILENT_S if self._pid is None else BUSY_SILENT_S
 
     async def ask(self, name: str, message: Message | None = None, *, deadline_s: float) -> Message:
         """The answer; raises what the peer's handler raised, and `RankLost` for no answer.
@@ -147,7 +162,7 @@ class RankChannel:
                 self._silence.heard()
                 self._take(head, body)
         except (asyncio.IncompleteReadError, OSError):
-            self._lose("closed its connection")
+            self._lose(CLOSED)
         except BadFrame as error:
             self._lose(f"sent {error}")
 
@@ -157,8 +172,12 @@ class RankChannel:
         while True:
             await asyncio.sleep(TICK_S)
             now_s = loop.time()
-            if self._silence.tick(now_s) >= self.max_silence_s:
-                self._lose(f"has been silent for {self._silence.silent_s:.0f} s")
+            silent_s = self._silence.tick(now_s)
+            if silent_s >= self.max_silence_s:
+                self._lose(f"has been silent for {silent_s:.1f} s")
+                return
+            if silent_s >= STOPPED_S and self._pid is not None and is_stopped(self._pid):
+                self._lose(f"was stopped, and has been silent for {silent_s:.1f} s")
                 return
             if now_s - beat_s >= BEAT_S:
                 beat_s = now_s

@@ -13,10 +13,11 @@ import structlog
 from pdserve.config.processes import WorkerSettings
 from pdserve.domain.errors import LocalFault, PdserveError, RankLost
 from pdserve.engine.model_files import ModelFiles
-from pdserve.engine.ranks.channel import SILENT_S, RankChannel
+from pdserve.engine.ranks.channel import CLOSED, RankChannel
 from pdserve.engine.ranks.forking import LocalRanks
 from pdserve.engine.ranks.frames import Message
 from pdserve.engine.ranks.joining import HELLO_S, JOIN_S, check_plan, plan_fields
+from pdserve.engine.ranks.service import LoadPart
 from pdserve.observe.logging import flush_logs
 
 log = structlog.get_logger(__name__)
@@ -34,6 +35,7 @@ class PreparedRanks:
     """What a process of a worker had to do for its ranks before its event loop existed."""
 
     files: ModelFiles
+    load: LoadPart
     local: LocalRanks
     listener: socket.socket | None = None  # for the ranks of other nodes
 
@@ -75,7 +77,7 @@ class Crew:
         """Until every rank is here; raises `LocalFault` naming those that are not in time."""
         self._here = {rank: asyncio.Event() for rank in self.expected}
         for each in self.prepared.local.ranks:
-            channel = await RankChannel.open(each.connection, f"rank {each.rank}")
+            channel = await RankChannel.open(each.connection, f"rank {each.rank}", each.pid)
             self._take(each.rank, channel, self.own_host)
         if self.prepared.listener is not None:
             self._accepting.append(asyncio.create_task(self._accept(self.prepared.listener)))
@@ -118,7 +120,7 @@ class Crew:
         """All have loaded what they need: from here on whoever is silent is lost."""
         await self.ask_all("serve", Message({"step_s": step_s}), deadline_s=deadline_s)
         for channel in self.channels.values():
-            channel.max_silence_s = SILENT_S
+            channel.expect_quick()
 
     async def wait_for_end(self, rank: int, error: BaseException) -> NoReturn:
         """`error` came up on a rank, in a step: end this process with the reason.
@@ -140,7 +142,7 @@ class Crew:
         if self._is_ending:
             return
         self._is_ending = True
-        ended = self.prepared.local.how_it_ended(rank, REASON_S)
+        ended = self.prepared.local.how_it_ended(rank, REASON_S if why == CLOSED else 0)
         log.error("worker.lost", why=f"rank {rank} {ended or why}")
         self.prepared.local.kill()
         flush_logs()

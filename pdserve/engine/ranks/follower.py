@@ -22,7 +22,7 @@ from pdserve.domain.rank_place import RankPlace
 from pdserve.engine.contract import Engine
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.ranks.batch_codec import batch_of, drawn_message
-from pdserve.engine.ranks.channel import SILENT_S, RankChannel
+from pdserve.engine.ranks.channel import CLOSED, SILENT_S, RankChannel
 from pdserve.engine.ranks.frames import Message
 from pdserve.engine.ranks.joining import JOIN_S, join_leader, plan_fields
 from pdserve.engine.ranks.ranked_kv import own_store
@@ -90,14 +90,13 @@ class Follower:
 
     async def run(self, connection: socket.socket) -> None:
         async with self._stack:
-            parent = await RankChannel.open(connection, "rank 0")
+            parent = await RankChannel.open(connection, "rank 0", self._parent)
             self._stack.push_async_callback(parent.close)
             if self._settings.ranks.node == 0:
                 self._leader = parent
             else:
                 parent.peer = "the host of this rank"
-                parent.max_silence_s = float("inf")  # it computes nothing, and matters to nobody
-                parent.on_lost = lambda why: self._die(f"{parent.peer} {why}")
+                parent.on_lost = self._lose_parent
                 try:
                     self._leader = await self._join(parent)
                 except LocalFault as fault:
@@ -142,7 +141,6 @@ class Follower:
             self._load,
             self._files,
             part_settings(self._settings, self._place.rank),
-            self._place,
             self._group,
         )
         self._engine = engine
@@ -162,8 +160,9 @@ class Follower:
                 handlers = await self._stack.enter_async_context(open_service(parts))
                 for name, handler in handlers.items():
                     self._leader.handle(name, handler)
-        self._leader.max_silence_s = SILENT_S
+        self._leader.expect_quick()
         if self._host is not None:
+            self._host.expect_quick()
             await self._host.ask("ready", deadline_s=SILENT_S)
         log.info("rank.ready")
 
@@ -188,23 +187,22 @@ class Follower:
     def _end_soon(self) -> None:
         """A step that failed here cannot be made good: rank 0 says why, and ends the worker."""
         loop = asyncio.get_running_loop()
-        loop.call_later(DIES_ALONE_S, self._die, "rank 0 did not end a worker that failed")
+        loop.call_later(DIES_ALONE_S, self._lose, "rank 0", "did not end a worker that failed")
 
     def _lose_leader(self, why: str) -> None:
-        """A leader on this host that was stopped holds ports and requests until it is killed."""
-        is_local = self._host is None
-        if is_local and os.getppid() == self._parent:
-            self._say(f"rank 0 {why}")
-            os.kill(self._parent, signal.SIGKILL)
-            os._exit(EXIT_FAILED)
-        self._die(f"rank 0 {why}")
+        self._lose("rank 0", why, is_parent=self._settings.ranks.node == 0)
 
-    def _say(self, why: str) -> None:
-        log.error("worker.lost", why=why)
+    def _lose_parent(self, why: str) -> None:
+        self._lose("the host of this rank", why, is_parent=True)
+
+    def _lose(self, peer: str, why: str, *, is_parent: bool = False) -> NoReturn:
+        """Say why and end. A parent that was stopped would hold ports and requests until it is
+        killed; one that closed its connection is about to end, and has words to say.
+        """
+        log.error("worker.lost", why=f"{peer} {why}")
         flush_logs()
-
-    def _die(self, why: str) -> NoReturn:
-        self._say(why)
+        if is_parent and why != CLOSED and os.getppid() == self._parent:
+            os.kill(self._parent, signal.SIGKILL)
         os._exit(EXIT_FAILED)
 
 

@@ -41,7 +41,7 @@ async def host_ranks(
 
     def listen(rank: int, channel: RankChannel) -> None:
         async def is_ready(_: Message) -> None:
-            channel.max_silence_s = SILENT_S
+            channel.expect_quick()
             ready[rank].set()
 
         async def has_ended(_: Message) -> None:
@@ -57,7 +57,7 @@ async def host_ranks(
 
     try:
         for each in ranks:
-            channel = await RankChannel.open(each.connection, f"rank {each.rank}")
+            channel = await RankChannel.open(each.connection, f"rank {each.rank}", each.pid)
             channels.append(channel)
             listen(each.rank, channel)
         if await _all(ready, over, stop):

@@ -16,7 +16,6 @@ from pdserve.engine.ranks.crew import Crew
 from pdserve.engine.ranks.follower import layout_fields, part_message, part_settings
 from pdserve.engine.ranks.frames import Message
 from pdserve.engine.ranks.ranked_kv import RankedKv, own_store
-from pdserve.engine.ranks.service import LoadPart
 
 LOAD_S = 1800.0
 """Every rank has loaded its part of the model within this time."""
@@ -86,7 +85,7 @@ class RankedEngine:
 
 
 @contextlib.asynccontextmanager
-async def loaded(crew: Crew, load: LoadPart) -> AsyncIterator[RankedEngine]:
+async def loaded(crew: Crew) -> AsyncIterator[RankedEngine]:
     """The engine, once every rank has loaded its part of the same model.
 
     Raises `LocalFault` with the rank and its reason if one cannot.
@@ -106,7 +105,7 @@ async def loaded(crew: Crew, load: LoadPart) -> AsyncIterator[RankedEngine]:
         crew.ask_all("group", told, deadline_s=LOAD_S),
     )
     part, said = await asyncio.gather(
-        asyncio.to_thread(load, files, own, place, group),
+        asyncio.to_thread(crew.prepared.load, files, own, group),
         crew.ask_all("load", Message(), deadline_s=LOAD_S),
     )
     try:

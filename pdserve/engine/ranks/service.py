@@ -14,7 +14,7 @@ from pdserve.engine.ranks.channel import Handler, RankChannel
 if TYPE_CHECKING:  # it names tensors, and timed engines do without torch
     from pdserve.engine.rank_group import RankGroup
 
-LoadPart = Callable[[ModelFiles, EngineSettings, RankPlace, "RankGroup"], Engine]
+LoadPart = Callable[[ModelFiles, EngineSettings, "RankGroup"], Engine]
 """Loads a rank's part of a model: an `Engine` whose steps only make sense beside those of all other
 ranks: only the rank that `draws` has tokens in its results. `spec` is of the whole model, with its
 `tp` and `pp`; `kv` is the rank's own. Raises `LocalFault` if the model cannot be served so."""

@@ -1,5 +1,7 @@
 """How long a peer has said nothing, as far as a process can tell that has pauses of its own."""
 
+from pathlib import Path
+
 TICK_S = 0.1
 """How often a process looks; also the beat of its own clock."""
 
@@ -22,3 +24,12 @@ class Silence:
         self.silent_s += min(now_s - self._ticked_s, 2 * TICK_S)
         self._ticked_s = now_s
         return self.silent_s
+
+
+def is_stopped(pid: int) -> bool:
+    """The process waits for SIGCONT; False too if it is gone. See proc(5)."""
+    try:
+        said = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return False
+    return said.rpartition(b")")[2].split()[0] == b"T"
