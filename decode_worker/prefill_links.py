@@ -7,6 +7,7 @@ from typing import Any
 
 import structlog
 
+from kvtransfer.leading import OpenReader
 from kvtransfer.reading import BlockReader
 from kvtransfer.receiver import HandoffReceiver
 from kvtransfer.session import ProtocolViolation
@@ -28,9 +29,6 @@ from pdserve.rpc.streams import PrefillLink, iterate, receive_hello, send_or_abo
 log = structlog.get_logger(__name__)
 
 Connect = Callable[[str, Timers], Awaitable[PrefillLink]]
-
-OpenReader = Callable[[HandoffHello], Awaitable[BlockReader | None]]
-"""Makes what reads this peer's blocks; None if no transport reaches it."""
 
 
 class PeerLink:

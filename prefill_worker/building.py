@@ -5,8 +5,8 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
+from kvtransfer.leading import serving
 from kvtransfer.transports.base import Transport
-from pdserve.domain.ids import BlockId
 from pdserve.domain.waiting import DISCIPLINES
 from pdserve.engine.block_pool import BlockPool
 from pdserve.observe.watch import NO_PREFILL_WATCH, PrefillWatch
@@ -47,17 +47,10 @@ async def open_prefill_worker(
         clock=parts.clock,
         watch=watch,
     )
-
-    async def may_read(block_ids: Sequence[BlockId]) -> bool:
-        return loop.senders.may_read(block_ids)
-
     async with contextlib.AsyncExitStack() as stack:
-        regions = []
-        for transport in transports:
-            stack.push_async_callback(transport.close)
-            server = await transport.serve(engine.kv, may_read)
-            stack.push_async_callback(server.close)
-            regions.append(server.region)
+        regions = await stack.enter_async_context(
+            serving(engine.kv, transports, loop.senders.may_read, epoch=parts.epoch)
+        )
         service = PrefillService(
             loop,
             parts.handoff_hello(regions),

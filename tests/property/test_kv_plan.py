@@ -4,13 +4,13 @@ from collections import Counter
 from random import Random
 
 import numpy as np
-import numpy.typing as npt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtransfer.plan import copies_of, plan_shares
 from kvtransfer.reading import copy_planes
-from pdserve.domain.layout import KvLayout, LayerKv, RankLayout, ShardedLayout
+from pdserve.domain.layout import KvLayout, LayerKv, ShardedLayout
+from tests.support.ranked_kv import cut
 
 TPS, PPS = (1, 2, 4, 8), (1, 2, 3, 4)
 
@@ -38,20 +38,6 @@ def pairs_of_layouts(draw: st.DrawFn) -> tuple[ShardedLayout, ShardedLayout]:
         ShardedLayout(whole=whole, tp=tp, pp=pp) for tp, pp in zip(tps, pps, strict=True)
     )
     return source, target
-
-
-def cut(block: npt.NDArray[np.uint8], whole: KvLayout, held: RankLayout) -> npt.NDArray[np.uint8]:
-    """What a rank holds of a block of the whole model, said the plain way."""
-    parts = []
-    for layer, heads in zip(held.layers, held.heads, strict=True):
-        kv, start = whole.layers[layer], whole.layer_offset_bytes(layer)
-        for head_dim in (kv.k_head_dim, kv.v_head_dim):
-            row = head_dim * whole.item_bytes
-            size = whole.block_size * kv.num_kv_heads * row
-            plane = block[start : start + size].reshape(whole.block_size, kv.num_kv_heads, row)
-            parts.append(plane[:, heads.start : heads.stop].reshape(-1))
-            start += size
-    return np.concatenate(parts)
 
 
 @settings(deadline=None, max_examples=300)
