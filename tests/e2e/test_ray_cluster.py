@@ -29,6 +29,7 @@ from pdserve.domain.messages import ClusterState
 from pdserve.domain.tokens import SampledToken
 from tests.support.plans import plan, pool
 from tests.support.prompts import demo_prompts
+from tests.support.rank_plans import smoke, write_rank_plan
 from tests.support.ray_clusters import GPU, RayNodes, ray_nodes
 from tests.support.up_runs import Up, error_line, pdserve
 from tests.support.waiting import wait_until
@@ -532,6 +533,19 @@ async def test_ranks_of_a_worker_are_actors_on_one_node_and_end_together(
         assert events.has("decode-0", "rank 1", "SIGKILL", "starting it again")
         assert (cluster.log_dir / "decode-0.rank1.log").exists()
         assert len((await client.complete(PROMPT, Sampling(max_tokens=4))).tokens) == 4
+    await wait_until(lambda: not leftovers(), within_s=5, what="actors and groups are gone")
+
+
+async def test_a_plan_of_tp_and_pp_serves_on_two_nodes(nodes: RayNodes, tmp_path: Path) -> None:
+    nodes.add(gpus=2)
+    path = write_rank_plan(tmp_path, gpu="h100_sxm", nodes=([NODES[0]], [NODES[1]]))
+    flags = {"device": "cpu", "dtype": "float32", "router.port": 0, "router.internal_port": 0}
+    deployment = read_deployment(path, flags, ())
+    async with running(deployment) as (cluster, _, _):
+        where = places(cluster)
+        assert where["prefill-0"] != where["decode-0"]
+        assert [row.num_ranks for row in cluster.rows] == [1, 2, 2]
+        assert await smoke(cluster) == ""
     await wait_until(lambda: not leftovers(), within_s=5, what="actors and groups are gone")
 
 
