@@ -540,7 +540,7 @@ async def test_a_plan_of_tp_and_pp_serves_on_two_nodes(nodes: RayNodes, tmp_path
     nodes.add(gpus=2)
     path = write_rank_plan(tmp_path, gpu="h100_sxm", nodes=([NODES[0]], [NODES[1]]))
     flags = {"device": "cpu", "dtype": "float32", "router.port": 0, "router.internal_port": 0}
-    deployment = read_deployment(path, flags, ())
+    deployment = read_deployment(path, flags, ["start_s=300"])
     async with running(deployment) as (cluster, _, _):
         where = places(cluster)
         assert where["prefill-0"] != where["decode-0"]
