@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
+from kvtransfer.following import serve_for_leader
 from kvtransfer.session import TERMINAL, Phase
-from kvtransfer.transports import open_transports
+from kvtransfer.transports import worker_transports
 from kvtransfer.transports.base import End
 from pdserve.config.processes import WorkerSettings
+from pdserve.engine.ranks.crew import PreparedRanks
+from pdserve.engine.ranks.service import OpenRankService
 from pdserve.observe.prometheus import PrefillMetrics
 from pdserve.rpc.links import prefill_service
 from pdserve.rpc.process import OnReady
@@ -18,9 +21,18 @@ from prefill_worker.building import open_prefill_worker
 _ENDS = TERMINAL - {Phase.REFUSED}  # what is refused was never a handoff here
 
 
-async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event) -> None:
+RANK_SERVICES: Sequence[OpenRankService] = (serve_for_leader,)
+"""What ranks other than 0 do besides computing."""
+
+
+async def serve(
+    settings: WorkerSettings,
+    on_ready: OnReady,
+    stop: asyncio.Event,
+    prepared: PreparedRanks | None = None,
+) -> None:
     """Serve until `stop`, then finish what was taken on, for `drain_s` at most."""
-    await serve_worker(settings, _open, on_ready, stop)
+    await serve_worker(settings, _open, on_ready, stop, prepared)
 
 
 @contextlib.asynccontextmanager
@@ -28,16 +40,10 @@ async def _open(parts: WorkerParts) -> AsyncIterator[ServedRole]:
     settings = parts.settings
     metrics = PrefillMetrics(
         settings.worker_id,
-        block_bytes=parts.engine.spec.layout.block_bytes,
+        block_bytes=parts.engine.spec.sharded_layout.block_bytes,
         outcomes=[phase.name.lower() for phase in Phase if phase in _ENDS],
     )
-    transports = open_transports(
-        settings.transports,
-        settings.host,
-        settings.kv_port,
-        timers=settings.timers,
-        end=End(parts.epoch),
-    )
+    transports = worker_transports(settings, End(parts.epoch))
     async with open_prefill_worker(parts, transports, watch=metrics) as worker:
         metrics.num_open_handoffs = lambda: len(worker.loop.senders)
         yield ServedRole(

@@ -19,13 +19,15 @@ class EngineSpec:
     vocab_size: int
     max_context_tokens: int
     eos_token_ids: tuple[int, ...]
-    layout: KvLayout
+    layout: KvLayout  # of the whole model
     length_rule: LengthRule = ONE_REGIME
+    tp: int = 1  # ranks that divide a stage's KV; 1 too for an engine that stands for them all
+    pp: int = 1  # stages that divide the layers
 
     @property
     def sharded_layout(self) -> ShardedLayout:
-        """Of one rank: every engine has the KV of all that it stands for in one memory."""
-        return ShardedLayout(whole=self.layout)
+        """How the KV is divided among the memories of this engine."""
+        return ShardedLayout(whole=self.layout, tp=self.tp, pp=self.pp)
 
     def block_names(self, prompt: Sequence[int]) -> tuple[bytes, ...]:
         """Names of the prompt's full blocks, alike at all workers that are paired."""

@@ -40,6 +40,7 @@ from pdserve.engine.numba_attention import CompiledAttention, compile_attention
 from pdserve.engine.packed_linear import pack_linears
 from pdserve.engine.packing import pack
 from pdserve.engine.paged_cache import DTYPES, PagedCache, PagedStep
+from pdserve.engine.sharding.shares import dense_logits, share_of
 
 
 def load_model(files: ModelFiles, dtype: str) -> Any:
@@ -88,18 +89,25 @@ class PagedModel:
     ) -> None:
         """Take over `model` (in evaluation mode, weights of `dtype`); `LocalFault` if unfit.
 
+        Of a model that ranks hold together (`load_rank_model`), all of them do this at once, and
+        what they do here and in `forward` is the same, step by step.
         Requests have at most `max_context_tokens`, or what the model's config says.
         """
         compiled = _choose_attention(attention, dtype)
         config = model.config.get_text_config()
         limit = max_context_tokens or context_limit(config)
         tokens = probe_tokens(config.vocab_size, candidate_switches(config, limit))
+        share = share_of(model)
+        logits_of = plain_logits if share is None else dense_logits
         plain = {
-            length: plain_logits(model, tokens, length)
+            length: logits_of(model, tokens, length)
             for length in probe_lengths(config, limit, len(tokens))
         }
-        use_paged(model)
-        layout = discover_layout(model, block_size=block_size, dtype=dtype)
+        if share is None:
+            use_paged(model)
+            layout = discover_layout(model, block_size=block_size, dtype=dtype)
+        else:
+            layout = share.layout_of(model, block_size=block_size, dtype=dtype)
         pack_linears(model)
         fuse_norms(model)
         fuse_mlps(model)
@@ -107,14 +115,18 @@ class PagedModel:
         self._model = model
         self._dtype = dtype
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.length_rule = find_length_rule(model, limit)
+        self.length_rule = find_length_rule(model, limit) if share is None else share.length_rule
+        self._gives_logits = share is None or share.place.is_last_stage
         self._check_against(plain, tokens, layout, compiled)
         self.kv = KvMemory(layout, num_blocks)
         self._cache = PagedCache(self.kv, compiled)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
-        """Compute all tokens, write their KV; logits [sequences that sample, vocabulary]."""
+        """Compute all tokens, write their KV; logits [sequences that sample, vocabulary].
+
+        Ranks of other stages than the last give numbers that mean nothing.
+        """
         return self._forward(batch, self._cache)
 
     def close(self) -> None:
@@ -167,7 +179,7 @@ class PagedModel:
         regimes = {self.length_rule.regime(length): length for length in sorted(plain)[::-1]}
         for length, logits in plain.items():
             alike = plain[regimes[self.length_rule.regime(length)]]
-            check_same_logits(self._model, logits, alike, layout.dtype)
+            self._check_same(logits, alike)
         num_blocks = layout.num_blocks_for(len(tokens))
         scratch = KvMemory(layout, num_blocks * (len(regimes) + 1))
         cache = PagedCache(scratch, compiled)
@@ -178,7 +190,7 @@ class PagedModel:
                 self._forward(StepBatch((_part(tokens, (start, end), table, length),)), cache)[-1]
                 for start, end in _probe_chunks(len(tokens))
             ]
-            check_same_logits(self._model, torch.stack(rows), plain[length][ends], layout.dtype)
+            self._check_same(torch.stack(rows), plain[length][ends])
         self._check_beside(plain, tokens, list(regimes.values()), cache)
         del cache
         scratch.close()
@@ -196,7 +208,11 @@ class PagedModel:
         ]
         expected = [plain[length][end - 1] for end, length in zip(ends, lengths, strict=True)]
         logits = self._forward(StepBatch(tuple(parts)), cache)
-        check_same_logits(self._model, logits, torch.stack(expected), self._dtype)
+        self._check_same(logits, torch.stack(expected))
+
+    def _check_same(self, paged: Tensor, plain: Tensor) -> None:
+        if self._gives_logits:
+            check_same_logits(self._model, paged, plain, self._dtype)
 
 
 def _choose_attention(attention: str, dtype: str) -> CompiledAttention | None:

@@ -10,12 +10,16 @@ import torch
 
 from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.errors import LocalFault
+from pdserve.domain.layout import ShardedLayout
 from pdserve.engine.contract import Drawn, StepBatch, StepResult
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_shape import item_bytes
 from pdserve.engine.numba_draws import compile_draws
 from pdserve.engine.paged_model import PagedModel, load_model
+from pdserve.engine.rank_group import RankGroup
 from pdserve.engine.sampling import draw_tokens
+from pdserve.engine.sharding import load_rank_model
+from pdserve.engine.sharding.shares import RankShare, share_of
 from pdserve.engine.threads import run_to_end
 from pdserve.engine.tokenizer import Tokenizer
 
@@ -24,10 +28,14 @@ _KEPT_BYTES = 256 << 20
 
 
 class TorchEngine:
-    """Satisfies `Engine`. Computes in one thread of its own, with one torch thread."""
+    """Satisfies `Engine`. Computes in one thread of its own, with one torch thread.
 
-    def __init__(self, model: PagedModel, spec: EngineSpec) -> None:
+    Of a rank that does not draw, the tokens are all None.
+    """
+
+    def __init__(self, model: PagedModel, spec: EngineSpec, *, draws: bool = True) -> None:
         self.spec = spec
+        self._draws = draws
         self.kv = model.kv
         self._model = model
         self._thread = ThreadPoolExecutor(1, "engine", initializer=_use_one_thread)
@@ -42,9 +50,11 @@ class TorchEngine:
         dtype: str = "float32",
         device: str = "cpu",
         attention: str = "auto",
+        group: RankGroup | None = None,
     ) -> "TorchEngine":
         """Load weights, and check that the model can be served; `LocalFault` says why if not.
 
+        With `group` only the part of this rank: the other ranks load and compute theirs beside it.
         `attention`: `numba` or `torch` (gather and SDPA); `auto` takes numba where it can be used.
         """
         if device != "cpu":
@@ -55,15 +65,21 @@ class TorchEngine:
         compile_draws()
         if isinstance(files, Path):
             files = ModelFiles.open(files)
+        loaded = (
+            load_model(files, dtype)
+            if group is None
+            else load_rank_model(files, dtype, group.place, group, device)
+        )
         model = PagedModel(
-            load_model(files, dtype),
+            loaded,
             block_size=block_size,
             num_blocks=num_blocks,
             dtype=dtype,
             attention=attention,
             max_context_tokens=files.max_context_tokens,
         )
-        return cls(model, _spec(files, model))
+        spec = _spec(files, model, share_of(loaded))
+        return cls(model, spec, draws=group is None or group.place.draws)
 
     async def step(self, batch: StepBatch) -> StepResult:
         """Run the batch in the engine's thread. A cancelled call raises once the step is over."""
@@ -75,6 +91,8 @@ class TorchEngine:
         if not batch.sequences:
             return StepResult((), 0.0)
         logits = self._model.forward(batch)
+        if not self._draws:
+            return StepResult((None,) * len(batch.sequences), time.perf_counter() - began_s)
         steps = [each.sample for each in batch.sequences if each.sample is not None]
         drawn = iter(draw_tokens(logits.float().numpy(), steps, self.spec.eos_token_ids))
         sampled: list[Drawn | None] = [
@@ -104,7 +122,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
-def _spec(files: ModelFiles, model: PagedModel) -> EngineSpec:
+def _spec(files: ModelFiles, model: PagedModel, share: RankShare | None) -> EngineSpec:
+    own = model.kv.layout
+    sharded = (
+        ShardedLayout(whole=own)
+        if share is None
+        else share.sharded_layout(block_size=own.block_size, dtype=own.dtype)
+    )
     return EngineSpec(
         kind="torch",
         model_name=files.name,
@@ -113,6 +137,8 @@ def _spec(files: ModelFiles, model: PagedModel) -> EngineSpec:
         vocab_size=files.vocab_size,
         max_context_tokens=files.max_context_tokens,
         eos_token_ids=files.eos_token_ids,
-        layout=model.kv.layout,
+        layout=sharded.whole,
         length_rule=model.length_rule,
+        tp=sharded.tp,
+        pp=sharded.pp,
     )
