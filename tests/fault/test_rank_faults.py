@@ -158,9 +158,7 @@ async def check(ends: Sequence[Ended], client: InferenceClient) -> int:
     return len(failed)
 
 
-@pytest.mark.parametrize(
-    ("tp", "pp"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 async def test_worker_is_gone_at_once_when_any_of_its_ranks_is_killed_or_stopped(
     tp: int, pp: int
 ) -> None:
