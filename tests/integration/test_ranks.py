@@ -120,9 +120,7 @@ async def test_port_that_is_taken_is_a_clear_error(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         leader, _ = (process(each, tmp_path) for each in nodes(TIMED, port))
-        with pytest.raises(
-            ClusterFailed, match=rf"cannot listen at 127.0.0.1:{port}"
-        ):
+        with pytest.raises(ClusterFailed, match=rf"cannot listen at 127.0.0.1:{port}"):
             await asyncio.wait_for(leader.start(), WITHIN_S)
 
 
