@@ -7,11 +7,10 @@ from collections.abc import AsyncIterator, Sequence
 import structlog
 
 from decode_worker.building import open_decode_worker
-from kvtransfer.transports import open_transports
-from kvtransfer.transports.base import End, Transport
-from kvtransfer.transports.faulty import FaultyTransport
+from kvtransfer.following import read_for_leader
+from kvtransfer.transports import worker_transports
+from kvtransfer.transports.base import End
 from pdserve.config.processes import WorkerSettings
-from pdserve.domain.ids import Epoch
 from pdserve.engine.model_files import resolve_model_dir
 from pdserve.engine.ranks.crew import PreparedRanks
 from pdserve.engine.ranks.service import OpenRankService
@@ -25,7 +24,7 @@ from pdserve.worker.process import ServedRole, serve_worker
 log = structlog.get_logger(__name__)
 
 
-RANK_SERVICES: Sequence[OpenRankService] = ()
+RANK_SERVICES: Sequence[OpenRankService] = (read_for_leader,)
 """What ranks other than 0 do besides computing."""
 
 
@@ -44,12 +43,12 @@ async def _open(parts: WorkerParts) -> AsyncIterator[ServedRole]:
     settings = parts.settings
     metrics = DecodeMetrics(
         settings.worker_id,
-        block_bytes=parts.engine.spec.layout.block_bytes,
+        block_bytes=parts.engine.spec.sharded_layout.block_bytes,
         transports=settings.transports,
     )
     async with open_decode_worker(
         parts,
-        _open_transports(settings, parts.epoch),
+        worker_transports(settings, End(parts.epoch)),
         tokenizer=Tokenizer.load(resolve_model_dir(settings.engine.model)),
         connect=connect_prefill,
         watch=metrics,
@@ -60,13 +59,3 @@ async def _open(parts: WorkerParts) -> AsyncIterator[ServedRole]:
             work=worker.work,
             metrics=metrics,
         )
-
-
-def _open_transports(settings: WorkerSettings, epoch: Epoch) -> tuple[Transport, ...]:
-    transports = open_transports(
-        settings.transports, settings.host, settings.kv_port, timers=settings.timers, end=End(epoch)
-    )
-    if settings.corrupt_kv_blocks == 0:
-        return transports
-    log.warning("drill.enabled", corrupt_kv_blocks=settings.corrupt_kv_blocks)
-    return tuple(FaultyTransport(each, settings.corrupt_kv_blocks) for each in transports)

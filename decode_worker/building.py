@@ -10,6 +10,7 @@ from decode_worker.handoff import Handoffs
 from decode_worker.intake import Intake
 from decode_worker.prefill_links import Connect, PrefillLinks
 from decode_worker.service import DecodeService
+from kvtransfer.leading import reading
 from kvtransfer.transports.base import Transport
 from pdserve.domain.ids import PROTOCOL_VERSION
 from pdserve.domain.messages import PeerHello
@@ -47,11 +48,17 @@ async def open_decode_worker(
     spec = engine.spec
     pool = parts.new_pool()
     async with contextlib.AsyncExitStack() as stack:
-        for transport in transports:
-            stack.push_async_callback(transport.close)
-            await transport.register(engine.kv)
+        open_reader = await stack.enter_async_context(
+            reading(
+                engine.kv,
+                spec.sharded_layout,
+                transports,
+                epoch=parts.epoch,
+                read_s=timers.request_s,
+            )
+        )
         links = await stack.enter_async_context(
-            PrefillLinks(connect, parts.handoff_hello(), transports, timers, watch)
+            PrefillLinks(connect, parts.handoff_hello(), open_reader, timers, watch)
         )
         loop = DecodeLoop(
             engine,
@@ -70,7 +77,11 @@ async def open_decode_worker(
             clock=parts.clock,
         )
         handoffs = Handoffs(
-            links, engine.kv, vocab_size=spec.vocab_size, clock=parts.clock, watch=watch
+            links,
+            block_size=spec.layout.block_size,
+            vocab_size=spec.vocab_size,
+            clock=parts.clock,
+            watch=watch,
         )
         service = DecodeService(
             hello=PeerHello(

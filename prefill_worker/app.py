@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 
+from kvtransfer.following import serve_for_leader
 from kvtransfer.session import TERMINAL, Phase
-from kvtransfer.transports import open_transports
+from kvtransfer.transports import worker_transports
 from kvtransfer.transports.base import End
 from pdserve.config.processes import WorkerSettings
 from pdserve.engine.ranks.crew import PreparedRanks
@@ -20,7 +21,7 @@ from prefill_worker.building import open_prefill_worker
 _ENDS = TERMINAL - {Phase.REFUSED}  # what is refused was never a handoff here
 
 
-RANK_SERVICES: Sequence[OpenRankService] = ()
+RANK_SERVICES: Sequence[OpenRankService] = (serve_for_leader,)
 """What ranks other than 0 do besides computing."""
 
 
@@ -39,16 +40,10 @@ async def _open(parts: WorkerParts) -> AsyncIterator[ServedRole]:
     settings = parts.settings
     metrics = PrefillMetrics(
         settings.worker_id,
-        block_bytes=parts.engine.spec.layout.block_bytes,
+        block_bytes=parts.engine.spec.sharded_layout.block_bytes,
         outcomes=[phase.name.lower() for phase in Phase if phase in _ENDS],
     )
-    transports = open_transports(
-        settings.transports,
-        settings.host,
-        settings.kv_port,
-        timers=settings.timers,
-        end=End(parts.epoch),
-    )
+    transports = worker_transports(settings, End(parts.epoch))
     async with open_prefill_worker(parts, transports, watch=metrics) as worker:
         metrics.num_open_handoffs = lambda: len(worker.loop.senders)
         yield ServedRole(

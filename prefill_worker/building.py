@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
+from kvtransfer.leading import serving
 from kvtransfer.transports.base import Transport
 from pdserve.domain.waiting import DISCIPLINES
 from pdserve.engine.block_pool import BlockPool
@@ -47,12 +48,9 @@ async def open_prefill_worker(
         watch=watch,
     )
     async with contextlib.AsyncExitStack() as stack:
-        regions = []
-        for transport in transports:
-            stack.push_async_callback(transport.close)
-            server = await transport.serve(engine.kv, loop.senders.may_read)
-            stack.push_async_callback(server.close)
-            regions.append(server.region)
+        regions = await stack.enter_async_context(
+            serving(engine.kv, transports, loop.senders.may_read, epoch=parts.epoch)
+        )
         service = PrefillService(
             loop,
             parts.handoff_hello(regions),

@@ -2,13 +2,19 @@
 
 from collections.abc import Callable, Sequence
 
+import structlog
+
 from kvtransfer.transports.base import NOBODY, End, Transport
+from kvtransfer.transports.faulty import FaultyTransport
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
 from kvtransfer.transports.tcp_server import TcpLimits
+from pdserve.config.processes import WorkerSettings
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import LocalFault
-from pdserve.domain.messages import RemoteRegion
+from pdserve.domain.messages import RemoteRegion, Role
+
+log = structlog.get_logger(__name__)
 
 _MAKERS: dict[str, Callable[[str, int, Timers, End], Transport]] = {
     ShmTransport.name: lambda host, port, timers, end: ShmTransport(),
@@ -39,6 +45,18 @@ def open_transports(
     if unknown:
         raise LocalFault(f"no transport {unknown[0]!r}; there are {', '.join(_MAKERS)}")
     return tuple(_MAKERS[name](host, port, timers, end) for name in names)
+
+
+def worker_transports(settings: WorkerSettings, end: End) -> tuple[Transport, ...]:
+    """Those that a rank of a worker moves KV by, damaging it if its settings say so."""
+    index = end.rank % settings.num_local_ranks
+    port = settings.kv_port + index if settings.kv_port else 0
+    timers = settings.timers
+    transports = open_transports(settings.transports, settings.host, port, timers=timers, end=end)
+    if settings.corrupt_kv_blocks == 0 or settings.role is not Role.DECODE:
+        return transports
+    log.warning("drill.enabled", corrupt_kv_blocks=settings.corrupt_kv_blocks)
+    return tuple(FaultyTransport(each, settings.corrupt_kv_blocks) for each in transports)
 
 
 def choose(

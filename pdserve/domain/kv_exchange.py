@@ -8,9 +8,9 @@ Hello = HandoffHello | WorkerHello
 def exchange_obstacle(decode: Hello, prefill: Hello) -> str | None:
     """Why KV cannot go from the prefill worker to the decode worker; None if it can.
 
-    They must speak one protocol, serve one model and mean the same by a block of it. Of all
-    reshardings, transfers do one: between workers of one rank, which hold the same. Two workers of
-    an older version compare their layouts when they meet.
+    They must speak one protocol, serve one model and mean the same by a block of it. Their ranks
+    may divide it in any two ways. Two workers of an older version compare their layouts when they
+    meet.
     """
     if decode.protocol_version != prefill.protocol_version:
         return _differ("protocol version", decode.protocol_version, prefill.protocol_version)
@@ -25,10 +25,6 @@ def exchange_obstacle(decode: Hello, prefill: Hello) -> str | None:
         return _differ("block size", ours.whole.block_size, theirs.whole.block_size)
     if ours.whole != theirs.whole:
         return "their layers differ in number, KV heads or head sizes"
-    if ours.num_ranks > 1 or theirs.num_ranks > 1:
-        return "KV goes between workers of one rank only; " + _differ(
-            "ranks", f"tp {ours.tp} pp {ours.pp}", f"tp {theirs.tp} pp {theirs.pp}"
-        )
     return None
 
 

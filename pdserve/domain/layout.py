@@ -101,6 +101,11 @@ class ShardedLayout:
     def num_ranks(self) -> int:
         return self.tp * self.pp
 
+    @property
+    def block_bytes(self) -> int:
+        """Of a block in all ranks together; a head that several hold counts as often."""
+        return sum(self.rank(rank).layout.block_bytes for rank in range(self.num_ranks))
+
     def rank(self, rank: int) -> RankLayout:
         """Of one rank, counted from 0; raises `ValueError` for one that there is not."""
         _check(0, self.num_ranks - 1, rank=rank)

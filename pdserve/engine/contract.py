@@ -9,6 +9,7 @@ from pdserve.domain.latency import StepShape
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Failed, SampledToken
 from pdserve.engine.kv_store import KvStore
+from pdserve.engine.ranks.ranked_kv import RankedKv
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,7 @@ class Engine(Protocol):
     spec: EngineSpec
 
     @property
-    def kv(self) -> KvStore: ...
+    def kv(self) -> KvStore | RankedKv: ...
 
     async def step(self, batch: StepBatch) -> StepResult:
         """Run the batch without blocking the event loop.

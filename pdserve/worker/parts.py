@@ -36,7 +36,7 @@ class WorkerParts:
         return BlockPool(
             self.engine.kv.num_blocks,
             reuse_prefixes=self.settings.engine.prefix_reuse,
-            is_sound=self.engine.kv.is_sound,
+            are_sound=self.engine.kv.are_sound,
         )
 
     def hello(self, address: str) -> WorkerHello:

@@ -210,7 +210,14 @@ class RankChannel:
         """Start to answer; negative numbers are not questions."""
         task = asyncio.create_task(self._run_handler(number, name, message))
         self._answering[number] = task
-        task.add_done_callback(lambda _: self._answering.pop(number, None))
+        task.add_done_callback(lambda done: self._answered(number, name, done))
+
+    def _answered(self, number: int, name: str, done: asyncio.Task[None]) -> None:
+        """Also if it was given up before it began, so that nothing of it has run."""
+        self._answering.pop(number, None)
+        if done.cancelled() and number >= 0:
+            text = f"{name} was given up"
+            self._send({"failed": number, "kind": "RankLost", "message": text})
 
     async def _run_handler(self, number: int, name: str, message: Message) -> None:
         try:
@@ -218,12 +225,6 @@ class RankChannel:
             if handler is None:
                 raise LocalFault(f"nobody here answers {name}")
             answer = await handler(message) or Message()
-        except asyncio.CancelledError:
-            if number >= 0:
-                self._send(
-                    {"failed": number, "kind": "RankLost", "message": f"{name} was given up"}
-                )
-            raise
         except PdserveError as error:
             self._say_failed(number, name, type(error).__name__, error.message)
         except Exception as error:

@@ -25,6 +25,7 @@ from pdserve.engine.ranks.batch_codec import batch_of, drawn_message
 from pdserve.engine.ranks.channel import CLOSED, SILENT_S, RankChannel
 from pdserve.engine.ranks.frames import Message
 from pdserve.engine.ranks.joining import JOIN_S, join_leader, plan_fields
+from pdserve.engine.ranks.ranked_kv import own_store
 from pdserve.engine.ranks.service import LoadPart, OpenRankService, RankParts
 from pdserve.observe.log_sinks import RotatingFile
 from pdserve.observe.logging import flush_logs, process_log
@@ -211,7 +212,7 @@ def part_message(engine: Engine) -> Message:
         {
             "model_hash": engine.spec.model_hash.hex(),
             "layout": layout_fields(engine.spec.layout),
-            "own_layout": layout_fields(engine.kv.layout),
+            "own_layout": layout_fields(own_store(engine.kv).layout),
         }
     )
 

@@ -10,12 +10,12 @@ from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.rank_place import RankPlace
 from pdserve.engine.contract import Engine, StepBatch, StepResult
-from pdserve.engine.kv_store import KvStore
 from pdserve.engine.ranks.batch_codec import batch_message, drawn_of
 from pdserve.engine.ranks.channel import RankChannel
 from pdserve.engine.ranks.crew import Crew
 from pdserve.engine.ranks.follower import layout_fields, part_message, part_settings
 from pdserve.engine.ranks.frames import Message
+from pdserve.engine.ranks.ranked_kv import RankedKv, own_store
 
 LOAD_S = 1800.0
 """Every rank has loaded its part of the model within this time."""
@@ -31,7 +31,7 @@ class RankedEngine:
     def __init__(self, part: Engine, place: RankPlace, crew: Crew, *, step_s: float) -> None:
         self.spec = part.spec
         self.place = place
-        self.kv: KvStore = part.kv
+        self.kv = RankedKv(own_store(part.kv), crew.in_order, deadline_s=step_s)
         self._part = part
         self._crew = crew
         self._channels = crew.in_order

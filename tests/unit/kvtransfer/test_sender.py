@@ -48,7 +48,14 @@ def sender_of(
     assert table is not None
     table.hold(0, num_blocks)
     start = replace(start_of(num_tokens, first_block, handoff), deadline_s=deadline_s)
-    return HandoffSender(start, block_table=table, memory=memory, lease_s=LEASE_S, now_s=now_s)
+    return HandoffSender(
+        start,
+        block_table=table,
+        memory=memory,
+        block_size=memory.layout.block_size,
+        lease_s=LEASE_S,
+        now_s=now_s,
+    )
 
 
 def may_read(sender: HandoffSender, block_ids: Sequence[BlockId]) -> bool:
@@ -72,6 +79,20 @@ async def test_only_complete_blocks_are_offered_until_the_prompt_is_computed(
     assert last is not None
     assert (last.first_block, len(last.block_ids)) == (2, 2)
     sender.end(Event.FAIL)
+
+
+async def test_what_is_much_is_offered_bit_by_bit(
+    pool: BlockPool, memory: KvMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtransfer.sender.MAX_OFFERED_BLOCKS", 3)
+    sender = sender_of(pool, memory)
+    first = await sender.offer(14, is_last=True)
+    rest = await sender.offer(14, is_last=True)
+    assert first is not None
+    assert rest is not None
+    assert (len(first.block_ids), rest.first_block, len(rest.block_ids)) == (3, 3, 1)
+    assert await sender.offer(14, is_last=True) is None
+    sender.end(Event.END)
 
 
 async def test_blocks_that_the_peer_has_are_never_offered(

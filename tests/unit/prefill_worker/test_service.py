@@ -15,7 +15,6 @@ from deploy.simulated.virtual_time import virtual
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import PeerFault, Reason, WorkerLost
 from pdserve.domain.ids import HandoffId, RequestId
-from pdserve.domain.layout import ShardedLayout
 from pdserve.domain.messages import (
     BlocksOffered,
     BlocksPulled,
@@ -35,7 +34,6 @@ from pdserve.observe.watch import PrefillWatch
 from pdserve.rpc.memory_network import serve_like_grpc
 from pdserve.rpc.streams import MAX_NUM_BUFFERED_MESSAGES, MemoryStream, memory_stream_pair
 from tests.support.worker_pair import (
-    LAYOUT,
     PrefillNode,
     Sizes,
     WorkerPair,
@@ -413,7 +411,6 @@ async def test_peer_that_says_nothing_is_not_served() -> None:
         ({"protocol_version": 9}, "protocol version: 9 at the decode worker, 1 at the prefill"),
         ({"model_hash": b"another"}, "model: .* at the decode worker"),
         ({"layout": None}, "too old"),
-        ({"layout": ShardedLayout(whole=LAYOUT, tp=1, pp=2)}, "one rank only; ranks: tp 1 pp 2"),
     ],
 )
 def test_peer_that_kv_cannot_go_to_is_told_why_and_not_served(

@@ -9,7 +9,7 @@ from typing import NoReturn
 import pytest
 
 from pdserve.domain.errors import LocalFault, RankLost, TransferFailed
-from pdserve.engine.ranks.channel import RankChannel
+from pdserve.engine.ranks.channel import GIVE_UP_S, RankChannel
 from pdserve.engine.ranks.frames import Message
 
 DEADLINE_S = 20.0
@@ -89,6 +89,17 @@ async def test_late_answer_raises_and_cancels_the_handler() -> None:
         other.handle("forever", forever)
         with pytest.raises(RankLost, match=r"rank 1 did not answer forever within 0.05 s"):
             await one.ask("forever", deadline_s=0.05)
+
+
+async def test_question_cancelled_before_its_handler_began_is_over_at_once() -> None:
+    async with pair() as (one, other):
+        other.handle("forever", forever)
+        asking = asyncio.create_task(one.ask("forever", deadline_s=DEADLINE_S))
+        await asyncio.sleep(0)
+        asking.cancel()
+        async with asyncio.timeout(GIVE_UP_S / 2):
+            await asyncio.wait([asking])
+        assert asking.cancelled()
 
 
 async def test_cancelled_question_is_over_at_the_peer_when_it_raises() -> None:
