@@ -42,6 +42,20 @@ class LoadMeter:
         return time.monotonic(), busy / TICKS_PER_S, own / TICKS_PER_S
 
 
+def families(pids: Iterable[int], *, proc: Path = Path("/proc")) -> tuple[int, ...]:
+    """These processes and all that began in them, such as the ranks of a worker."""
+    found: list[int] = []
+    waiting = list(pids)
+    while waiting:
+        pid = waiting.pop()
+        found.append(pid)
+        try:
+            waiting += map(int, (proc / f"{pid}/task/{pid}/children").read_text().split())
+        except OSError:
+            continue
+    return tuple(found)
+
+
 def cpu_s(pids: Mapping[str, int], *, proc: Path = Path("/proc")) -> dict[str, float]:
     """CPU seconds that each process has used; 0 for one that has ended."""
     return {name: _ticks_of(proc, pid) / TICKS_PER_S for name, pid in pids.items()}

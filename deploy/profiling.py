@@ -11,10 +11,14 @@ import typer
 from pdserve.cli.options import INTERNAL_ADDRESS_NAMES, AsJson, address_given
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from deploy.deployment import Deployment
     from pdserve.config.cluster import ClusterSettings
     from placement.fitted_profile import FittedProfile
     from placement.probing import Advance, ProbePlan
+
+UNNAMED_GPU = "profiled"
 
 
 def profile(
@@ -30,6 +34,26 @@ def profile(
         str | None,
         typer.Option("--model", "-m", help="Start a cluster of 1 + 1 workers with this model."),
     ] = None,
+    tp: Annotated[
+        int | None, typer.Option(min=1, help="--model: tensor parallel ranks of each worker [1].")
+    ] = None,
+    pp: Annotated[
+        int | None, typer.Option(min=1, help="--model: pipeline stages of each worker [1].")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="--model: cpu, or cuda, which needs --gpu [cpu].")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="--model: float32, bfloat16 or float16 [float32].")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="--model: any field of a cluster file, such as prefill.tp=2; repeatable.",
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the profile goes.")] = Path(
         "profile.json"
     ),
@@ -44,7 +68,7 @@ def profile(
     ] = 16,
     gpu: Annotated[
         str, typer.Option(help="GPU type of the workers, as in `pdserve gpus`; plans name it.")
-    ] = "profiled",
+    ] = UNNAMED_GPU,
     as_json: AsJson = False,
 ) -> None:
     """Fit the latency model to a running cluster, by requests; show how well it fits.
@@ -57,6 +81,7 @@ def profile(
       pdserve profile --internal-address 127.0.0.1:7451 --output a100.json --sim sim.yaml
       pdserve simulate --config sim.yaml --workload w.csv
       pdserve profile --internal-address 10.0.0.5:7451 --gpu h100_sxm --output h100.json
+      pdserve profile --model ./my-model --device cuda --dtype bfloat16 --gpu h100_sxm --tp 2
     """
     from dataclasses import replace
 
@@ -69,12 +94,23 @@ def profile(
     if (internal_address is None) == (model is None):
         given = "both" if model else "neither"
         raise LocalFault(f"give --internal-address or --model, one of them; got {given}")
+    flags = {"model": model, "tp": tp, "pp": pp, "device": device, "dtype": dtype}
+    given_flags = {name: value for name, value in flags.items() if value is not None}
+    if model is None and (given_flags or setting):
+        names = ", ".join([*(f"--{name}" for name in given_flags), *(["--set"] if setting else [])])
+        raise LocalFault(f"{names}: a cluster that runs has its own; these are for --model")
+    settings = profiled_settings(given_flags, setting or []) if model is not None else None
+    if settings is not None and settings.device != "cpu" and gpu == UNNAMED_GPU:
+        raise LocalFault(
+            f"--device {settings.device} needs --gpu TYPE, a type of `pdserve gpus`: plans from "
+            "this profile start their workers where such GPUs are"
+        )
     for path in (output, sim):
         _check_writable(path)
     plan = ProbePlan(num_rounds=rounds, max_batch=max_batch)
 
     async def start() -> None:
-        found = replace(await _measure(internal_address, model, plan), gpu=gpu)
+        found = replace(await _measure(internal_address, settings, plan), gpu=gpu)
         write_profile(found, output)
         if sim is not None:
             write_file(sim, simulation_yaml(found, str(output.resolve())))
@@ -121,13 +157,19 @@ async def profile_cluster(
     )
 
 
-def profiled_settings(model: str) -> "ClusterSettings":
-    """One worker of each kind on free ports."""
-    from pdserve.config.cluster import ClusterSettings, RouterPool
+def profiled_settings(
+    flags: "Mapping[str, object]", assignments: "Sequence[str]"
+) -> "ClusterSettings":
+    """One worker of each kind on free ports, with `assignments` and then `flags` laid over it.
 
-    return ClusterSettings(
-        model=model, router=RouterPool(port=0, internal_port=0), log_level="warning"
-    )
+    Raises `LocalFault` naming the field.
+    """
+    from pdserve.config.base import parse_assignment
+    from pdserve.config.cluster import parse_cluster_settings
+
+    own = {"router": {"port": 0, "internal_port": 0}, "log_level": "warning"}
+    given = dict(map(parse_assignment, assignments)) | dict(flags)
+    return parse_cluster_settings(own, given, source="settings")
 
 
 def profiled_deployment(settings: "ClusterSettings") -> "Deployment":
@@ -138,21 +180,23 @@ def profiled_deployment(settings: "ClusterSettings") -> "Deployment":
     return pinned(deployment_of_cluster(settings))
 
 
-async def _measure(address: str | None, model: str | None, plan: "ProbePlan") -> "FittedProfile":
+async def _measure(
+    address: str | None, settings: "ClusterSettings | None", plan: "ProbePlan"
+) -> "FittedProfile":
     from dataclasses import replace
 
     from rich.console import Console
 
     from deploy.local import LocalCluster
-    from deploy.machine_load import LoadMeter
+    from deploy.machine_load import LoadMeter, families
 
     with Console(stderr=True).status("looking at the cluster") as status:
         if address is not None:
             return await profile_cluster(address, plan, status.update)
-        assert model is not None
-        deployment = profiled_deployment(profiled_settings(model))
+        assert settings is not None
+        deployment = profiled_deployment(settings)
         async with LocalCluster.start(deployment, report=status.update) as cluster:
-            meter = LoadMeter(process.pid for process in cluster.processes)
+            meter = LoadMeter(families(process.pid for process in cluster.processes))
             found = await profile_cluster(cluster.internal_address, plan, status.update)
             return replace(found, foreign_cores=meter.foreign_cores())
 

@@ -67,6 +67,17 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """How a worker of one role was divided when it was measured, communication included."""
+
+    tp: int = 1
+    pp: int = 1
+
+    def __str__(self) -> str:
+        return f"tp {self.tp} pp {self.pp}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FittedProfile:
     """What `pdserve profile` found out about one model on one kind of worker.
 
@@ -81,6 +92,8 @@ class FittedProfile:
     handoff: Handoff
     limits: Limits
     serving: Serving = Serving()
+    prefill_ranks: Ranks = Ranks()
+    decode_ranks: Ranks = Ranks()
     residuals: tuple[Residual, ...] = ()
     foreign_cores: float | None = None  # busy with other programs while measuring; None: not known
 
@@ -99,8 +112,15 @@ class FittedProfile:
         """Workers as they were profiled, for the simulator.
 
         A colocated one was not profiled: it takes each phase's own times, and of what steps have
-        in common the lesser.
+        in common the lesser. Raises `LocalFault` for a worker of several stages.
         """
+        ranks = self.ranks(role)
+        if ranks.pp > 1:
+            raise LocalFault(
+                f"{self.model} was profiled at {ranks} ({role}): the simulation lets a worker of "
+                "several stages have several steps under way, which these workers do not: profile "
+                "pp 1"
+            )
         prefill, decode = (
             StepTiming.of_coefficients(self.coefficients(phase), source="fitted on the engine")
             for phase in ("prefill", "decode")
@@ -118,6 +138,7 @@ class FittedProfile:
             role=role,
             replicas=replicas,
             timing=timing,
+            tp=ranks.tp,
             gpu=self.gpu,
             kv_tokens=limits.decode_kv_tokens if writes else limits.prefill_kv_tokens,
             kv_bytes_per_token=limits.kv_bytes_per_token,
@@ -127,6 +148,10 @@ class FittedProfile:
             wake_s=serving.wake_s if writes else 0.0,
             stolen_s=serving.stolen_s if writes else 0.0,
         )
+
+    def ranks(self, role: PoolRole) -> Ranks:
+        """Of a worker of a role; a colocated one would be a decode worker that reads, too."""
+        return self.prefill_ranks if role is PoolRole.PREFILL else self.decode_ranks
 
     def pools(self, *, num_prefill: int, num_decode: int) -> tuple[Pool, ...]:
         """The profiled cluster, with any number of workers, for the simulator."""
@@ -171,7 +196,7 @@ def to_json(profile: FittedProfile) -> dict[str, Any]:
             **{name: value for name, value in plain.items() if name != "model"},
         },
     }
-    return {profile.model: {"1": entry}}
+    return {profile.model: {str(profile.decode_ranks.tp): entry}}
 
 
 def write_profile(profile: FittedProfile, path: Path) -> None:
@@ -195,6 +220,8 @@ def parse_section(model: str, section: Mapping[str, Any], *, source: str) -> Fit
             handoff=Handoff(**section["handoff"]),
             limits=Limits(**section["limits"]),
             serving=Serving(**section["serving"]),
+            prefill_ranks=Ranks(**section.get("prefill_ranks", {})),
+            decode_ranks=Ranks(**section.get("decode_ranks", {})),
             residuals=tuple(Residual(**each) for each in section["residuals"]),
             foreign_cores=section["foreign_cores"],
         )

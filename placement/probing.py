@@ -19,7 +19,7 @@ from pdserve.domain.latency import StepCoefficients, StepShape, num_attention_pa
 from pdserve.domain.messages import ClusterState, Role, WorkerHello
 from pdserve.domain.tokens import Finished
 from placement.answered import Answered
-from placement.fitted_profile import FittedProfile, Handoff, Limits
+from placement.fitted_profile import FittedProfile, Handoff, Limits, Ranks
 from placement.fitting import Phase, StepPoint, compare, fit_link, fit_phase
 from placement.traffic import LEVELS, Level, Steps, draw_traffic, fit_serving
 
@@ -71,6 +71,11 @@ class Workers:
             if not hellos:
                 raise LocalFault(f"the cluster has no {role} worker that is alive")
         return found
+
+    def ranks(self, role: Role) -> Ranks:
+        """Of the first worker of a role; one that says nothing of its KV is of one rank to us."""
+        hello = (self.prefill if role is Role.PREFILL else self.decode)[0]
+        return Ranks(tp=hello.layout.tp, pp=hello.layout.pp) if hello.layout else Ranks()
 
     def reported(self) -> dict[Phase, StepCoefficients]:
         """What the workers measured at their start; of several alike, the first's."""
@@ -144,6 +149,8 @@ class Prober:
             handoff=handoff,
             limits=self.limits,
             serving=serving,
+            prefill_ranks=self.workers.ranks(Role.PREFILL),
+            decode_ranks=self.workers.ranks(Role.DECODE),
             residuals=compare(points, fitted, reported),
         )
 

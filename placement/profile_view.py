@@ -33,6 +33,9 @@ def show_profile(profile: FittedProfile, console: Console) -> None:
         f"limits: {limits.max_step_tokens} prompt tokens in a step, {limits.max_num_requests} "
         f"answers at once, KV for {limits.decode_kv_tokens:,} tokens in a decode worker"
     )
+    for role, ranks in (("prefill", profile.prefill_ranks), ("decode", profile.decode_ranks)):
+        if ranks.tp * ranks.pp > 1:
+            console.print(f"{role} workers: {ranks}; their steps include what the ranks exchange")
     if profile.foreign_cores is not None:
         console.print(f"other programs kept {profile.foreign_cores:.1f} cores busy meanwhile")
         if profile.foreign_cores > HEAVY_FOREIGN_CORES:

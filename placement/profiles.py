@@ -115,10 +115,11 @@ class DistserveProfile:
 
     def fitted(self, model: str) -> FittedProfile | None:
         """All that `pdserve profile` found out about a model; None where it did not write this."""
-        entry = _look_up(self.models, model, f"{self.source}: model").get("1", {})
-        if SECTION not in entry:
-            return None
-        return parse_section(model, entry[SECTION], source=self.source)
+        by_tp = _look_up(self.models, model, f"{self.source}: model")
+        for entry in by_tp.values():
+            if SECTION in entry:
+                return parse_section(model, entry[SECTION], source=self.source)
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ async def run_bench(arguments: argparse.Namespace, console: Console, runs: list[
         f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}; {num_runs} runs between "
         f"{num_runs + 1} profiles"
     )
-    settings = profiled_settings("demo")
+    settings = profiled_settings({"model": "demo"}, [])
     if arguments.engine == "timed":
         settings = settings.model_copy(update={"engine": "timed", "coefficients": TIMED})
     async with LocalCluster.start(profiled_deployment(settings)) as cluster:

@@ -34,6 +34,10 @@ class Slot:
         return self.settings.engine.planned_num_blocks or 0
 
     @property
+    def num_ranks(self) -> int:
+        return self.settings.engine.num_ranks if isinstance(self.settings, WorkerSettings) else 1
+
+    @property
     def can_fork(self) -> bool:
         """Whether it imports torch, and no CUDA with it, which cannot be forked."""
         if not isinstance(self.settings, WorkerSettings):

@@ -49,8 +49,7 @@ def open_transports(
 
 def worker_transports(settings: WorkerSettings, end: End) -> tuple[Transport, ...]:
     """Those that a rank of a worker moves KV by, damaging it if its settings say so."""
-    index = end.rank % settings.num_local_ranks
-    port = settings.kv_port + index if settings.kv_port else 0
+    port = settings.kv_port_of_rank(end.rank % settings.num_local_ranks)
     timers = settings.timers
     transports = open_transports(settings.transports, settings.host, port, timers=timers, end=end)
     if settings.corrupt_kv_blocks == 0 or settings.role is not Role.DECODE:

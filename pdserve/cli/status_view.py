@@ -84,7 +84,9 @@ def render_state(state: ClusterState, *, is_wide: bool = True) -> Group:
         if worker.load.num_corrupt_blocks
     ]
     workers = _worker_table(state.workers, is_wide=is_wide)
-    return Group(*lines, *slo, workers, legend, _step_table(state.workers), *corrupt)
+    return Group(
+        *lines, *slo, workers, legend, _step_table(state.workers, is_wide=is_wide), *corrupt
+    )
 
 
 def _slo_table(classes: tuple[SloState, ...]) -> Table:
@@ -146,11 +148,17 @@ def _worker_table(workers: tuple[WorkerState, ...], *, is_wide: bool) -> Table:
     return table
 
 
-def _step_table(workers: tuple[WorkerState, ...]) -> Table:
-    """What the router takes steps to cost, beside what each worker measured of its last ones."""
+def _step_table(workers: tuple[WorkerState, ...], *, is_wide: bool) -> Table:
+    """What the router takes steps to cost, beside what each worker measured of its last ones.
+
+    `is_wide` adds ranks and devices where there is anything but one rank on the CPU.
+    """
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("step times", no_wrap=True)
     for name in ("each step", "prompt token", "request", "1k context", "prefill", "decode"):
+        table.add_column(name, justify="right", no_wrap=True)
+    has_ranks = is_wide and any(_ranks(worker.hello) != ("1", "cpu") for worker in workers)
+    for name in ("ranks", "device") if has_ranks else ():
         table.add_column(name, justify="right", no_wrap=True)
     for worker in _sorted(workers):
         times, load = worker.coefficients, worker.load
@@ -167,8 +175,16 @@ def _step_table(workers: tuple[WorkerState, ...]) -> Table:
             ),
             _slowness(worker.hello, load.prefill_steps),
             _slowness(worker.hello, load.decode_steps),
+            *(_ranks(worker.hello) if has_ranks else ()),
         )
     return table
+
+
+def _ranks(hello: WorkerHello) -> tuple[str, str]:
+    """How many ranks a worker has, and what each computes on; a timed engine has none to show."""
+    num_ranks = hello.layout.num_ranks if hello.layout is not None else 1
+    device = hello.hardware.partition(",")[0] or "cpu"
+    return str(num_ranks), "cpu" if device == "timed" else escape(device)
 
 
 def _step_time(seconds: float) -> str:

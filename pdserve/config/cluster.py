@@ -76,6 +76,9 @@ class ClusterSettings(ProcessSettings, Transports, EngineSettings, ServedModel):
     log_dir: str = Field(
         "", description="one log file a process; empty: a temporary folder, removed on a clean exit"
     )
+    share_gpus: bool = Field(
+        False, description="workers may have GPUs of this machine together, within memory_fraction"
+    )
     router: RouterPool = Field(RouterPool(), description="where clients and workers connect")
     prefill: PrefillPool = Field(PrefillPool(), description="0 replicas: colocated serving")
     decode: DecodePool = Field(DecodePool(), description="at least 1 replica")

@@ -11,6 +11,7 @@ from pdserve.config.binding import Address, Host, check_advertised, check_bindin
 from pdserve.config.override import OverrideConfig
 from pdserve.config.ranks import RankSettings, check_ranks
 from pdserve.config.timers import Timers
+from pdserve.domain.addresses import MAX_PORT
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import READS_OF_ROLE, Reads, Role
 from pdserve.domain.pair_cost import PolicyName
@@ -243,7 +244,12 @@ class WorkerPlace(Settings):
     metrics_port: int | None = Field(
         0, ge=0, le=65535, description="Prometheus; 0 picks a free one; null: none"
     )
-    kv_port: int = Field(0, ge=0, le=65535, description="tcp transport; 0 picks a free one")
+    kv_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="tcp transport; rank i of this node has this port + i; 0 picks free ones",
+    )
     routers: tuple[Address, ...] = Field(
         (),
         description="host:port of routers' internal services; all addresses of a name are taken",
@@ -260,7 +266,17 @@ class WorkerPlace(Settings):
     @model_validator(mode="after")
     def _check_ranks(self) -> Self:
         check_ranks(self.ranks, self.engine.tp, self.engine.pp, insecure=self.insecure)
+        last = self.kv_port_of_rank(self.num_local_ranks - 1)
+        if last > MAX_PORT:
+            raise ValueError(
+                f"kv_port: the {self.num_local_ranks} ranks here take one port each, counted up "
+                f"from {self.kv_port} to {last}, and {MAX_PORT} is the last one"
+            )
         return self
+
+    def kv_port_of_rank(self, index: int) -> int:
+        """Where the rank `index` of this node lets others read its KV by TCP; 0: any free port."""
+        return self.kv_port + index if self.kv_port else 0
 
     @property
     def num_local_ranks(self) -> int:

@@ -204,8 +204,10 @@ def _profiled_workers(
     rejected = []
     if inputs.search.colocated:
         rejected.append((f"colocated {fleet.gpu}", "not measured by pdserve profile"))
-    if (set(inputs.search.tp) | set(inputs.search.pp)) - {1}:
-        rejected.append((f"{fleet.gpu} TP or PP above 1", "not measured by pdserve profile"))
+    measured = {worker.tp for worker in workers}
+    if set(inputs.search.tp) - measured or set(inputs.search.pp) - {1}:
+        listed = ", ".join(f"TP{tp}" for tp in sorted(measured))
+        rejected.append((f"{fleet.gpu} other than {listed}", "not measured by pdserve profile"))
     return Found(workers=tuple(workers), rejected=tuple(rejected))
 
 

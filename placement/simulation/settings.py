@@ -198,10 +198,11 @@ def _resolve_pools(
 
 
 def _fitted_pool(pool: PoolSettings, fitted: FittedProfile, source: str) -> Pool:
-    if (pool.tp or 1, pool.pp) != (1, 1):
+    ranks = fitted.ranks(pool.role)
+    if (pool.tp or ranks.tp, pool.pp) != (ranks.tp, ranks.pp):
         raise LocalFault(
-            f"{source}: pools: {pool.role}: {fitted.model} was profiled at tp 1 pp 1; "
-            f"got tp {pool.tp or 1} pp {pool.pp}"
+            f"{source}: pools: {pool.role}: {fitted.model} was profiled at {ranks}; "
+            f"got tp {pool.tp or ranks.tp} pp {pool.pp}"
         )
     known = fitted.pool(pool.role, pool.replicas)
     link = known.link

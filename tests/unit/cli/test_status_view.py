@@ -6,6 +6,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from pdserve.cli.status_view import render_state, state_as_json
+from pdserve.domain.ids import WorkerId
 from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import LiveSteps, StepShape
 from pdserve.domain.messages import (
@@ -116,6 +117,22 @@ def test_attainment_is_shown_by_class_where_there_are_classes() -> None:
     (empty,) = [row.split() for row in rows if row.strip().startswith("[batch]")]
     assert empty[-6:] == ["-", "0", "0", "0", "0", "0"]
     assert "attained" not in rendered(state(worker("d", Role.DECODE)), width=80, is_wide=False)
+
+
+def test_ranks_and_devices_are_shown_where_any_are_out_of_the_ordinary() -> None:
+    plain = worker("decode-0", Role.DECODE)
+    layout = plain.hello.layout
+    assert layout is not None
+    cut = replace(layout, tp=1, pp=len(layout.whole.layers))
+    hello = replace(plain.hello, layout=cut, hardware="cuda, x86_64, 8 CPUs, bfloat16")
+    many = replace(plain, hello=replace(hello, worker_id=WorkerId("decode-1")))
+    rows = rendered(state(plain, many), width=120, is_wide=True).splitlines()
+    (head,) = (line.split() for line in rows if "step times" in line)
+    assert head[-2:] == ["ranks", "device"]
+    ends = {line.split()[0]: line.split()[-2:] for line in rows if " us" in line}
+    assert ends == {"decode-0": ["1", "cpu"], "decode-1": [str(cut.num_ranks), "cuda"]}
+    assert "ranks" not in rendered(state(plain), width=120, is_wide=True)
+    assert "ranks" not in rendered(state(many), width=80, is_wide=False)
 
 
 def test_step_times_believed_and_measured_are_shown() -> None:

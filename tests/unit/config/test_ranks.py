@@ -66,6 +66,15 @@ def test_ranks_of_a_process_share_its_cores() -> None:
     assert here.cpus_of_rank(0) == (4, 5)
 
 
+def test_each_rank_has_a_kv_port_of_its_own() -> None:
+    many = worker(kv_port=65528)
+    assert [many.kv_port_of_rank(index) for index in (0, 7)] == [65528, 65535]
+    assert worker().kv_port_of_rank(7) == 0
+    worker(kv_port=65535, ranks={"per_node": 1, "leader": "127.0.0.1:9"})
+    with pytest.raises(LocalFault, match=r"kv_port: the 8 ranks here .* from 65529 to 65536"):
+        worker(kv_port=65529)
+
+
 def test_bad_ranks_are_named_by_their_field() -> None:
     with pytest.raises(LocalFault) as caught:
         worker(ranks={"per_node": 0})

@@ -1,11 +1,13 @@
 """Telling our own CPU use from that of others."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from deploy.machine_load import TICKS_PER_S, LoadMeter, cpu_s
+from deploy.machine_load import TICKS_PER_S, LoadMeter, cpu_s, families
 
 OURS, OTHER = 41, 42
 
@@ -62,3 +64,16 @@ def test_machine_that_does_not_tell_gives_none(tmp_path: Path) -> None:
 def test_process_that_ended_has_used_nothing(machine: Machine) -> None:
     found = cpu_s({"ours": OURS, "gone": OTHER}, proc=machine.folder)
     assert found == {"ours": pytest.approx(2.0), "gone": 0.0}
+
+
+def test_ranks_of_a_worker_belong_to_its_family() -> None:
+    script = "import os, sys; pid = os.fork(); print(pid or os.getpid(), flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert set(families([parent.pid])) == {parent.pid, child}
+        assert families([]) == ()
+        parent.communicate("\n\n")
+    assert families([parent.pid]) == (parent.pid,)

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from pdserve.domain.errors import LocalFault
-from placement.fitted_profile import FittedProfile, simulation_yaml, write_profile
+from placement.fitted_profile import FittedProfile, Ranks, simulation_yaml, write_profile
 from placement.plan import plan_of
 from placement.plan_inputs import parse_inputs
+from placement.profiles import load_fitted
 from placement.search.results import PlanResult
 from placement.simulation.settings import parse_config
 from placement.simulation.values import PoolRole, SimulationConfig
@@ -80,6 +81,25 @@ def test_simulate_refuses_a_cut_that_was_not_profiled(profile_file: Path) -> Non
     pools = [{"role": "prefill", "tp": 2}, {"role": "decode"}]
     with pytest.raises(LocalFault, match="profiled at tp 1 pp 1; got tp 2"):
         config(profile_file, pools=pools)
+
+
+def test_ranks_that_were_profiled_are_what_is_planned_and_simulated(tmp_path: Path) -> None:
+    found = replace(SERVING_PROFILE, prefill_ranks=Ranks(tp=2))
+    write_profile(found, tmp_path / "p.json")
+    assert load_fitted(str(tmp_path / "p.json"), found.model) == found
+    assert [pool.tp for pool in config(tmp_path / "p.json").pools] == [2, 1]
+    with pytest.raises(LocalFault, match="profiled at tp 2 pp 1; got tp 1 pp 1"):
+        config(tmp_path / "p.json", pools=[{"role": "prefill", "tp": 1}, {"role": "decode"}])
+    result = solved(tmp_path / "p.json")
+    cuts = {(pool.role, pool.tp, pool.pp) for pool in plan_of(result).pools}
+    assert cuts == {(PoolRole.PREFILL, 2, 1), (PoolRole.DECODE, 1, 1)}
+
+
+def test_stages_that_were_profiled_are_not_simulated(tmp_path: Path) -> None:
+    found = replace(SERVING_PROFILE, decode_ranks=Ranks(pp=2))
+    write_profile(found, tmp_path / "p.json")
+    with pytest.raises(LocalFault, match=r"profiled at tp 1 pp 2 \(decode\).* profile pp 1"):
+        solved(tmp_path / "p.json")
 
 
 def test_other_rules_read_the_file_as_distserves(profile_file: Path) -> None:
