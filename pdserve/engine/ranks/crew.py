@@ -132,8 +132,10 @@ class Crew:
             why = error.message
             asyncio.get_running_loop().call_later(REASON_S, self.lose, rank, f"failed: {why}")
         else:
+            if not isinstance(error, LocalFault):  # which is another rank's, and logged there
+                log.error("step.failed", exc_info=error)
             known = isinstance(error, PdserveError)
-            self.lose(rank, f"failed: {error if known else type(error).__name__}")
+            self.lose(rank, f"failed: {error if known else f'{type(error).__name__} in a step'}")
         await asyncio.get_running_loop().create_future()
         raise AssertionError("a worker without a rank has ended")
 
