@@ -128,17 +128,30 @@ class DeviceKv:
         self._runtime.record().wait()
         return [row.tobytes() for row in sent[:, :2].numpy().astype("<i8")]
 
-    def is_sound(self, block_id: BlockId) -> bool:
-        """Waits for the device, behind nothing but other calls on this memory."""
-        return self._thread.submit(self._on_stream, lambda: self._is_finite(block_id)).result()
+    async def are_sound(self, block_ids: Sequence[BlockId]) -> list[bool]:
+        def check(is_cancelled: Callable[[], bool]) -> list[bool]:
+            at_once = max(1, min(_DIGESTED_BYTES // self.layout.block_bytes, _MAX_DIGESTS))
+            found: list[bool] = []
+            for first in range(0, len(block_ids), at_once):
+                if is_cancelled():
+                    return found
+                found += self._are_finite(block_ids[first : first + at_once])
+            return found
+
+        return await self._work(check)
 
     @torch.inference_mode()
-    def _is_finite(self, block_id: BlockId) -> bool:
-        numbers = self._memory[block_id].view(DTYPES[self.layout.dtype])
-        answer = self._small.tensor[:1].view(torch.bool)
-        self._runtime.copy(answer, torch.isfinite(numbers).all().view(1))
+    def _are_finite(self, block_ids: Sequence[BlockId]) -> list[bool]:
+        count = len(block_ids)
+        places = self._small.tensor[: 8 * count].view(torch.int64)
+        places.numpy()[:] = block_ids
+        told = self._runtime.empty(count, dtype=torch.int64)
+        self._runtime.copy(told, places)
+        numbers = self._memory.index_select(0, told).view(DTYPES[self.layout.dtype])
+        answers = self._small.tensor[8 * count : 9 * count]
+        self._runtime.copy(answers, torch.isfinite(numbers).all(1).to(torch.uint8))
         self._runtime.record().wait()
-        return bool(answer.numpy()[0])
+        return [bool(answer) for answer in answers.numpy()]
 
     async def _work(self, work: Callable[[Callable[[], bool]], T]) -> T:
         def on_stream(is_cancelled: Callable[[], bool]) -> T:
