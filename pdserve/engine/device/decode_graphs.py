@@ -54,7 +54,6 @@ class Passes(Protocol):
 class DecodeGraphs:
     """One for each of `batch_sizes`. All calls are made by the engine's thread, on its stream."""
 
-    @torch.inference_mode()
     def __init__(
         self,
         model: Passes,

@@ -20,6 +20,8 @@ from pdserve.engine.threads import run_to_end
 T = TypeVar("T")
 
 STAGING_BYTES = 16 << 20
+MAX_AT_ONCE = 2048  # blocks that are digested or checked together
+_TOLD_BYTES = 24  # for each: its number and two keys
 _DIGESTED_BYTES = 64 << 20  # of blocks at once: intermediate results are as large
 
 
@@ -31,7 +33,6 @@ class DeviceKv:
     the caller must not name blocks that a step under way writes.
     """
 
-    @torch.inference_mode()
     def __init__(self, layout: KvLayout, num_blocks: int, runtime: DeviceRuntime) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
@@ -43,7 +44,7 @@ class DeviceKv:
         self._stream = runtime.stream()
         self._blocks_at_once = max(1, min(num_blocks, STAGING_BYTES // layout.block_bytes))
         self._staging = runtime.pinned(self._blocks_at_once * layout.block_bytes)
-        self._small = runtime.pinned(1 << 16)
+        self._small = runtime.pinned(MAX_AT_ONCE * _TOLD_BYTES)
         self._thread = ThreadPoolExecutor(1, "kv")
 
     def host_blocks(self, block_ids: Sequence[BlockId]) -> None:
@@ -101,7 +102,7 @@ class DeviceKv:
         keys = [digest_keys(handoff, each, self.layout.block_bytes) for each in block_indices]
 
         def digest(is_cancelled: Callable[[], bool]) -> list[bytes]:
-            at_once = max(1, min(_DIGESTED_BYTES // self.layout.block_bytes, _MAX_DIGESTS))
+            at_once = max(1, min(_DIGESTED_BYTES // self.layout.block_bytes, MAX_AT_ONCE))
             found: list[bytes] = []
             for first in range(0, len(keys), at_once):
                 if is_cancelled():
@@ -130,7 +131,7 @@ class DeviceKv:
 
     async def are_sound(self, block_ids: Sequence[BlockId]) -> list[bool]:
         def check(is_cancelled: Callable[[], bool]) -> list[bool]:
-            at_once = max(1, min(_DIGESTED_BYTES // self.layout.block_bytes, _MAX_DIGESTS))
+            at_once = max(1, min(_DIGESTED_BYTES // self.layout.block_bytes, MAX_AT_ONCE))
             found: list[bool] = []
             for first in range(0, len(block_ids), at_once):
                 if is_cancelled():
@@ -169,9 +170,6 @@ class DeviceKv:
         self._staging.close()
         self._small.close()
         self._memory = torch.empty(0, self.layout.block_bytes, dtype=torch.uint8)
-
-
-_MAX_DIGESTS = 2048  # their keys fit the small pinned buffer
 
 
 def _batches(runs: Sequence[BlockRun], num_blocks: int) -> "list[list[BlockRun]]":
