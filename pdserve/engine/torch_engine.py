@@ -1,16 +1,21 @@
-"""The engine that runs real models: `transformers` code over a paged KV cache, on CPU."""
+"""The engine that runs real models: `transformers` code over a paged KV cache, on any device."""
 
 import contextlib
 import ctypes
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.errors import LocalFault
-from pdserve.engine.contract import Drawn, StepBatch, StepResult
+from pdserve.engine.contract import Drawn, StepBatch, StepLimits, StepPath, StepResult
+from pdserve.engine.device.device_backend import bring_to
+from pdserve.engine.device.device_opening import DeviceRoom, open_on_device
+from pdserve.engine.device.opening import open_runtime
+from pdserve.engine.device.runtime import DeviceRuntime
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_shape import item_bytes
 from pdserve.engine.numba_draws import compile_draws
@@ -23,13 +28,47 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _KEPT_BYTES = 256 << 20
 
 
-class TorchEngine:
-    """Satisfies `Engine`. Computes in one thread of its own, with one torch thread."""
+class Stepper(Protocol):
+    """A loaded model where it computes. One call at a time."""
 
-    def __init__(self, model: PagedModel, spec: EngineSpec) -> None:
+    def run(self, batch: StepBatch) -> tuple[list[Drawn], StepPath]:
+        """Compute the batch; what was drawn for each sequence that samples, in order."""
+        ...
+
+    def close(self) -> None:
+        """Drop the model and its memory."""
+        ...
+
+
+class HostStepper:
+    """Satisfies `Stepper` on the CPU."""
+
+    def __init__(self, model: PagedModel, eos_token_ids: tuple[int, ...]) -> None:
+        self._model, self._eos_token_ids = model, eos_token_ids
+
+    def run(self, batch: StepBatch) -> tuple[list[Drawn], StepPath]:
+        logits = self._model.forward(batch)
+        steps = [each.sample for each in batch.sequences if each.sample is not None]
+        drawn = draw_tokens(logits.float().numpy(), steps, self._eos_token_ids)
+        return drawn, StepPath.EAGER
+
+    def close(self) -> None:
+        self._model.close()
+
+
+class TorchEngine:
+    """Satisfies `Engine`. Computes in one thread of its own, with one torch thread.
+
+    On a device this thread packs and submits a step and then waits for an event, so that the event
+    loop plans, answers and sends while the device computes.
+    """
+
+    def __init__(self, model: PagedModel, stepper: Stepper, spec: EngineSpec) -> None:
+        """Take over `stepper`, which has `model`."""
         self.spec = spec
         self.kv = model.kv
         self._model = model
+        self._stepper = stepper
         self._thread = ThreadPoolExecutor(1, "engine", initializer=_use_one_thread)
 
     @classmethod
@@ -38,23 +77,42 @@ class TorchEngine:
         files: ModelFiles | Path,
         *,
         block_size: int,
-        num_blocks: int,
+        num_blocks: int | None,
         dtype: str = "float32",
-        device: str = "cpu",
+        device: str | DeviceRuntime = "cpu",
         attention: str = "auto",
+        memory_fraction: float = 0.9,
+        limits: StepLimits = StepLimits(),  # noqa: B008  frozen
     ) -> "TorchEngine":
         """Load weights, and check that the model can be served; `LocalFault` says why if not.
 
-        `attention`: `numba` or `torch` (gather and SDPA); `auto` takes numba where it can be used.
+        `device`: cpu, cuda, cuda:N, or a runtime. `attention` on the CPU: `numba` or `torch`
+        (gather and SDPA); `auto` takes numba where it can be used. On a device: see
+        `DeviceBackend`. There, steps up to `limits` have room, and `num_blocks` None makes as many
+        as `memory_fraction` of the device's memory leaves.
         """
-        if device != "cpu":
-            raise LocalFault(f"device must be cpu; got {device}")
         item_bytes(dtype)
         _use_one_thread()
         keep_freed_memory()
         compile_draws()
         if isinstance(files, Path):
             files = ModelFiles.open(files)
+        runtime = open_runtime(device) if isinstance(device, str) else device
+        if runtime is not None:
+            room = DeviceRoom.of(runtime, memory_fraction)
+            model, stepper = open_on_device(
+                bring_to(load_model(files, dtype), runtime),
+                files,
+                room,
+                block_size=block_size,
+                num_blocks=num_blocks,
+                dtype=dtype,
+                attention=attention,
+                limits=limits,
+            )
+            return cls(model, stepper, _spec(files, model))
+        if num_blocks is None:
+            raise LocalFault("num_blocks must be given on the CPU, whose memory others share")
         model = PagedModel(
             load_model(files, dtype),
             block_size=block_size,
@@ -63,7 +121,7 @@ class TorchEngine:
             attention=attention,
             max_context_tokens=files.max_context_tokens,
         )
-        return cls(model, _spec(files, model))
+        return cls(model, HostStepper(model, files.eos_token_ids), _spec(files, model))
 
     async def step(self, batch: StepBatch) -> StepResult:
         """Run the batch in the engine's thread. A cancelled call raises once the step is over."""
@@ -74,17 +132,16 @@ class TorchEngine:
         began_s = time.perf_counter()
         if not batch.sequences:
             return StepResult((), 0.0)
-        logits = self._model.forward(batch)
-        steps = [each.sample for each in batch.sequences if each.sample is not None]
-        drawn = iter(draw_tokens(logits.float().numpy(), steps, self.spec.eos_token_ids))
+        found, path = self._stepper.run(batch)
+        drawn = iter(found)
         sampled: list[Drawn | None] = [
             None if each.sample is None else next(drawn) for each in batch.sequences
         ]
-        return StepResult(tuple(sampled), time.perf_counter() - began_s)
+        return StepResult(tuple(sampled), time.perf_counter() - began_s, path)
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
-        self._model.close()
+        self._stepper.close()
 
 
 def _use_one_thread() -> None:
