@@ -5,19 +5,20 @@ One launch a layer, recorded as a graph, as decode steps run. The order `nhd` is
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
-from pdserve.engine.device.opening import open_runtime
-from pdserve.engine.device.runtime import HOST
 
 from bench.gpu_check.findings import Finding
 from bench.gpu_check.machine import Machine
 from bench.gpu_check.paged_rows import BLOCK_SIZE, ORDERS, PagedMemory, Rows, Shape
+from pdserve.engine.device.opening import open_runtime
+from pdserve.engine.device.runtime import HOST, DeviceRuntime
 from pdserve.engine.device.variants import choose_splits
 
 
 def measure(machine: Machine) -> Iterator[Finding]:
-    runtime = open_runtime(str(machine.device)) or HOST
+    runtime: DeviceRuntime = open_runtime(str(machine.device)) or HOST
     dtype = machine.size(torch.bfloat16, torch.float32)
     layers = machine.size(32, 2)
     shape = Shape(heads=32, kv_heads=8, dim=machine.size(128, 16), num_layers=layers, dtype=dtype)
@@ -35,7 +36,7 @@ def measure(machine: Machine) -> Iterator[Finding]:
                     continue  # what the number of splits costs is shown in one order
                 with torch.inference_mode():
                     rows.attend(splits)
-                    graph = runtime.capture(lambda rows=rows, splits=splits: rows.attend(splits))
+                    graph = runtime.capture(partial(rows.attend, splits))
                     found[splits] = num_bytes / machine.median_s(graph.replay, 10)
                     del graph
             best = max(found, key=lambda splits: found[splits])

@@ -80,17 +80,18 @@ class Rows:
         self._rows_per_tile = rows_per_tile
         self._plan = _plan(machine, memory, spans, rows_per_tile)
         count = sum(rows for _, rows in spans)
-        self._parts = [
-            torch.randn(count, heads, shape.dim, device=machine.device).to(shape.dtype)
-            for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
-        ]
+
+        def drawn(heads: int) -> Tensor:
+            return torch.randn(count, heads, shape.dim, device=machine.device).to(shape.dtype)
+
+        self._new = drawn(shape.heads), drawn(shape.kv_heads), drawn(shape.kv_heads)
 
     def attend(self, splits: int, kernels: str = "auto") -> Tensor:
         """The result of the last layer."""
-        out = self._parts[0]
+        out = self._new[0]
         for keys, values in zip(self._memory.keys, self._memory.values, strict=True):
             out = paged_attention(
-                *self._parts,
+                *self._new,
                 keys,
                 values,
                 self._plan,

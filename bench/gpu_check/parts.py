@@ -50,6 +50,41 @@ PARTS = (
         most_s=150,
         needs=("torch", "triton", "numpy"),
     ),
+    Part(
+        name="graphs",
+        module="graphs_part",
+        answers="recorded decode steps beside the same steps launched eagerly",
+        most_s=90,
+        needs=(*_MODEL, "triton"),
+    ),
+    Part(
+        name="decode",
+        module="decode_part",
+        answers="decode attention against bandwidth, by order in a block and splits",
+        most_s=120,
+        needs=("torch", "triton", "numpy"),
+    ),
+    Part(
+        name="models",
+        module="model_part",
+        answers="whole steps: decode against bandwidth, prefill against the matrix rate",
+        most_s=150,
+        needs=(*_MODEL, "triton"),
+    ),
+    Part(
+        name="prefill",
+        module="prefill_part",
+        answers="attention of prompts against the matrix rate, beside torch's",
+        most_s=60,
+        needs=("torch", "triton", "numpy"),
+    ),
+    Part(
+        name="nccl",
+        module="nccl_part",
+        answers="a communicator's memory, and how fast it is given up",
+        most_s=40,
+        needs_gpu=True,
+    ),
 )
 
 

@@ -1,6 +1,7 @@
 """How much of the GPU's matrix rate attention of prompts reaches, beside torch's own kernels."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -20,7 +21,7 @@ def measure(machine: Machine) -> Iterator[Finding]:
         for rows_per_tile in machine.size((8, 16, 32), (4,)):
             rows = Rows(machine, shape, memory, [(start, count)], rows_per_tile)
             with torch.inference_mode():
-                rate = flops / machine.median_s(lambda rows=rows: rows.attend(1), 5)
+                rate = flops / machine.median_s(partial(rows.attend, 1), 5)
             yield _finding(f"tiles of {rows_per_tile} rows", start, count, rate, peak)
         rate = flops / _library_s(machine, shape, start, count)
         yield _finding("torch's scaled_dot_product_attention", start, count, rate, peak)

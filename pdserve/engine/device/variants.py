@@ -85,8 +85,10 @@ def chunk_rows_per_tile(kinds: Iterable[AttentionKind]) -> int:
 
 
 def _most_rows(kind: AttentionKind) -> int:
-    is_large = max(kind.k_head_dim, kind.v_head_dim) > 128
-    most = 16 if kind.dtype == "float32" else 64 if is_large else _MAX_TILE
+    dim = max(kind.k_head_dim, kind.v_head_dim)
+    most = _MAX_TILE if dim <= 128 else 64 if dim <= 256 else 32
+    if kind.dtype == "float32":
+        most = 16
     return max(1, most // power_of_two(kind.group))
 
 
@@ -176,7 +178,9 @@ def tile_size(variant: Variant) -> TileSize:
     num_warps = 8 if rows > 64 or rows * max(k_dim, v_dim) > 64 * 128 else 4
     room = _MAX_SHARED_BYTES - rows * k_dim * item_bytes
     choices = [(64, 3), (64, 2), (32, 3), (32, 2), (16, 2)]
-    if rows >= 64:
+    if rows > _LEAST_TILE and max(k_dim, v_dim) > 128:
+        choices = [(16, 2)]
+    elif rows >= 64:
         choices = [(32, 2), (16, 2)] if k_dim + v_dim > 128 else [(64, 2), (32, 2)]
     for keys, num_stages in choices:
         if keys * (k_dim + v_dim) * item_bytes * num_stages <= room:
