@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import structlog
 
@@ -13,6 +13,8 @@ from kvtransfer.transports.faulty import FaultyTransport
 from pdserve.config.processes import WorkerSettings
 from pdserve.domain.ids import Epoch
 from pdserve.engine.model_files import resolve_model_dir
+from pdserve.engine.ranks.crew import PreparedRanks
+from pdserve.engine.ranks.service import OpenRankService
 from pdserve.engine.tokenizer import Tokenizer
 from pdserve.observe.prometheus import DecodeMetrics
 from pdserve.rpc.links import connect_prefill, decode_service
@@ -23,9 +25,18 @@ from pdserve.worker.process import ServedRole, serve_worker
 log = structlog.get_logger(__name__)
 
 
-async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event) -> None:
+RANK_SERVICES: Sequence[OpenRankService] = ()
+"""What ranks other than 0 do besides computing."""
+
+
+async def serve(
+    settings: WorkerSettings,
+    on_ready: OnReady,
+    stop: asyncio.Event,
+    prepared: PreparedRanks | None = None,
+) -> None:
     """Serve until `stop`, then finish what was taken on, for `drain_s` at most."""
-    await serve_worker(settings, _open, on_ready, stop)
+    await serve_worker(settings, _open, on_ready, stop, prepared)
 
 
 @contextlib.asynccontextmanager

@@ -10,9 +10,10 @@ from decode_worker.handoff import Handoffs
 from decode_worker.intake import Intake
 from decode_worker.prefill_links import Connect, PrefillLinks
 from decode_worker.service import DecodeService
+from kvtransfer.reading import BlockReader, RankReaders
 from kvtransfer.transports.base import Transport
 from pdserve.domain.ids import PROTOCOL_VERSION
-from pdserve.domain.messages import PeerHello
+from pdserve.domain.messages import HandoffHello, PeerHello
 from pdserve.domain.waiting import DISCIPLINES
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.tokenizer import Tokenizer
@@ -50,8 +51,14 @@ async def open_decode_worker(
         for transport in transports:
             stack.push_async_callback(transport.close)
             await transport.register(engine.kv)
+        readers = RankReaders(engine.kv, layout=spec.sharded_layout, rank=0, transports=transports)
+        stack.callback(readers.close)
+
+        async def open_reader(peer: HandoffHello) -> BlockReader | None:
+            return readers.open(peer.layout or spec.sharded_layout, peer.regions)
+
         links = await stack.enter_async_context(
-            PrefillLinks(connect, parts.handoff_hello(), transports, timers, watch)
+            PrefillLinks(connect, parts.handoff_hello(), open_reader, timers, watch)
         )
         loop = DecodeLoop(
             engine,
@@ -70,7 +77,11 @@ async def open_decode_worker(
             clock=parts.clock,
         )
         handoffs = Handoffs(
-            links, engine.kv, vocab_size=spec.vocab_size, clock=parts.clock, watch=watch
+            links,
+            block_size=spec.layout.block_size,
+            vocab_size=spec.vocab_size,
+            clock=parts.clock,
+            watch=watch,
         )
         service = DecodeService(
             hello=PeerHello(

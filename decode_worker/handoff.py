@@ -10,7 +10,6 @@ from kvtransfer.receiver import HandoffReceiver
 from pdserve.domain.errors import PeerFault, Reason, Refused
 from pdserve.domain.ids import HandoffId, WorkerId
 from pdserve.domain.messages import BlocksPulled, PrefillDone, PrefillTarget, StartHandoff
-from pdserve.engine.kv_store import KvStore
 from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
 
 log = structlog.get_logger(__name__)
@@ -24,16 +23,15 @@ class Handoffs:
     def __init__(
         self,
         links: PrefillLinks,
-        memory: KvStore,
         *,
+        block_size: int,
         vocab_size: int,
         clock: Clock,
         watch: DecodeWatch = NO_DECODE_WATCH,
     ) -> None:
         self._links = links
-        self._memory = memory
         self._vocab_size = vocab_size
-        self._block_size = memory.layout.block_size
+        self._block_size = block_size
         self._clock = clock
         self._watch = watch
         self.num_bytes = 0
@@ -105,9 +103,7 @@ class Handoffs:
         )
         receiver = HandoffReceiver(
             handoff,
-            transport=link.transport,
-            region=link.region,
-            memory=self._memory,
+            reader=link.reader,
             local_blocks=request.table.block_ids[first_block:num_blocks],
             first_block=first_block,
             vocab_size=self._vocab_size,
@@ -135,10 +131,11 @@ class Handoffs:
             request.table.hold(pulled.first_block, pulled.num_blocks)
             landed_tokens = (pulled.first_block + pulled.num_blocks) * self._block_size
             request.num_computed_tokens = min(landed_tokens, request.num_prompt_tokens)
-            request.table.publish(request.names[: request.num_computed_tokens // self._block_size])
             link.send(pulled)
             if receiver.is_complete:
                 request.times.landed_s = self._clock()
+            num_full_blocks = request.num_computed_tokens // self._block_size
+            await request.table.publish(request.names[:num_full_blocks])
 
     async def _land(self, link: PeerLink, receiver: HandoffReceiver) -> BlocksPulled | None:
         num_bytes, started_s = receiver.num_bytes, self._clock()
@@ -147,7 +144,7 @@ class Handoffs:
         finally:
             if (read_bytes := receiver.num_bytes - num_bytes) > 0:
                 elapsed_s = self._clock() - started_s
-                self._watch.blocks_read(link.transport.name, read_bytes, elapsed_s)
+                self._watch.blocks_read(link.reader.transport_name, read_bytes, elapsed_s)
 
 
 def _take_first_token(request: DecodeRequest, worker_id: WorkerId, done: PrefillDone) -> bool:

@@ -2,15 +2,14 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import structlog
 
+from kvtransfer.reading import BlockReader
 from kvtransfer.receiver import HandoffReceiver
 from kvtransfer.session import ProtocolViolation
-from kvtransfer.transports import choose
-from kvtransfer.transports.base import Transport
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import LocalFault, PeerFault, Reason, WorkerLost
 from pdserve.domain.ids import HandoffId, WorkerId
@@ -20,7 +19,6 @@ from pdserve.domain.messages import (
     HandoffHello,
     PrefillTarget,
     PrefillToDecode,
-    RemoteRegion,
     RenewLeases,
     Role,
 )
@@ -31,6 +29,9 @@ log = structlog.get_logger(__name__)
 
 Connect = Callable[[str, Timers], Awaitable[PrefillLink]]
 
+OpenReader = Callable[[HandoffHello], Awaitable[BlockReader | None]]
+"""Makes what reads this peer's blocks; None if no transport reaches it."""
+
 
 class PeerLink:
     """One open stream to one life of one prefill worker."""
@@ -39,14 +40,12 @@ class PeerLink:
         self,
         stream: PrefillLink,
         worker_id: WorkerId,
-        transport: Transport,
-        region: RemoteRegion,
+        reader: BlockReader,
         watch: DecodeWatch,
     ) -> None:
         self.stream = stream
         self.worker_id = worker_id
-        self.transport = transport
-        self.region = region
+        self.reader = reader
         self.is_lost = False
         self._watch = watch
         self._receivers: dict[HandoffId, HandoffReceiver] = {}
@@ -82,8 +81,10 @@ class PeerLink:
             error = WorkerLost(f"prefill worker {self.worker_id} is lost")
             for receiver in self._receivers.values():
                 receiver.lose(error)
-            await self.transport.close_peer(self.region)
-            await self.stream.close()
+            try:
+                await self.reader.close()
+            finally:
+                await self.stream.close()
 
     def _take(self, message: PrefillToDecode) -> None:
         """Whatever a message says or does, only its own handoff ends."""
@@ -117,13 +118,13 @@ class PrefillLinks:
         self,
         connect: Connect,
         hello: HandoffHello,
-        transports: Sequence[Transport],
+        open_reader: OpenReader,
         timers: Timers,
         watch: DecodeWatch = NO_DECODE_WATCH,
     ) -> None:
         self._connect = connect
         self._hello = hello
-        self._transports = transports
+        self._open_reader = open_reader
         self._timers = timers
         self._watch = watch
         self._links: dict[PrefillTarget, PeerLink] = {}
@@ -170,7 +171,7 @@ class PrefillLinks:
         try:
             await stream.send(self._hello)
             theirs = await receive_hello(stream, self._timers.connect_s)
-            link = self._accept(stream, target, theirs)
+            link = await self._accept(stream, target, theirs)
         except BaseException:
             await stream.close()
             raise
@@ -179,7 +180,11 @@ class PrefillLinks:
         running = self._tasks.create_task(self._run_guarded(link))
         self._running.add(running)
         running.add_done_callback(self._running.discard)
-        log.info("prefill_worker.linked", worker_id=target.worker_id, transport=link.transport.name)
+        log.info(
+            "prefill_worker.linked",
+            worker_id=target.worker_id,
+            transport=link.reader.transport_name,
+        )
         return link
 
     async def _run_guarded(self, link: PeerLink) -> None:
@@ -188,19 +193,19 @@ class PrefillLinks:
         except Exception as error:
             log.error("prefill_worker.link_crashed", worker_id=link.worker_id, exc_info=error)
 
-    def _accept(
+    async def _accept(
         self, stream: PrefillLink, target: PrefillTarget, theirs: PrefillToDecode
     ) -> PeerLink:
         if not isinstance(theirs, HandoffHello) or theirs.epoch != target.epoch:
             raise WorkerLost(f"prefill worker {target.worker_id} has restarted")
         obstacle = exchange_obstacle(self._hello, theirs)
-        chosen = choose(self._transports, theirs.regions)
-        if obstacle is not None or chosen is None:
+        reader = None if obstacle else await self._open_reader(theirs)
+        if reader is None:
             raise PeerFault(
                 f"prefill worker {target.worker_id}: {obstacle or 'no transport reaches it'}",
                 reason=Reason.INCOMPATIBLE_PEER,
             )
-        return PeerLink(stream, target.worker_id, *chosen, watch=self._watch)
+        return PeerLink(stream, target.worker_id, reader, self._watch)
 
     def _forget_lost(self) -> None:
         self._links = {target: link for target, link in self._links.items() if not link.is_lost}

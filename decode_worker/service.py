@@ -230,8 +230,10 @@ class DecodeService:
             finally:
                 self._decode_loop.leave(request)
         finally:
-            self._publish(request)
-            self._intake.leave(request)
+            try:
+                await self._publish(request)
+            finally:
+                self._intake.leave(request)
 
     def _reads_here(self, request: DecodeRequest) -> bool:
         """No prefill worker is offered, or this worker's cache leaves hardly anything to read."""
@@ -241,11 +243,11 @@ class DecodeService:
         )
         return is_mostly_cached or not request.submit.prefill_targets
 
-    def _publish(self, request: DecodeRequest) -> None:
+    async def _publish(self, request: DecodeRequest) -> None:
         """Let later requests find the prompt's blocks that have their KV."""
         assert request.table is not None
         num_blocks = request.num_computed_tokens // self._spec.layout.block_size
-        request.table.publish(request.names[:num_blocks])
+        await request.table.publish(request.names[:num_blocks])
 
 
 def _failure(request_id: RequestId, error: Exception) -> Failed:

@@ -27,9 +27,11 @@ class ProcessRow:
     role: str
     pid: int
     address: str  # of its internal service; empty: it does not serve yet
-    num_blocks: int  # KV blocks; 0 for a router
+    num_blocks: int  # KV blocks; 0 for a router, and where a GPU decides
     metrics_address: str = ""  # Prometheus; empty: none
     place: str = ""  # the node it runs on; empty: this machine
+    num_ranks: int = 1
+    device: str = ""  # what its ranks compute on: cores 0,1 or GPUs 0,1; empty: nothing special
 
 
 @dataclass(frozen=True, slots=True)

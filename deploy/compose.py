@@ -36,6 +36,7 @@ Service = dict[str, Any]
 ROUTER = "router"
 KILL_MARGIN_S = 10
 ROUTER_SCRATCH = "64m"
+PIDS_LIMIT = 512  # processes and threads of one rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +125,7 @@ def _worker(
     service["environment"] = SCRATCH_ENV | pool.thread_env
     return {
         **service,
+        "pids_limit": PIDS_LIMIT * pool.ranks_per_pod,
         "networks": ["cluster"],
         "healthcheck": _healthcheck(f"{name}:{WORKER_PORT}", start_s=300),
         "mem_limit": f"{math.ceil(memory_bytes / 2**20)}m",
@@ -181,7 +183,7 @@ def _locked_down() -> Service:
         "read_only": True,
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges:true"],
-        "pids_limit": 512,
+        "pids_limit": PIDS_LIMIT,
         "init": True,
     }
 
@@ -206,7 +208,7 @@ def _devices(gpus: range) -> Service:
 
 
 def _check_one_machine(workers: Sequence[PlacedWorker]) -> None:
-    gpus = sum(worker.num_gpus for worker in workers)
+    gpus = sum(worker.num_gpus for worker in workers if worker.computes_on_gpus)
     most = max((worker.gpus_per_node for worker in workers), default=0)
     types = {worker.gpu for worker in workers if worker.gpu}
     if len(types) > 1:
@@ -216,7 +218,7 @@ def _check_one_machine(workers: Sequence[PlacedWorker]) -> None:
         )
     if any(name.startswith("mi") for name in types):
         raise LocalFault("Compose hands out NVIDIA GPUs only; for AMD's render kubernetes")
-    if gpus > most:
+    if gpus > most > 0:
         raise LocalFault(
             f"the plan uses {gpus} GPUs and one machine has {most}, while Compose runs on one: "
             "render kubernetes, or scale it with --scale"

@@ -23,9 +23,14 @@ class PlacedWorker:
         return self.settings.worker_id
 
     @property
+    def computes_on_gpus(self) -> bool:
+        engine = self.settings.engine
+        return engine.engine == "torch" and engine.device != "cpu"
+
+    @property
     def num_gpus(self) -> int:
         """All its ranks together; 0 without GPUs."""
-        return self.settings.engine.tp * self.settings.engine.pp if self.gpu else 0
+        return self.settings.engine.num_ranks if self.gpu or self.computes_on_gpus else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +41,7 @@ class Deployment:
     workers: tuple[PlacedWorker, ...]
     start_s: float = 120.0
     log_dir: str = ""
+    share_gpus: bool = False
     plan: Plan | None = None
     notes: tuple[str, ...] = ()  # how it differs from the plan, for people
 
@@ -47,15 +53,18 @@ class Deployment:
         return self.router.timers.drain_s
 
     def pinned_to(self, cpus: Sequence[int]) -> "Deployment":
-        """The same with each worker on cores of its own, as far as they go.
+        """The same with each worker on cores of its own, as far as they go, by its ranks.
 
-        Where there are fewer cores than workers, each role has its share of them, so that reading
+        If there are fewer cores than ranks, each role has its share of them, so that reading
         prompts never takes the cores of decoding. Needs two cores or more to do anything.
         """
         by_name: dict[str, tuple[int, ...]] = {}
         pools = [pool for pool in map(self.of_role, Role) if pool]
-        for pool, share in zip(pools, _shares(cpus, [len(pool) for pool in pools]), strict=True):
-            own = _shares(share, [1] * len(pool))
+        weights = [[each.settings.engine.num_ranks for each in pool] for pool in pools]
+        for pool, own_weights, share in zip(
+            pools, weights, _shares(cpus, list(map(sum, weights))), strict=True
+        ):
+            own = _shares(share, own_weights)
             for worker, cores in zip(pool, own, strict=True):
                 by_name[worker.name] = tuple(cores)
         return replace(
@@ -77,18 +86,24 @@ def deployment_of_cluster(settings: ClusterSettings) -> Deployment:
         workers=tuple(PlacedWorker(settings=each) for each in settings.worker_settings("")),
         start_s=settings.start_s,
         log_dir=settings.log_dir,
+        share_gpus=settings.share_gpus,
     )
 
 
 def _shares(cpus: Sequence[int], weights: Sequence[int]) -> list[Sequence[int]]:
-    """Cores in proportion to the weights, at least one each; all for all where they are too few."""
+    """Cores in proportion to the weights, at least one each; all for all where they are too few.
+
+    Where there are as many cores as the weights together, nobody gets fewer than its weight.
+    """
     if len(cpus) < len(weights):
         return [cpus] * len(weights)
-    total, shares, first = sum(weights), [], 0
+    total, shares, first, so_far = sum(weights), [], 0, 0
     for index, weight in enumerate(weights):
+        so_far += weight
         num_left = len(weights) - index - 1
-        wanted = max(1, round(weight / total * len(cpus)))
-        last = min(first + wanted, len(cpus) - num_left) if num_left else len(cpus)
+        # Halves go up, so that whole steps stay whole: x + n is rounded as x is.
+        wanted = (2 * so_far * len(cpus) + total) // (2 * total)
+        last = min(max(wanted, first + 1), len(cpus) - num_left)
         shares.append(cpus[first:last])
         first = last
     return shares

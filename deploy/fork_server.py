@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from pdserve.engine.ranks.forking import call_itself, close_all_but
+
 PR_SET_PDEATHSIG = 1
-PR_SET_NAME = 15
 F_SETSIG = 10  # Linux, fcntl(2)
 NUM_DESCRIPTORS = 5  # settings, output, log, status, lifeline
 MAX_REQUEST_BYTES = 1 << 20
@@ -141,11 +142,11 @@ def _become(
         os.setsid()
         for given, number in ((settings, 0), (output, 1), (log, 2)):
             os.dup2(given, number)
-        _close_all_but(0, 1, 2, lifeline)
+        close_all_but(0, 1, 2, lifeline)
         _signal_with(lifeline, request["on_parent_death"])
         os.environ.clear()
         os.environ.update(request["environment"])
-        _call_itself(f"pdserve-{request['role']}")
+        call_itself(f"pdserve-{request['role']}")
         _run_worker(request["role"])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1 if end.code else 0
@@ -161,18 +162,12 @@ def _become(
     os._exit(code)
 
 
-def _call_itself(name: str) -> None:
-    """What ps and top show; the command line stays the server's."""
-    ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
-
-
 def _run_worker(role: str) -> None:
-    from pdserve.config.processes import WorkerSettings
-    from pdserve.rpc.process import run_process
+    from pdserve.worker.starting import run_worker
 
     module = importlib.import_module(f"{MODULES[role]}.app")
     sys.argv = [MODULES[role], "--settings", "-"]
-    run_process(WorkerSettings, module.serve, f"{role} worker")
+    run_worker(module.serve, module.RANK_SERVICES, f"{role} worker")
 
 
 def _signal_with(lifeline: int, number: int) -> None:
@@ -186,14 +181,6 @@ def _signal_with(lifeline: int, number: int) -> None:
             os._exit(1)  # it was closed before the kernel was asked
     except BlockingIOError:
         return
-
-
-def _close_all_but(*kept: int) -> None:
-    """Other workers' pipes among them: they must end with their own holders."""
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in kept:
-            with contextlib.suppress(OSError):  # the listing's own
-                os.close(int(name))
 
 
 def _close(descriptors: Any) -> None:

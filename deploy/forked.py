@@ -60,14 +60,15 @@ class ForkedProcess(LocalProcess):
         log_path: Path,
         *,
         dies_at_once: bool = False,
+        env: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(name, role, settings, log_path, dies_at_once=dies_at_once)
+        super().__init__(name, role, settings, log_path, dies_at_once=dies_at_once, env=env)
         self._server = server
 
     async def _spawn(self, log: BinaryIO) -> Child:
         request = {
             "role": self.role,
-            "environment": dict(environment()),
+            "environment": {**environment(), **self.env},
             "on_parent_death": SIGKILL if self.dies_at_once else SIGTERM,
         }
         try:

@@ -2,14 +2,16 @@
 
 import asyncio
 import contextlib
+import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
 from deploy.backend import KILL_GRACE_S, Cluster, ProcessRow, Report, side_by_side
 from deploy.backoff import Backoff
-from deploy.deployment import Deployment, deployment_of_cluster
+from deploy.deployment import Deployment, PlacedWorker, deployment_of_cluster
 from deploy.forked import ForkedProcess, ForkServer
+from deploy.gpus import assign_gpus, gpu_environment, visible_gpus
 from deploy.log_dir import LogDir
 from deploy.preflight import check_deployment
 from deploy.processes import LocalProcess, Ready, describe_exit, opened_log
@@ -42,6 +44,7 @@ class LocalCluster(Cluster):
         super().__init__(deployment, report)
         self.processes: list[LocalProcess] = []
         self._fork_server = ForkServer(engine=_preloaded_engine(deployment))
+        self._gpus: Mapping[str, tuple[str, ...]] = {}
         self._ends: dict[LocalProcess, asyncio.Task[int]] = {}  # their exit codes
         self._keepers: list[asyncio.Task[None]] = []
 
@@ -80,12 +83,29 @@ class LocalCluster(Cluster):
                 address=each.ready.internal_address if each.ready else "",
                 num_blocks=each.num_blocks,
                 metrics_address=each.ready.metrics_address if each.ready else "",
+                num_ranks=each.num_ranks,
+                device=self._device(each),
             )
             for each in self.processes
         ]
 
+    def _device(self, process: LocalProcess) -> str:
+        if gpus := self._gpus.get(process.name):
+            return f"GPU {','.join(gpus)}"
+        settings = process.settings
+        cpus = settings.cpus if isinstance(settings, WorkerSettings) else ()
+        return f"CPU {_ranges(cpus)}" if cpus else ""
+
     def _check(self) -> None:
         check_deployment(self.deployment)
+        deployment = self.deployment
+        self._gpus = assign_gpus(deployment.workers, visible_gpus(), share=deployment.share_gpus)
+        num_cpus, num_ranks = len(os.sched_getaffinity(0)), _num_cpu_ranks(deployment)
+        if num_ranks > num_cpus:
+            self._tell(
+                f"note: {num_ranks} ranks compute on {num_cpus} cores: those that share a core "
+                "wait for each other in every step"
+            )
 
     async def drain(self) -> None:
         await self._stop_keeping()
@@ -106,7 +126,7 @@ class LocalCluster(Cluster):
             ]
             ready = await self._start(self.router)
             self.public_address, self.internal_address = ready.address, ready.internal_address
-            self.processes += [self._worker(each.settings) for each in self.deployment.workers]
+            self.processes += [self._worker(each) for each in self.deployment.workers]
             await forking
         await side_by_side(self._start(worker) for worker in self.workers)
         await self._wait_for_registration(map(self._end_of, self.processes))
@@ -125,11 +145,13 @@ class LocalCluster(Cluster):
             except LocalFault as fault:
                 self._report(f"{fault.message}; see {log.name}")
 
-    def _worker(self, settings: WorkerSettings) -> LocalProcess:
-        told = settings.model_copy(update={"routers": (self.internal_address,)})
+    def _worker(self, worker: PlacedWorker) -> LocalProcess:
+        """One process for all ranks of a worker: it forks the others itself."""
+        told = worker.settings.model_copy(update={"routers": (self.internal_address,)})
         log_path = self.log_dir / f"{told.worker_id}.log"
         if not _can_fork(told):
-            return LocalProcess(told.worker_id, told.role, told, log_path)
+            env = gpu_environment(worker, self._gpus.get(worker.name, ()))
+            return LocalProcess(told.worker_id, told.role, told, log_path, env=env)
         server = self._fork_server.name
         return ForkedProcess(server, told.worker_id, told.role, told, log_path)
 
@@ -189,8 +211,8 @@ class LocalCluster(Cluster):
     def _successor(self, place: int) -> LocalProcess:
         """The next life at `place`; a router listens where clients and workers know it."""
         lost = self.processes[place]
-        if isinstance(lost.settings, WorkerSettings):
-            self.processes[place] = self._worker(lost.settings)
+        if place > 0:
+            self.processes[place] = self._worker(self.deployment.workers[place - 1])
         else:
             ports = {
                 "port": split_address(self.public_address)[1],
@@ -234,6 +256,27 @@ class LocalCluster(Cluster):
         late = (process for process in self.processes if process.ready is None)
         words = (f"  {each.name}:\n{each.last_words()}" for each in late)
         return "\n".join([super()._late_message(), *words])
+
+
+def _num_cpu_ranks(deployment: Deployment) -> int:
+    """Of workers that have several: their ranks wait for each other."""
+    engines = [
+        worker.settings.engine
+        for worker in deployment.workers
+        if worker.settings.engine.engine == "torch" and not worker.computes_on_gpus
+    ]
+    return sum(engine.num_ranks for engine in engines if engine.num_ranks > 1)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0-3,8 for 0, 1, 2, 3, 8."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _can_fork(settings: WorkerSettings) -> bool:

@@ -65,6 +65,7 @@ def deployment_of_plan(plan: Plan, options: PlanOptions, *, source: str) -> Depl
         workers=workers,
         start_s=given.start_s,
         log_dir=given.log_dir,
+        share_gpus=given.share_gpus,
         plan=plan,
         notes=tuple(_notes(plan, options, workers)),
     )

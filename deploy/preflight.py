@@ -1,56 +1,95 @@
 """What can be known to go wrong before any process starts."""
 
 import errno
+import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.deployment import Deployment
+from deploy.gpus import assign_gpus, visible_gpus
 from pdserve.config.binding import explain_listening, listen
+from pdserve.config.processes import EngineSettings
 from pdserve.domain.addresses import MAX_PORT
 from pdserve.domain.errors import LocalFault
+from pdserve.domain.layout import KvLayout, ShardedLayout
 from pdserve.engine.model_faults import check_not_quantised
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_shape import kv_layout
 
 MEMINFO = Path("/proc/meminfo")
-DEV = Path("/dev")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """What the cluster will take; `kv_bytes` of all workers together."""
+    """What the workers take of this machine's memory, all of their ranks together."""
 
     model_name: str
     num_blocks: int
-    block_bytes: int
+    kv_bytes: int
+    weight_bytes: int
 
     @property
-    def kv_bytes(self) -> int:
-        return self.num_blocks * self.block_bytes
+    def num_bytes(self) -> int:
+        return self.kv_bytes + self.weight_bytes
 
 
 def check_deployment(deployment: Deployment) -> Footprint:
-    """Raise `LocalFault` for a model, a port, GPUs or an amount of memory that cannot work here."""
+    """Raise `LocalFault` for a model, a port, ranks, GPUs or memory that cannot work here."""
     router = deployment.router
     engines = [worker.settings.engine for worker in deployment.workers]
     files = ModelFiles.open(router.model, engines[0].override_config)
     if any(engine.engine == "torch" for engine in engines):
         check_not_quantised(files.model_dir, files.config, files.weights)
-    layout = kv_layout(files.config, block_size=engines[0].block_size, dtype=engines[0].dtype)
-    footprint = Footprint(
-        router.model_name or files.name,
-        sum(engine.num_blocks for engine in engines),
-        layout.block_bytes,
-    )
     _check_metrics_ports(deployment)
     _check_port(router.host, router.port, "--port")
     _check_port(router.host, router.internal_port, "--internal-port")
     if router.metrics_port is not None:
         _check_port(router.host, router.metrics_port, "--set router.metrics_port=PORT")
-    _check_gpus(deployment)
-    if all(engine.device == "cpu" for engine in engines):
-        _check_memory(footprint)
+    assign_gpus(deployment.workers, visible_gpus(), share=deployment.share_gpus)
+    footprint = _footprint(deployment, files)
+    _check_memory(footprint)
     return footprint
+
+
+def _footprint(deployment: Deployment, files: ModelFiles) -> Footprint:
+    """Of the host's memory: what lies on GPUs is counted when they are there."""
+    num_blocks = kv_bytes = weight_bytes = 0
+    for worker in deployment.workers:
+        if worker.computes_on_gpus:
+            continue
+        engine = worker.settings.engine
+        layout = kv_layout(files.config, block_size=engine.block_size, dtype=engine.dtype)
+        num_blocks += engine.host_num_blocks
+        kv_bytes += engine.host_num_blocks * _block_bytes(layout, engine)
+        if engine.engine == "torch":
+            weight_bytes += num_weights(files.weights) * layout.item_bytes
+    name = deployment.router.model_name or files.name
+    return Footprint(
+        model_name=name, num_blocks=num_blocks, kv_bytes=kv_bytes, weight_bytes=weight_bytes
+    )
+
+
+def _block_bytes(whole: KvLayout, engine: EngineSettings) -> int:
+    """Of one KV block at all ranks: some hold the same heads if there are more ranks than heads."""
+    if engine.engine == "timed" or engine.num_ranks == 1:
+        return whole.block_bytes
+    try:
+        sharded = ShardedLayout(whole=whole, tp=engine.tp, pp=engine.pp)
+    except ValueError as error:
+        raise LocalFault(f"tp {engine.tp}, pp {engine.pp}: {error}") from None
+    return sum(sharded.rank(rank).layout.block_bytes for rank in range(sharded.num_ranks))
+
+
+def num_weights(paths: Iterable[Path]) -> int:
+    """Values in safetensors files, which are known to be whole."""
+    total = 0
+    for path in paths:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        total += sum(math.prod(each["shape"]) for name, each in header.items() if name[:2] != "__")
+    return total
 
 
 def _check_metrics_ports(deployment: Deployment) -> None:
@@ -68,31 +107,6 @@ def _check_metrics_ports(deployment: Deployment) -> None:
                 "one each, counted up from the first"
             )
         taken[port] = f"{name}.metrics_port"
-
-
-def _check_gpus(deployment: Deployment) -> None:
-    """A plan for GPUs that this machine does not have."""
-    workers = [
-        worker
-        for worker in deployment.workers
-        if worker.num_gpus
-        and worker.settings.engine.engine == "torch"
-        and worker.settings.engine.device != "cpu"
-    ]
-    needed, found = sum(worker.num_gpus for worker in workers), num_gpus()
-    if needed > found:
-        types = ", ".join(sorted({worker.gpu for worker in workers}))
-        raise LocalFault(
-            f"the plan needs {needed} GPUs ({types}); this machine has {found}: start it where "
-            "they are (--backend ray, pdserve render kubernetes), use --scale if fewer will do, or "
-            "try it here with --device cpu (real tokens) or --engine timed (the plan's step times)"
-        )
-
-
-def num_gpus() -> int:
-    """GPUs of this machine that the kernel shows, NVIDIA's and AMD's."""
-    nvidia = [each for each in DEV.glob("nvidia*") if each.name[len("nvidia") :].isdigit()]
-    return len(nvidia) + len(list(DEV.glob("dri/renderD*")) if (DEV / "kfd").exists() else [])
 
 
 def _check_port(host: str, port: int, flag: str) -> None:
@@ -115,11 +129,11 @@ def _port_problem(host: str, port: int, flag: str, error: OSError) -> str:
 
 def _check_memory(footprint: Footprint) -> None:
     available = available_bytes()
-    if available is not None and footprint.kv_bytes > available:
+    if available is not None and footprint.num_bytes > available:
         raise LocalFault(
-            f"{footprint.num_blocks:,} KV blocks of {footprint.block_bytes:,} bytes need "
-            f"{_gib(footprint.kv_bytes)}, but {_gib(available)} of memory is available: lower "
-            "num_blocks or the replicas"
+            f"{footprint.num_blocks:,} KV blocks need {_gib(footprint.kv_bytes)} and the weights "
+            f"of all workers {_gib(footprint.weight_bytes)}, but {_gib(available)} of memory is "
+            "available: lower num_blocks or the replicas"
         )
 
 

@@ -19,6 +19,7 @@ from pdserve.observe.log_sinks import rotated_paths
 
 ProcessRole = Role | Literal["router"]
 MODULES = {"router": "router", **fork_server.MODULES}
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 NUM_LOG_LINES = 8
 MAX_LOG_LINE_CHARS = 300
 MAX_LOG_TAIL_BYTES = 16_384
@@ -65,6 +66,7 @@ class LocalProcess:
         log_path: Path,
         *,
         dies_at_once: bool = False,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
         self.role = role
@@ -72,6 +74,7 @@ class LocalProcess:
         self.log_path = log_path
         self.ready: Ready | None = None
         self.dies_at_once = dies_at_once
+        self.env = env or {}  # beside what every process sees
         self._child: Child | None = None
         self._stdin: asyncio.StreamWriter | None = None
 
@@ -86,8 +89,14 @@ class LocalProcess:
 
     @property
     def num_blocks(self) -> int:
-        """KV blocks; none in a router."""
-        return self.settings.engine.num_blocks if isinstance(self.settings, WorkerSettings) else 0
+        """KV blocks; none in a router, nor known of a worker whose GPU decides."""
+        if not isinstance(self.settings, WorkerSettings):
+            return 0
+        return self.settings.engine.planned_num_blocks or 0
+
+    @property
+    def num_ranks(self) -> int:
+        return self.settings.engine.num_ranks if isinstance(self.settings, WorkerSettings) else 1
 
     async def start(self) -> Ready:
         """Start and wait for its ready line; raises `ClusterFailed` with its reason or its log."""
@@ -132,7 +141,7 @@ class LocalProcess:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=log,
-            env=environment(),
+            env={**environment(), **self.env},
             start_new_session=True,  # Ctrl-C on the terminal is for us: we drain in order
         )
         self._stdin = child.stdin

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import signal
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Self
 
 from deploy.backend import KILL_GRACE_S, Cluster, ProcessRow, Report, side_by_side
@@ -194,7 +194,7 @@ class RayCluster(Cluster):
         lives = [slot.hosted for slot in slots if slot.hosted is not None]
         for life in lives:
             life.signal(signal.SIGTERM)
-        ends = [asyncio.create_task(life.ended()) for life in lives]
+        ends = [asyncio.create_task(life.drained()) for life in lives]
         try:
             if ends:
                 await asyncio.wait(ends, timeout=self.deployment.drain_s + KILL_GRACE_S)
@@ -220,11 +220,12 @@ class RayCluster(Cluster):
             await asyncio.to_thread(disconnect)
 
     def _follow_log(self, slot: Slot) -> None:
-        copy = self._spawn(self._copy_log(slot.name, _hosted(slot)))
-        self._log_copies.add(copy)
-        copy.add_done_callback(self._log_copies.discard)
+        for name, log in _hosted(slot).logs().items():
+            copy = self._spawn(self._copy_log(name, log))
+            self._log_copies.add(copy)
+            copy.add_done_callback(self._log_copies.discard)
 
-    async def _copy_log(self, name: str, life: HostedProcess) -> None:
+    async def _copy_log(self, name: str, log: AsyncIterator[bytes]) -> None:
         """Append the log of one life to the file of its name; tell what a person must know."""
         rest, settings = b"", self.deployment.router
         path = self.log_dir / f"{name}.log"
@@ -233,7 +234,7 @@ class RayCluster(Cluster):
         )
         copy = LogWriter(file, say_dropped)
         try:
-            async for chunk in life.log():
+            async for chunk in log:
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:
                     copy.put(line + b"\n")
@@ -280,7 +281,6 @@ def _row(slot: Slot) -> ProcessRow:
             place=hosted.node.label if hosted is not None else "waits for a node",
         )
     ready = hosted.started.ready
-    ranks = f", {slot.need.num_ranks} ranks" if slot.need.num_ranks > 1 else ""
     return ProcessRow(
         name=slot.name,
         role=slot.role,
@@ -288,7 +288,9 @@ def _row(slot: Slot) -> ProcessRow:
         address=_dialled(ready.internal_address, hosted.host),
         num_blocks=slot.num_blocks,
         metrics_address=_dialled(ready.metrics_address, hosted.host),
-        place=f"{hosted.node.label}{ranks}",
+        place=hosted.node.label,
+        num_ranks=slot.num_ranks,
+        device=f"GPU {','.join(hosted.gpus)}" if hosted.gpus else "",
     )
 
 

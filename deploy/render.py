@@ -45,7 +45,7 @@ def write_rendering(
         return
     print(f"{len(files)} files in {folder}")
     for pool in pools:
-        gpus = f", {pool.num_gpus} {pool.gpu} each" if pool.num_gpus else ""
+        gpus = f", {pool.num_gpus} {pool.gpu or 'GPUs'} each" if pool.num_gpus else ""
         print(f"  {pool.name}: {pool.replicas} workers{gpus}")
     target = shlex.quote(str(folder))
     print("next:\n" + "\n".join(f"  {step.format(target)}" for step in steps))

@@ -169,15 +169,19 @@ class _Up:
         table.add_column("address")
         table.add_column("KV blocks", justify="right")
         table.add_column("metrics")
-        has_places = any(row.place for row in cluster.rows)
-        if has_places:
-            table.add_column("node")
-        for row in cluster.rows:
+        # Columns that would be empty or say the same of all are left out.
+        extra = {
+            "ranks": [str(row.num_ranks) for row in cluster.rows],
+            "computes on": [row.device for row in cluster.rows],
+            "node": [row.place for row in cluster.rows],
+        }
+        shown = {name: cells for name, cells in extra.items() if set(cells) - {"", "1"}}
+        for name in shown:
+            table.add_column(name)
+        for row, *cells in zip(cluster.rows, *shown.values(), strict=True):
             blocks = f"{row.num_blocks:,}" if row.num_blocks else ""
-            place = [row.place] if has_places else []
-            table.add_row(
-                row.name, row.role, str(row.pid), row.address, blocks, row.metrics_address, *place
-            )
+            about = (row.name, row.role, str(row.pid), row.address, blocks, row.metrics_address)
+            table.add_row(*about, *cells)
         public, internal = cluster.public_address, cluster.internal_address
         is_default = (public, internal) == DEFAULT_ADDRESSES
         flags = ["", ""] if is_default else [f" -a {public}", f" -i {internal}"]

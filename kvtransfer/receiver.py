@@ -4,8 +4,8 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from kvtransfer.reading import BlockRead, BlockReader
 from kvtransfer.session import Event, HandoffSession, Phase, ProtocolViolation
-from kvtransfer.transports.base import Transport
 from pdserve.domain.errors import PdserveError, PeerFault, Reason, Refused, TransferFailed
 from pdserve.domain.ids import BlockId, HandoffId
 from pdserve.domain.invariants import check_invariant
@@ -17,12 +17,10 @@ from pdserve.domain.messages import (
     HandoffRefused,
     PrefillDone,
     PrefillToHandoff,
-    RemoteRegion,
     Role,
 )
 from pdserve.domain.tokens import Failed
 from pdserve.engine.digest import DIGEST_BYTES
-from pdserve.engine.kv_store import KvStore
 
 
 class HandoffReceiver:
@@ -41,9 +39,7 @@ class HandoffReceiver:
         self,
         handoff: HandoffId,
         *,
-        transport: Transport,
-        region: RemoteRegion,
-        memory: KvStore,
+        reader: BlockReader,
         local_blocks: Sequence[BlockId],
         first_block: int,
         vocab_size: int,
@@ -54,9 +50,7 @@ class HandoffReceiver:
         self.num_landed_blocks = 0
         self.num_corrupt_blocks = 0  # each time one did not match its digest
         self.num_bytes = 0  # read from the peer, second reads included
-        self._transport = transport
-        self._region = region
-        self._memory = memory
+        self._reader = reader
         self._local_blocks = tuple(local_blocks)
         self._first_block = first_block
         self._vocab_size = vocab_size
@@ -116,11 +110,14 @@ class HandoffReceiver:
             return False
         if first != self._next_offer:
             raise ProtocolViolation(f"block {first} offered where {self._next_offer} was next")
-        if not all(0 <= block < self._region.num_blocks for block in offer.block_ids):
-            raise ProtocolViolation(f"a block beyond {self._region.num_blocks} offered")
-        lengths = [len(digest) for digest in offer.digests]
-        if lengths != [DIGEST_BYTES] * len(offer.block_ids):
-            raise ProtocolViolation(f"{len(lengths)} digests for {len(offer.block_ids)} blocks")
+        if not all(0 <= block < self._reader.num_blocks for block in offer.block_ids):
+            raise ProtocolViolation(f"a block beyond {self._reader.num_blocks} offered")
+        num_blocks, num_digests = len(offer.block_ids), len(offer.digests)
+        if num_digests != num_blocks:
+            raise ProtocolViolation(f"{num_digests} digests for {num_blocks} blocks")
+        num_bytes = DIGEST_BYTES * self._reader.num_ranks
+        if not all(len(digest) == num_bytes for digest in offer.digests):
+            raise ProtocolViolation(f"a digest of other than {num_bytes} bytes offered")
         self._session.hear(Event.OFFER)
         self._next_offer = end
         self._offers.append(offer)
@@ -221,21 +218,20 @@ class HandoffReceiver:
     async def _read(self, offer: BlocksOffered, places: Sequence[int]) -> list[int]:
         """Read these places of the offer; returns those that do not match their digests."""
         indices = [offer.first_block + place for place in places]
-        local_blocks = [self._local_blocks[index - self._first_block] for index in indices]
-        await self._transport.read(
-            self._region,
-            [offer.block_ids[place] for place in places],
-            self._memory,
-            local_blocks,
+        corrupt = await self._reader.read(
+            BlockRead(
+                handoff=self.handoff,
+                indices=indices,
+                remote_blocks=[offer.block_ids[place] for place in places],
+                local_blocks=[self._local_blocks[index - self._first_block] for index in indices],
+                digests=[offer.digests[place] for place in places],
+            )
         )
-        self.num_bytes += len(places) * self._memory.layout.block_bytes
-        digests = await self._memory.digests(self.handoff, indices, local_blocks)
+        self.num_bytes += len(places) * self._reader.block_bytes
         if not self._is_going:  # the peer may have given the blocks to another by then
             raise TransferFailed("the handoff ended while blocks were read", reason=Reason.FENCED)
-        both = zip(places, digests, strict=True)
-        corrupt = [place for place, digest in both if digest != offer.digests[place]]
         self.num_corrupt_blocks += len(corrupt)
-        return corrupt
+        return [places[number] for number in sorted(corrupt)]
 
     def end(self) -> EndHandoff | None:
         """This side needs nothing more, whatever the phase: returns the message to send.

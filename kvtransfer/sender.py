@@ -12,9 +12,12 @@ from kvtransfer.session import ENDINGS, SAID_BY, Event, HandoffSession, Phase, P
 from pdserve.domain.ids import BlockId, HandoffId
 from pdserve.domain.invariants import check_invariant
 from pdserve.domain.messages import BlocksOffered, BlocksPulled, Role, StartHandoff
-from pdserve.engine.kv_store import KvStore
+from pdserve.engine.kv_store import KvBlocks
 
 PeerT = TypeVar("PeerT", bound=Hashable)
+
+MAX_OFFERED_BLOCKS = 8192
+"""In one message: with a digest from each of `MAX_NUM_RANKS` ranks they are half of the largest."""
 
 
 class BlockTableLike(Protocol):
@@ -49,12 +52,13 @@ class HandoffSender:
         start: StartHandoff,
         *,
         block_table: BlockTableLike,
-        memory: KvStore,
+        memory: KvBlocks,
+        block_size: int,
         lease_s: float,
         now_s: float,
     ) -> None:
         self.handoff = start.handoff
-        self._block_size = memory.layout.block_size
+        self._block_size = block_size
         self._num_blocks = check_start(start, self._block_size)
         is_covered = self._num_blocks <= len(block_table.block_ids)
         check_invariant(is_covered, "the table covers the prompt", start.handoff, self._num_blocks)
@@ -81,8 +85,9 @@ class HandoffSender:
         """Pin and describe the blocks that became complete; None if there are none, or it is over.
 
         `is_last` means the whole prompt is computed, and adds its partial last block. One offer is
-        made at a time. If the handoff ends meanwhile, `end` has given the blocks back: who shares
-        them out keeps them from others until this call is over.
+        made at a time, of `MAX_OFFERED_BLOCKS` at most: call again until there are none. If the
+        handoff ends meanwhile, `end` has given the blocks back: who shares them out keeps them from
+        others until this call is over.
         """
         if self.is_over:
             return None
@@ -92,6 +97,7 @@ class HandoffSender:
         check_invariant(is_within, "only the prompt is offered", self.handoff, num_computed_tokens)
         if end <= first:
             return None
+        end = min(end, first + MAX_OFFERED_BLOCKS)
         block_ids = tuple(self._block_table.block_ids[first:end])
         self._block_table.pin(first, end - first)
         digests = await self._memory.digests(self.handoff, range(first, end), block_ids)

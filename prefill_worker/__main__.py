@@ -1,8 +1,7 @@
 """Run one prefill worker: `python -m prefill_worker --settings settings.yaml`."""
 
-from pdserve.config.processes import WorkerSettings
-from pdserve.rpc.process import run_process
-from prefill_worker.app import serve
+from pdserve.worker.starting import run_worker
+from prefill_worker.app import RANK_SERVICES, serve
 
 if __name__ == "__main__":
-    run_process(WorkerSettings, serve, __doc__)
+    run_worker(serve, RANK_SERVICES, __doc__)

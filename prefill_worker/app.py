@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from kvtransfer.session import TERMINAL, Phase
 from kvtransfer.transports import open_transports
 from kvtransfer.transports.base import End
 from pdserve.config.processes import WorkerSettings
+from pdserve.engine.ranks.crew import PreparedRanks
+from pdserve.engine.ranks.service import OpenRankService
 from pdserve.observe.prometheus import PrefillMetrics
 from pdserve.rpc.links import prefill_service
 from pdserve.rpc.process import OnReady
@@ -18,9 +20,18 @@ from prefill_worker.building import open_prefill_worker
 _ENDS = TERMINAL - {Phase.REFUSED}  # what is refused was never a handoff here
 
 
-async def serve(settings: WorkerSettings, on_ready: OnReady, stop: asyncio.Event) -> None:
+RANK_SERVICES: Sequence[OpenRankService] = ()
+"""What ranks other than 0 do besides computing."""
+
+
+async def serve(
+    settings: WorkerSettings,
+    on_ready: OnReady,
+    stop: asyncio.Event,
+    prepared: PreparedRanks | None = None,
+) -> None:
     """Serve until `stop`, then finish what was taken on, for `drain_s` at most."""
-    await serve_worker(settings, _open, on_ready, stop)
+    await serve_worker(settings, _open, on_ready, stop, prepared)
 
 
 @contextlib.asynccontextmanager

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from kvtransfer.transports.base import Transport
+from pdserve.domain.ids import BlockId
 from pdserve.domain.waiting import DISCIPLINES
 from pdserve.engine.block_pool import BlockPool
 from pdserve.observe.watch import NO_PREFILL_WATCH, PrefillWatch
@@ -46,11 +47,15 @@ async def open_prefill_worker(
         clock=parts.clock,
         watch=watch,
     )
+
+    async def may_read(block_ids: Sequence[BlockId]) -> bool:
+        return loop.senders.may_read(block_ids)
+
     async with contextlib.AsyncExitStack() as stack:
         regions = []
         for transport in transports:
             stack.push_async_callback(transport.close)
-            server = await transport.serve(engine.kv, loop.senders.may_read)
+            server = await transport.serve(engine.kv, may_read)
             stack.push_async_callback(server.close)
             regions.append(server.region)
         service = PrefillService(

@@ -201,6 +201,7 @@ class PrefillLoop:
                 request.start,
                 block_table=request.table,
                 memory=self._engine.kv,
+                block_size=block_size,
                 lease_s=self._lease_s,
                 now_s=now_s,
             )
@@ -233,9 +234,9 @@ class PrefillLoop:
             )
         for (request, count), drawn in zip(plan, result.sampled, strict=True):
             self._num_tokens += count
-            self._settle(request, count, drawn)
+            await self._settle(request, count, drawn)
 
-    def _settle(self, request: PrefillRequest, count: int, drawn: Drawn | None) -> None:
+    async def _settle(self, request: PrefillRequest, count: int, drawn: Drawn | None) -> None:
         if _is_over(request):
             return
         if isinstance(drawn, Failed):
@@ -245,7 +246,6 @@ class PrefillLoop:
         assert request.sender is not None
         request.num_computed_tokens += count
         block_size = self._engine.spec.layout.block_size
-        request.table.publish(request.names[: request.num_computed_tokens // block_size])
         if drawn is not None and request.sender.sampled():
             now_s = self._clock()
             done = PrefillDone(
@@ -260,6 +260,7 @@ class PrefillLoop:
             self._watch.prompt_read(done.queue_s, done.prefill_s)
             self._active.remove(request)
         self._offer(request)
+        await request.table.publish(request.names[: request.num_computed_tokens // block_size])
 
     def _offer(self, request: PrefillRequest) -> None:
         self._to_offer[request] = None
@@ -273,18 +274,24 @@ class PrefillLoop:
             while self._to_offer:
                 request = next(iter(self._to_offer))
                 del self._to_offer[request]
-                if _is_over(request):
-                    continue
-                assert request.table is not None
-                assert request.sender is not None
-                request.table.enter_step()  # an end does not give away what is being digested
-                try:
-                    is_last = request.num_tokens_left == 0
-                    offer = await request.sender.offer(request.num_computed_tokens, is_last=is_last)
-                finally:
-                    request.table.leave_step()
-                if offer is not None:
-                    self.tell(request.peer, offer)
+                if not _is_over(request):
+                    await self._offer_read(request)
+
+    async def _offer_read(self, request: PrefillRequest) -> None:
+        """Offer what was read of one prompt; what is much takes several offers."""
+        table, sender = request.table, request.sender
+        assert table is not None
+        assert sender is not None
+        table.enter_step()  # an end does not give away what is being digested
+        try:
+            while True:
+                is_last = request.num_tokens_left == 0
+                offer = await sender.offer(request.num_computed_tokens, is_last=is_last)
+                if offer is None:
+                    return
+                self.tell(request.peer, offer)
+        finally:
+            table.leave_step()
 
     async def _wait_for_work(self) -> None:
         """Until something arrives, ends, or runs out of time."""

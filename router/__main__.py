@@ -5,4 +5,4 @@ from pdserve.rpc.process import run_process
 from router.app import serve
 
 if __name__ == "__main__":
-    run_process(RouterSettings, serve, "A pdserve router.")
+    run_process(RouterSettings, lambda settings: serve, "A pdserve router.")

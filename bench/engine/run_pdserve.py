@@ -1,5 +1,6 @@
 """Our engine under a small first-come scheduler: the same steps that workers take."""
 
+import asyncio
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ class Scheduler:
             self._step(running)
             for each in running:
                 if len(each.output) == num_new_tokens:
-                    each.table.publish(self._names(each.prompt))
+                    asyncio.run(each.table.publish(self._names(each.prompt)))
                     each.table.release()
             running = [each for each in running if len(each.output) < num_new_tokens]
         self._pool = BlockPool(NUM_BLOCKS)  # every repetition starts with a cold prefix cache

@@ -54,7 +54,14 @@ def sender_of(memory: KvMemory, pool: BlockPool) -> Iterator[HandoffSender]:
         sampling=SamplingParams(),
         deadline_s=60.0,
     )
-    sender = HandoffSender(start, block_table=table, memory=memory, lease_s=60.0, now_s=0.0)
+    sender = HandoffSender(
+        start,
+        block_table=table,
+        memory=memory,
+        block_size=memory.layout.block_size,
+        lease_s=60.0,
+        now_s=0.0,
+    )
     yield sender
     sender.end(Event.END)
 

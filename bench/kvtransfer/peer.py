@@ -5,6 +5,7 @@ import json
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import uvloop
@@ -46,7 +47,11 @@ async def main(num_blocks: int, block_bytes: int) -> None:
     memory = KvMemory(layout_of(block_bytes), num_blocks)
     memory.bytes[:] = b"\xaa" * memory.num_bytes
     transports = open_transports(["shm", "tcp"], "127.0.0.1", timers=Timers())
-    servers = [await transport.serve(memory, lambda ids: True) for transport in transports]
+
+    async def may_read(block_ids: Sequence[BlockId]) -> bool:
+        return True
+
+    servers = [await transport.serve(memory, may_read) for transport in transports]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         hello = {

@@ -44,18 +44,21 @@ class Accelerator:
     """How a pod asks for one GPU type, and for nodes that have it."""
 
     resource: str
-    label: str
+    label: str  # empty: of any node
     values: tuple[str, ...]
 
 
 def accelerator(gpu: str, own_labels: Mapping[str, tuple[str, str]]) -> Accelerator:
     """Of a plan's GPU type; `own_labels` (type to label and value) win.
 
-    Raises `LocalFault` for a type that is neither in the catalogue nor given.
+    Without a type, as in a cluster file, it is any NVIDIA GPU on any node. Raises `LocalFault` for
+    a type that is neither in the catalogue nor given.
     """
     if gpu in own_labels:
         label, value = own_labels[gpu]
         return Accelerator(resource=_resource_of(label), label=label, values=(value,))
+    if not gpu:
+        return Accelerator(resource="nvidia.com/gpu", label="", values=())
     try:
         name = find_gpu(gpu).name
     except LocalFault as error:

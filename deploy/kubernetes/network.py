@@ -61,24 +61,33 @@ def network_policies(options: RenderOptions, pools: Sequence[Pool]) -> list[Mani
             egress=[_to([decode], WORKER_PORT)],
         ),
     ]
+    kv_ports = sorted({port for pool in pools for port in kv_ports_of(pool).values()})
     for role in sorted(roles):
-        found.append(_worker_policy(options, role, has_prefill=Role.PREFILL in roles))
+        found.append(_worker_policy(options, role, kv_ports))
     found += [_ranks_policy(options, pool) for pool in pools if pool.is_multi_node]
     return found
 
 
-def _worker_policy(options: RenderOptions, role: Role, *, has_prefill: bool) -> Manifest:
+def kv_ports_of(pool: Pool) -> dict[str, int]:
+    """One for each rank of a pod, by name. Decode workers read, nobody reads them."""
+    if pool.role is not Role.PREFILL:
+        return {}
+    num_ranks = pool.ranks_per_pod if pool.settings.engine.engine == "torch" else 1
+    return {"kv" if index == 0 else f"kv-{index}": KV_PORT + index for index in range(num_ranks)}
+
+
+def _worker_policy(options: RenderOptions, role: Role, kv_ports: Sequence[int]) -> Manifest:
     router, prefill, decode = (
         {"podSelector": {"matchLabels": labels(options, each)}}
         for each in ("router", "prefill", "decode")
     )
     egress = [_to([router], INTERNAL_PORT), dns_egress()]
     if role is Role.PREFILL:
-        ingress = [_from([decode], WORKER_PORT, KV_PORT)]
+        ingress = [_from([decode], WORKER_PORT, *kv_ports)]
     else:
         ingress = [_from([router], WORKER_PORT)]
-        if has_prefill:
-            egress.insert(1, _to([prefill], WORKER_PORT, KV_PORT))
+        if kv_ports:
+            egress.insert(1, _to([prefill], WORKER_PORT, *kv_ports))
     return _policy(f"{options.name}-{role}", labels(options, role), ingress=ingress, egress=egress)
 
 

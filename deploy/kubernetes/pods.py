@@ -100,6 +100,17 @@ def env_entries(values: Mapping[str, str]) -> list[Manifest]:
     return [{"name": name, "value": value} for name, value in values.items()]
 
 
+def field_entry(name: str, path: str) -> Manifest:
+    """An environment variable that has what Kubernetes knows of the pod."""
+    return {"name": name, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}}
+
+
+def port_entries(ports: Mapping[str, int]) -> list[Manifest]:
+    return [
+        {"name": name, "containerPort": port, "protocol": "TCP"} for name, port in ports.items()
+    ]
+
+
 def _container(container: Container, mounts: Sequence[Manifest], lag_s: int) -> Manifest:
     args = ["--settings", f"{CONFIG_DIR}/{container.settings_file}"]
     for assignment in container.assignments:
@@ -111,15 +122,12 @@ def _container(container: Container, mounts: Sequence[Manifest], lag_s: int) -> 
         "command": ["python", "-m", container.module],
         "args": args,
         "env": [
-            _field("POD_NAME", "metadata.name"),
-            _field("POD_IP", "status.podIP"),
+            field_entry("POD_NAME", "metadata.name"),
+            field_entry("POD_IP", "status.podIP"),
             *env_entries(SCRATCH_ENV),
             *container.env,
         ],
-        "ports": [
-            {"name": name, "containerPort": port, "protocol": "TCP"}
-            for name, port in container.ports.items()
-        ],
+        "ports": port_entries(container.ports),
         **_probes(container),
         "resources": container.resources,
         "securityContext": container_security(),
@@ -160,10 +168,6 @@ def _probes(container: Container) -> Manifest:
             "failureThreshold": 2,
         },
     }
-
-
-def _field(name: str, path: str) -> Manifest:
-    return {"name": name, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}}
 
 
 def _mebi(num_bytes: int) -> str:

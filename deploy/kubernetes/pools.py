@@ -28,8 +28,15 @@ class Pool:
 
     @property
     def num_pods(self) -> int:
-        """Pods of one worker: one on each node that it spans."""
-        return -(-self.num_gpus // self.gpus_per_node) if self.is_multi_node else 1
+        """Pods of one worker: one on each node that it spans, with equally many ranks each."""
+        if not self.is_multi_node:
+            return 1
+        least = -(-self.num_gpus // self.gpus_per_node)
+        return next(num for num in range(least, self.num_gpus + 1) if self.num_gpus % num == 0)
+
+    @property
+    def ranks_per_pod(self) -> int:
+        return self.settings.engine.num_ranks // self.num_pods
 
     @property
     def thread_env(self) -> dict[str, str]:
@@ -39,7 +46,7 @@ class Pool:
 
     @property
     def gpus_per_pod(self) -> int:
-        return -(-self.num_gpus // self.num_pods)
+        return self.num_gpus // self.num_pods
 
 
 def pools_of(workers: Sequence[PlacedWorker]) -> tuple[Pool, ...]:
@@ -63,7 +70,8 @@ def pools_of(workers: Sequence[PlacedWorker]) -> tuple[Pool, ...]:
 def _long_name(worker: PlacedWorker) -> str:
     engine = worker.settings.engine
     cut = f"tp{engine.tp}" + (f"pp{engine.pp}" if engine.pp > 1 else "")
-    gpu = "".join(char if char.isalnum() else "-" for char in worker.gpu.lower())
+    kind = worker.gpu or engine.device
+    gpu = "".join(char if char.isalnum() else "-" for char in kind.lower())
     return f"{worker.settings.role}-{gpu}-{cut}"
 
 
@@ -77,7 +85,7 @@ def _pool(name: str, members: Sequence[PlacedWorker]) -> Pool:
         replicas=len(members),
         gpu=first.gpu,
         # The timed engine computes nothing: it runs wherever there is a core.
-        num_gpus=first.num_gpus if first.settings.engine.engine == "torch" else 0,
+        num_gpus=first.num_gpus if first.computes_on_gpus else 0,
         gpus_per_node=first.gpus_per_node,
         nodes=tuple(sorted(nodes.items())),
     )

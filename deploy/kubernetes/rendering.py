@@ -81,13 +81,6 @@ def warnings_of(deployment: Deployment, models: str) -> list[str]:
     """What a person should know before this is applied; `models` is mounted at /models, if any."""
     found = list(deployment.notes)
     pools = pools_of(deployment.workers)
-    with_gpus = [pool.name for pool in pools if pool.num_gpus]
-    if with_gpus:
-        found.append(
-            f"pools {', '.join(with_gpus)} ask for GPUs, and the torch engine computes on the CPU, "
-            "one rank a worker: their workers refuse to start and say so; --engine timed renders "
-            "workers that take the plan's step times instead"
-        )
     found += [
         f"pool {pool.name}: a worker's {pool.num_gpus} ranks span {pool.num_pods} nodes: the "
         "cluster needs the LeaderWorkerSet controller"
@@ -174,10 +167,8 @@ def _settings_files(deployment: Deployment, options: RenderOptions, pools: Seque
     for pool in pools:
         files[f"{pool.name}.yaml"] = settings_file(
             worker_settings(pool, options),
-            left_out=("worker_id", "host", "cpus"),
-            about=(
-                f"Each {pool.role} worker of pool {pool.name}; the pod sets worker_id and host.",
-            ),
+            left_out=("worker_id", "host", "cpus", *(("ranks",) if pool.is_multi_node else ())),
+            about=(f"Each {pool.role} worker of pool {pool.name}; the pod sets what is not here.",),
         )
     return files
 

@@ -12,11 +12,13 @@ from deploy.kubernetes.values import (
     INTERNAL_PORT,
     KV_PORT,
     METRICS_PORT,
+    RANKS_PORT,
     ROUTER_PORT,
     WORKER_PORT,
     RenderOptions,
 )
 from pdserve.config.processes import RouterSettings, WorkerSettings
+from pdserve.domain.errors import LocalFault
 
 INSECURE_WARNING = (
     "insecure: true lets the process listen where other pods reach it, without TLS and login.",
@@ -24,6 +26,14 @@ INSECURE_WARNING = (
 )
 POD_SETS_WORKER = ("worker_id=$(POD_NAME)", "host=$(POD_IP)")
 """Peers dial a worker where it listens, so that must be its own address."""
+POD_SETS_GROUP = (
+    "worker_id={name}-$(PDSERVE_GROUP)",
+    "host=$(POD_IP)",
+    "ranks.node=$(PDSERVE_NODE_RANK)",
+    "ranks.per_node={per_node}",
+    f"ranks.leader=$(LWS_LEADER_ADDRESS):{RANKS_PORT}",
+)
+"""All pods of a worker that spans nodes have its name, which is that of its first pod."""
 POD_SETS_ROUTER = ("router_id=$(POD_NAME)",)
 
 LOG_FILE_FIELDS = ("log_file", "max_log_bytes", "num_log_files")
@@ -49,8 +59,27 @@ def router_settings(deployment: Deployment, *, num_routers: int) -> RouterSettin
     )
 
 
+def pod_assignments(pool: Pool, options: RenderOptions) -> tuple[str, ...]:
+    """What a pod of `pool` sets itself, as NAME=VALUE."""
+    if not pool.is_multi_node:
+        return POD_SETS_WORKER
+    name = f"{options.name}-{pool.name}"
+    return tuple(
+        text.replace("{name}", name).replace("{per_node}", str(pool.ranks_per_pod))
+        for text in POD_SETS_GROUP
+    )
+
+
 def worker_settings(pool: Pool, options: RenderOptions) -> WorkerSettings:
-    """Of each worker of `pool`; the pod sets name and address."""
+    """Of each worker of `pool`; the pod sets name and address.
+
+    Raises `LocalFault` for one GPU by its number: each container has GPUs of its own.
+    """
+    if ":" in pool.settings.engine.device:
+        raise LocalFault(
+            f"device {pool.settings.engine.device}: containers see GPUs of their own, counted from "
+            "0: give device: cuda"
+        )
     return pool.settings.model_copy(
         update={
             "insecure": True,

@@ -21,6 +21,9 @@ ROUTER_PORT = 7450
 INTERNAL_PORT = 7451
 WORKER_PORT = 7460
 KV_PORT = 7461
+"""Of the first rank of a pod; the others count up."""
+RANKS_PORT = 29500
+"""Where the pods of a worker that spans nodes meet."""
 METRICS_PORT = 7452
 CLIENT_LABEL = {"pdserve/client": "true"}
 """Pods with this label, in any namespace, may talk to the router's public port."""

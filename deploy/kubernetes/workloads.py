@@ -1,16 +1,24 @@
 """Routers as a Deployment, workers as StatefulSets or, where ranks span nodes, LeaderWorkerSets."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from deploy.kubernetes.accelerators import Accelerator, accelerator
-from deploy.kubernetes.pods import ENDPOINTS_S, Container, env_entries, pod_spec
+from deploy.kubernetes.network import kv_ports_of
+from deploy.kubernetes.pods import (
+    ENDPOINTS_S,
+    Container,
+    env_entries,
+    field_entry,
+    pod_spec,
+    port_entries,
+)
 from deploy.kubernetes.pools import Pool
-from deploy.kubernetes.settings_files import POD_SETS_ROUTER, POD_SETS_WORKER
+from deploy.kubernetes.settings_files import POD_SETS_ROUTER, pod_assignments
 from deploy.kubernetes.sizing import PodSize
 from deploy.kubernetes.values import (
     INTERNAL_PORT,
-    KV_PORT,
     METRICS_PORT,
+    RANKS_PORT,
     ROUTER_PORT,
     WORKER_PORT,
     Manifest,
@@ -20,7 +28,6 @@ from deploy.kubernetes.values import (
 )
 from deploy.processes import MODULES
 from pdserve.config.processes import RouterSettings
-from pdserve.domain.messages import Role
 
 HOSTNAME = "kubernetes.io/hostname"
 ZONE = "topology.kubernetes.io/zone"
@@ -32,8 +39,10 @@ ROUTER_RESOURCES: Manifest = {
     "limits": {"cpu": 2, "memory": "2Gi", "ephemeral-storage": "1Gi"},
 }
 ROUTER_SCRATCH_BYTES = 64 * 2**20
-LWS_INDEX_LABEL = "leaderworkerset.sigs.k8s.io/worker-index"
-RENDEZVOUS_PORT = 29500
+LWS_LABELS = {
+    "PDSERVE_GROUP": "leaderworkerset.sigs.k8s.io/group-index",
+    "PDSERVE_NODE_RANK": "leaderworkerset.sigs.k8s.io/worker-index",
+}
 
 
 def router_deployment(options: RenderOptions, router: RouterSettings) -> Manifest:
@@ -135,19 +144,18 @@ def _worker_spec(
     options: RenderOptions, pool: Pool, size: PodSize, pools: Sequence[Pool]
 ) -> Manifest:
     gpu = accelerator(pool.gpu, options.gpu_labels) if pool.num_gpus else None
-    # Decode workers read, nobody reads them.
-    kv = {"kv": KV_PORT} if pool.role is Role.PREFILL else {}
+    ranks = {"ranks": RANKS_PORT} if pool.is_multi_node else {}
     container = Container(
         name=str(pool.role),
         image=options.image_worker,
         module=MODULES[pool.role],
         settings_file=f"{pool.name}.yaml",
-        assignments=POD_SETS_WORKER,
-        ports={"grpc": WORKER_PORT, **kv, "metrics": METRICS_PORT},
+        assignments=pod_assignments(pool, options),
+        ports={"grpc": WORKER_PORT, **kv_ports_of(pool), **ranks, "metrics": METRICS_PORT},
         probe_port=WORKER_PORT,
         resources=size.resources(pool.gpus_per_pod, gpu),
         start_s=size.start_s,
-        env=[*env_entries(pool.thread_env), *(_rank_env(pool) if pool.is_multi_node else [])],
+        env=[*env_entries(pool.thread_env), *(_group_env() if pool.is_multi_node else [])],
     )
     spec = pod_spec(
         container,
@@ -188,29 +196,29 @@ def _leader_worker_set(about: Manifest, pool: Pool, template: Manifest) -> Manif
                 # The ranks of a worker are one process to the others: they live and end together.
                 "restartPolicy": "RecreateGroupOnPodRestart",
                 "leaderTemplate": template,
-                "workerTemplate": _follower(template),
+                "workerTemplate": _follower(template, kv_ports_of(pool)),
             },
         },
     }
 
 
-def _follower(template: Manifest) -> Manifest:
-    """As the leader, but it serves nobody: no probes, no ports."""
+def _follower(template: Manifest, kv_ports: Mapping[str, int]) -> Manifest:
+    """As the leader, but it serves no requests: its ranks only compute, and let KV be read.
+
+    It has no probes: the leader hears its ranks every moment, and ends with the whole group where
+    one is lost or silent.
+    """
     served = {"startupProbe", "livenessProbe", "readinessProbe", "ports"}
     (container,) = template["spec"]["containers"]
     quiet = {name: value for name, value in container.items() if name not in served}
+    if kv_ports:
+        quiet["ports"] = port_entries(kv_ports)
     return {**template, "spec": {**template["spec"], "containers": [quiet]}}
 
 
-def _rank_env(pool: Pool) -> list[Manifest]:
-    """Beside what the LeaderWorkerSet sets itself: LWS_LEADER_ADDRESS, LWS_GROUP_SIZE."""
-    index = {"fieldRef": {"apiVersion": "v1", "fieldPath": f"metadata.labels['{LWS_INDEX_LABEL}']"}}
-    return [
-        {"name": "PDSERVE_NODE_RANK", "valueFrom": index},
-        {"name": "PDSERVE_NUM_NODES", "value": str(pool.num_pods)},
-        {"name": "PDSERVE_RANKS_PER_NODE", "value": str(pool.gpus_per_pod)},
-        {"name": "PDSERVE_RENDEZVOUS_PORT", "value": str(RENDEZVOUS_PORT)},
-    ]
+def _group_env() -> list[Manifest]:
+    """Beside LWS_LEADER_ADDRESS, which the LeaderWorkerSet's controller sets itself."""
+    return [field_entry(name, f"metadata.labels['{label}']") for name, label in LWS_LABELS.items()]
 
 
 def _affinity(
@@ -218,7 +226,7 @@ def _affinity(
 ) -> Manifest:
     """Only nodes of the GPU type; near the pools that the plan puts on the same nodes."""
     found: Manifest = {}
-    if gpu is not None:
+    if gpu is not None and gpu.label:
         wanted = {"key": gpu.label, "operator": "In", "values": list(gpu.values)}
         found["nodeAffinity"] = {
             "requiredDuringSchedulingIgnoredDuringExecution": {

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from deploy.forked import ForkedProcess, ForkServer
 from deploy.log_follower import LogFollower
-from deploy.processes import LocalProcess, ProcessRole, Ready, describe_exit
+from deploy.processes import VISIBLE_GPUS, LocalProcess, ProcessRole, Ready, describe_exit
 from pdserve.config.base import Settings
+from pdserve.config.binding import listen
 from pdserve.config.processes import RouterSettings, WorkerSettings
 from pdserve.domain.errors import LocalFault, PdserveError
 from pdserve.domain.ids import PROTOCOL_VERSION
@@ -33,6 +34,7 @@ class Site:
     host: str
     pid: int
     protocol_version: int
+    gpus: str  # CUDA_VISIBLE_DEVICES as Ray has set it; empty: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +51,7 @@ class NotStarted:
 
 
 class RankActor:
-    """One rank's place on a node; the first rank of a worker runs the serving process.
+    """One rank's place on a node, and its process; that of rank 0 is the worker to all others.
 
     The process ends at once when this actor does, whatever ends it: the one that takes its place
     must not meet it.
@@ -69,7 +71,14 @@ class RankActor:
             host=ray.util.get_node_ip_address(),
             pid=os.getpid(),
             protocol_version=PROTOCOL_VERSION,
+            gpus=os.environ.get(VISIBLE_GPUS, ""),
         )
+
+    async def free_port(self, host: str) -> int:
+        """A port that is free at `host`; whoever takes it first has it."""
+        with listen(host, 0) as listener:
+            port: int = listener.getsockname()[1]
+        return port
 
     async def start(
         self, name: str, role: ProcessRole, settings: str, fork_server: str

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import ray
@@ -18,6 +18,9 @@ from deploy.ray.actors import NotStarted, RankActor, Site, Started
 from deploy.ray.placing import Need, RayNode
 from pdserve.cli.problems import ClusterFailed
 from pdserve.config.base import Settings
+from pdserve.config.processes import WorkerSettings
+from pdserve.config.ranks import RankSettings
+from pdserve.domain.addresses import join_address
 from pdserve.domain.ids import PROTOCOL_VERSION
 
 RESERVE_S = 5.0
@@ -77,13 +80,15 @@ class Reservation:
 
 
 class HostedProcess:
-    """A process on a node, seen from the driver. Whoever opened it closes it."""
+    """The processes of one worker, or a router's, seen from the driver. Who opened it closes it."""
 
     def __init__(self, reservation: Reservation) -> None:
         self.name = reservation.need.name
         self.node = reservation.node
         self.host = reservation.node.host
-        self.started: Started | None = None
+        self.gpus: tuple[str, ...] = ()  # of each rank, as Ray names them
+        self.pids: tuple[int, ...] = ()  # of the process of each rank
+        self.started: Started | None = None  # of rank 0, the worker to all others
         self._reservation = reservation
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         actor = ray.remote(RankActor)
@@ -98,6 +103,7 @@ class HostedProcess:
             _gather([actor.site.remote() for actor in self._actors]), OPEN_S, "has no actor"
         )
         self.host = sites[0].host
+        self.gpus = tuple(site.gpus for site in sites if site.gpus)
         versions = {site.protocol_version for site in sites}
         if versions != {PROTOCOL_VERSION}:
             raise ClusterFailed(
@@ -109,14 +115,35 @@ class HostedProcess:
     async def start(
         self, role: ProcessRole, settings: Settings, within_s: float, *, fork_server: str = ""
     ) -> Started:
-        """Run the serving process; raises `ClusterFailed` with its reason or its log."""
-        text = settings.model_dump_json()
-        call = self._leader.start.remote(self.name, role, text, fork_server)
-        said: Started | NotStarted = await self.ask(_result(call), within_s, "did not start")
+        """Run the process of each rank; raises `ClusterFailed` with the reason or log of one."""
+        told = await self._settings_of_ranks(settings)
+        calls = [
+            actor.start.remote(self._rank_name(rank), role, own.model_dump_json(), fork_server)
+            for rank, (actor, own) in enumerate(zip(self._actors, told, strict=True))
+        ]
+        said = await self.ask(_all_or_failed(calls), within_s, "did not start")
         if isinstance(said, NotStarted):
             raise ClusterFailed(f"on {self.node.label}: {said.message}")
-        self.started = said
-        return said
+        self.pids = tuple(each.pid for each in said)
+        self.started = said[0]
+        return self.started
+
+    async def _settings_of_ranks(self, settings: Settings) -> list[Settings]:
+        """Of the process of each rank: they meet at a port of the first one's node."""
+        if not isinstance(settings, WorkerSettings) or len(self._actors) == 1:
+            return [settings]
+        call = self._leader.free_port.remote(self.host)
+        port: int = await self.ask(_result(call), OPEN_S, "has no free port")
+        leader = join_address(self.host, port)
+        return [
+            settings.model_copy(
+                update={"ranks": RankSettings(node=rank, per_node=1, leader=leader)}
+            )
+            for rank in range(len(self._actors))
+        ]
+
+    def _rank_name(self, rank: int) -> str:
+        return f"{self.name}.rank{rank}" if rank else self.name
 
     def lose(self, why: str) -> None:
         """Give this life up: whoever waits for it learns `why`."""
@@ -133,30 +160,52 @@ class HostedProcess:
             ended.cancel()
 
     async def ended(self) -> str:
-        """How it ended, once it has; also where only its actor did."""
+        """How the first of its ranks ended, once one has: all live and end together."""
+        ends = [asyncio.create_task(self._ended(rank)) for rank in range(len(self._actors))]
         try:
-            return str(await _result(self._leader.ended.remote()))
-        except RayActorError as error:
-            return f"lost its actor ({type(error).__name__})"
-        except RayError as error:
-            return f"could not be watched ({type(error).__name__})"
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            return min(done, key=ends.index).result()
+        finally:
+            for end in ends:
+                end.cancel()
 
-    async def log(self) -> AsyncIterator[bytes]:
-        """Its log as it is written, in pieces, until it or its actor ends."""
+    async def drained(self) -> None:
+        """Until rank 0 has ended, which the others wait for."""
+        await self._ended(0)
+
+    async def _ended(self, rank: int) -> str:
+        """Also if only the actor of the rank did."""
+        of = f"lost rank {rank}, which " if rank else ""
+        try:
+            return f"{of}{await _result(self._actors[rank].ended.remote())}"
+        except RayActorError as error:
+            return f"{of}lost its actor ({type(error).__name__})"
+        except RayError as error:
+            return f"{of}could not be watched ({type(error).__name__})"
+
+    def logs(self) -> Mapping[str, AsyncIterator[bytes]]:
+        """The log of each rank under a name of its own."""
+        return {
+            self._rank_name(rank): self._log_of(actor) for rank, actor in enumerate(self._actors)
+        }
+
+    async def _log_of(self, actor: Any) -> AsyncIterator[bytes]:
+        """As it is written, in pieces, until the process or its actor ends."""
         with contextlib.suppress(RayError):
-            while chunk := await _result(self._leader.next_log.remote()):
+            while chunk := await _result(actor.next_log.remote()):
                 yield chunk
 
     async def answers(self, within_s: float) -> bool:
-        """Whether its actor does."""
+        """Whether its actors do."""
         try:
             async with asyncio.timeout(within_s):
-                await _result(self._leader.ping.remote())
+                await _gather([actor.ping.remote() for actor in self._actors])
         except (RayError, TimeoutError):
             return False
         return True
 
     def signal(self, number: int) -> None:
+        """To rank 0: the others end with it."""
         self._leader.signal.remote(number)
 
     async def close(self, within_s: float, *, keeps_log: bool = True) -> None:
@@ -210,6 +259,20 @@ def explain_ray_error(error: RayError) -> str:
         return "its Python has no pdserve: install pdserve[worker,ray] on every node"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"the actor died ({lines[0] if lines else type(error).__name__})"
+
+
+async def _all_or_failed(calls: Sequence[Any]) -> list[Started] | NotStarted:
+    """What the calls say once all have started; why not, as soon as one has not."""
+    tasks = [asyncio.create_task(_result(call)) for call in calls]
+    try:
+        for next_one in asyncio.as_completed(tasks):
+            said: Started | NotStarted = await next_one
+            if isinstance(said, NotStarted):
+                return said
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _result(call: Any) -> Any:

@@ -35,7 +35,7 @@ class RayNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """What one process asks of its node: a bundle for each rank, all on the same node."""
+    """What a worker, or a router, asks of its node: a bundle for each rank, all on one node."""
 
     name: str
     bundle: Amounts

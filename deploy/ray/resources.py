@@ -85,8 +85,13 @@ def _accelerator(worker: PlacedWorker, options: RayOptions) -> Amounts:
     """Of one rank."""
     if worker.gpu in options.gpu_resources:
         return options.gpu_resources[worker.gpu]
-    if not worker.gpu or worker.settings.engine.device == "cpu":
+    device = worker.settings.engine.device
+    if device == "cpu":
         return {}
+    if ":" in device:
+        raise LocalFault(f"device {device}: Ray says which GPU each rank gets: give device: cuda")
+    if not worker.gpu:
+        return {"GPU": 1} if worker.computes_on_gpus else {}
     if worker.gpu not in ACCELERATORS:
         raise LocalFault(
             f"Ray has no name for GPU type {worker.gpu}: say which resource stands for one with "

@@ -28,8 +28,14 @@ class Slot:
 
     @property
     def num_blocks(self) -> int:
-        """KV blocks; none in a router."""
-        return self.settings.engine.num_blocks if isinstance(self.settings, WorkerSettings) else 0
+        """KV blocks; none in a router, nor known of a worker whose GPU decides."""
+        if not isinstance(self.settings, WorkerSettings):
+            return 0
+        return self.settings.engine.planned_num_blocks or 0
+
+    @property
+    def num_ranks(self) -> int:
+        return self.settings.engine.num_ranks if isinstance(self.settings, WorkerSettings) else 1
 
     @property
     def can_fork(self) -> bool:

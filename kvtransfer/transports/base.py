@@ -1,6 +1,6 @@
 """What every transport does: let peers read a region, and read a peer's."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,8 +10,11 @@ from pdserve.domain.invariants import check_invariant
 from pdserve.domain.messages import RemoteRegion
 from pdserve.engine.kv_store import KvStore
 
-MayRead = Callable[[Sequence[BlockId]], bool]
-"""Asked by a serving transport that sees each read: are all these blocks on offer?"""
+MayRead = Callable[[Sequence[BlockId]], Awaitable[bool]]
+"""Asked by a serving transport that sees each read: are all these blocks on offer?
+
+Only rank 0 of a worker knows; the others wait for its answer.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,7 @@ class MemoryTransport:
             if (served := self._served.get(region.address["place"])) is None:
                 raise TransferFailed("the peer is gone")
             source, may_read = served
-            if not may_read([remote]):
+            if not await may_read([remote]):
                 raise TransferFailed("the peer refuses: the block is not on offer")
             [content] = await bytes_of(source, [remote])
             await memory.copy_in(content, [BlockRun(0, local, 1)])

@@ -174,7 +174,7 @@ class TcpRegionServer:
         return reader, decode_block_ids(body, self._memory.num_blocks)
 
     async def _reply(self, sock: socket.socket, reader: End, block_ids: Sequence[BlockId]) -> None:
-        if not self._may_read(block_ids):
+        if not await self._may_read(block_ids):
             self.num_refused_reads += 1
             refusal = encode_reply(Status.NOT_ON_OFFER, 0)
             await send_all(sock, [refusal], self._limits.idle_timeout_s)
@@ -192,7 +192,7 @@ class TcpRegionServer:
             head = encode_reply(Status.OK, len(block_ids) * block_bytes)
             for first in range(0, len(block_ids), batch_size):
                 batch = block_ids[first : first + batch_size]
-                if first and not self._may_read(batch):
+                if first and not await self._may_read(batch):
                     raise BadFrame("the blocks were taken back while they were sent")
                 blocks = await bytes_of(self._memory, batch)
                 await send_all(

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from pdserve.config.base import Settings, lay_over, parse_settings
 from pdserve.config.processes import (
+    MAX_PARALLEL,
     DecodeLimits,
     EngineSettings,
     ProcessSettings,
@@ -37,6 +38,12 @@ class WorkerPool(Settings):
     replicas: int = Field(1, ge=0, description="worker processes")
     num_blocks: int | None = Field(
         None, ge=1, description="KV blocks of each worker; left out: num_blocks above"
+    )
+    tp: int | None = Field(
+        None, ge=1, le=MAX_PARALLEL, description="tensor parallel ranks; left out: tp above"
+    )
+    pp: int | None = Field(
+        None, ge=1, le=MAX_PARALLEL, description="pipeline stages; left out: pp above"
     )
     metrics_port: int | None = Field(
         0,
@@ -69,6 +76,9 @@ class ClusterSettings(ProcessSettings, Transports, EngineSettings, ServedModel):
     log_dir: str = Field(
         "", description="one log file a process; empty: a temporary folder, removed on a clean exit"
     )
+    share_gpus: bool = Field(
+        False, description="workers may have GPUs of this machine together, within memory_fraction"
+    )
     router: RouterPool = Field(RouterPool(), description="where clients and workers connect")
     prefill: PrefillPool = Field(PrefillPool(), description="0 replicas: colocated serving")
     decode: DecodePool = Field(DecodePool(), description="at least 1 replica")
@@ -99,8 +109,8 @@ class ClusterSettings(ProcessSettings, Transports, EngineSettings, ServedModel):
         pool = self.pool(role)
         reads_own = role is Role.DECODE and not self.prefill.replicas
         engine = _data_of(EngineSettings, self, only_given)
-        if pool.num_blocks is not None:
-            engine["num_blocks"] = pool.num_blocks
+        own = {"num_blocks": pool.num_blocks, "tp": pool.tp, "pp": pool.pp}
+        engine |= {name: value for name, value in own.items() if value is not None}
         return {
             **_data_of(WorkerSettings, self, only_given),
             **_data_of(WorkerSettings, pool, only_given),

@@ -1,14 +1,17 @@
 """What one process is told at its start: a JSON or YAML object, checked before any work."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pdserve.config.base import Settings
 from pdserve.config.binding import Address, Host, check_advertised, check_binding
 from pdserve.config.override import OverrideConfig
+from pdserve.config.ranks import RankSettings, check_ranks
 from pdserve.config.timers import Timers
+from pdserve.domain.addresses import MAX_PORT
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import READS_OF_ROLE, Reads, Role
 from pdserve.domain.pair_cost import PolicyName
@@ -19,6 +22,9 @@ LOG_FILE = "where the process keeps its log, within the two limits below; empty:
 INSECURE = "listen on addresses that others can reach, without TLS and login"
 TransportName = Literal["shm", "tcp"]
 DEFAULT_BLOCK_SIZE = 16
+DEFAULT_NUM_BLOCKS = 1024
+MAX_PARALLEL = 1024
+DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 BlockSize = Annotated[int, Field(ge=1, le=1024, description="tokens in a KV block")]
 
 
@@ -58,6 +64,15 @@ class ModelChoice(Settings):
     model: str = Field("demo", description="`demo`, `demo-draft`, or a model directory")
 
 
+def _check_device(device: str) -> str:
+    if not DEVICE.fullmatch(device):
+        raise ValueError("device is cpu, cuda, or cuda:N for one GPU of several")
+    return device
+
+
+Device = Annotated[str, AfterValidator(_check_device)]
+
+
 class EngineSettings(ModelChoice):
     """Which engine, on which model, with how much KV memory."""
 
@@ -68,11 +83,21 @@ class EngineSettings(ModelChoice):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of weights and KV"
     )
-    device: str = Field("cpu", description="torch device of a worker")
+    device: Device = Field(
+        "cpu", description="cpu, cuda (rank i of a node on its GPU i), or cuda:N for one rank"
+    )
+    memory_fraction: float = Field(
+        0.9, gt=0, le=1, description="of a GPU's memory, for weights, steps and KV together"
+    )
     block_size: BlockSize = DEFAULT_BLOCK_SIZE
-    num_blocks: int = Field(1024, ge=1, description="KV blocks of a worker")
-    tp: int = Field(1, ge=1, description="tensor parallel ranks of a stage")
-    pp: int = Field(1, ge=1, description="pipeline stages")
+    num_blocks: int | None = Field(
+        None,
+        ge=1,
+        description=f"KV blocks of a worker; null: {DEFAULT_NUM_BLOCKS} on the CPU, "
+        "what memory_fraction leaves room for on a GPU",
+    )
+    tp: int = Field(1, ge=1, le=MAX_PARALLEL, description="tensor parallel ranks of a stage")
+    pp: int = Field(1, ge=1, le=MAX_PARALLEL, description="pipeline stages")
     prefix_reuse: bool = Field(True, description="keep KV of past prompts and use it again")
     coefficients: CoefficientSettings | None = Field(
         None, description="step times; left out: measured at start (torch), required by timed"
@@ -83,6 +108,30 @@ class EngineSettings(ModelChoice):
         if self.engine == "timed" and self.coefficients is None:
             raise ValueError("engine: timed needs coefficients")
         return self
+
+    @model_validator(mode="after")
+    def _ranks_have_gpus_of_their_own(self) -> Self:
+        if ":" in self.device and self.num_ranks > 1:
+            raise ValueError(
+                f"device {self.device} is one GPU, and each of {self.num_ranks} ranks (tp "
+                f"{self.tp}, pp {self.pp}) needs its own: give device: cuda"
+            )
+        return self
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.pp
+
+    @property
+    def host_num_blocks(self) -> int:
+        """KV blocks, if they lie in the memory of the host."""
+        return self.num_blocks or DEFAULT_NUM_BLOCKS
+
+    @property
+    def planned_num_blocks(self) -> int | None:
+        """KV blocks that are known before the start; None: those that the GPU has room for."""
+        decides_gpu = self.engine == "torch" and self.device != "cpu"
+        return self.num_blocks if decides_gpu else self.host_num_blocks
 
 
 SloName = Annotated[
@@ -195,18 +244,44 @@ class WorkerPlace(Settings):
     metrics_port: int | None = Field(
         0, ge=0, le=65535, description="Prometheus; 0 picks a free one; null: none"
     )
-    kv_port: int = Field(0, ge=0, le=65535, description="tcp transport; 0 picks a free one")
+    kv_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="tcp transport; rank i of this node has this port + i; 0 picks free ones",
+    )
     routers: tuple[Address, ...] = Field(
         (),
         description="host:port of routers' internal services; all addresses of a name are taken",
     )
     engine: EngineSettings = EngineSettings()
+    ranks: RankSettings = Field(RankSettings(), description="where the ranks of a worker run")
 
     @model_validator(mode="after")
     def _check_binding(self) -> Self:
         check_binding(self.host, insecure=self.insecure)
         check_advertised(self.host)
         return self
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> Self:
+        check_ranks(self.ranks, self.engine.tp, self.engine.pp, insecure=self.insecure)
+        last = self.kv_port_of_rank(self.num_local_ranks - 1)
+        if last > MAX_PORT:
+            raise ValueError(
+                f"kv_port: the {self.num_local_ranks} ranks here take one port each, counted up "
+                f"from {self.kv_port} to {last}, and {MAX_PORT} is the last one"
+            )
+        return self
+
+    def kv_port_of_rank(self, index: int) -> int:
+        """Where the rank `index` of this node lets others read its KV by TCP; 0: any free port."""
+        return self.kv_port + index if self.kv_port else 0
+
+    @property
+    def num_local_ranks(self) -> int:
+        """Of the worker's ranks, those that this process hosts."""
+        return self.ranks.per_node or self.engine.num_ranks
 
     @model_validator(mode="after")
     def _check_reads(self) -> Self:
@@ -255,5 +330,15 @@ class DecodeLimits(WorkerLimits):
 class WorkerSettings(ProcessSettings, DecodeLimits, Transports, WorkerPlace):
     """One prefill or decode worker."""
 
-    cpus: tuple[int, ...] = Field((), description="CPU affinity; empty: all")
+    cpus: tuple[int, ...] = Field(
+        (), description="CPU affinity; a share for each rank that runs here; empty: all"
+    )
     log_file: str = Field("", description=LOG_FILE)
+
+    def cpus_of_rank(self, index: int) -> tuple[int, ...]:
+        """The cores of the rank `index` of this node; all of them if there are too few to share."""
+        num_ranks = self.num_local_ranks
+        if len(self.cpus) < num_ranks:
+            return self.cpus
+        first, last = (len(self.cpus) * each // num_ranks for each in (index, index + 1))
+        return self.cpus[first:last]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from pdserve.domain.layout import KvLayout, ShardedLayout
 from pdserve.domain.lengths import ONE_REGIME, LengthRule
@@ -19,15 +20,24 @@ class EngineSpec:
     vocab_size: int
     max_context_tokens: int
     eos_token_ids: tuple[int, ...]
-    layout: KvLayout
+    layout: KvLayout  # of the whole model
     length_rule: LengthRule = ONE_REGIME
+    tp: int = 1  # ranks that divide a stage's KV; 1 too for an engine that stands for them all
+    pp: int = 1  # stages that divide the layers
 
     @property
     def sharded_layout(self) -> ShardedLayout:
-        """Of one rank: every engine has the KV of all that it stands for in one memory."""
-        return ShardedLayout(whole=self.layout)
+        """How the KV is divided among the memories of this engine."""
+        return ShardedLayout(whole=self.layout, tp=self.tp, pp=self.pp)
 
     def block_names(self, prompt: Sequence[int]) -> tuple[bytes, ...]:
         """Names of the prompt's full blocks, alike at all workers that are paired."""
         salt = self.model_hash + self.length_rule.salt(len(prompt))
         return hash_full_blocks(prompt, self.layout.block_size, salt)
+
+
+class StepPath(StrEnum):
+    """How a step's operators are launched."""
+
+    EAGER = "eager"  # one by one
+    GRAPH = "graph"  # as one that was recorded

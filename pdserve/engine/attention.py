@@ -19,14 +19,15 @@ from torch.nn import Module
 from pdserve.domain.invariants import check_invariant
 
 ATTENTION_NAME = "pdserve_paged"
-_TEMPERATURE, _CHUNK = "pdserve_temperature", "pdserve_chunk"  # attributes of attention modules
+_TEMPERATURE, _CHUNK, _LAYER = "pdserve_temperature", "pdserve_chunk", "pdserve_layer"
+"""Attributes of attention modules."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCall:
     """One layer's attention over the rows of a packed batch; a row attends to itself and before."""
 
-    layer: int
+    layer: int  # counted from the first one that this process has
     query: Tensor  # [heads, rows, k_head_dim]
     key: Tensor  # [kv_heads, rows, k_head_dim]
     value: Tensor  # [kv_heads, rows, v_head_dim]
@@ -87,6 +88,14 @@ def take_over_temperatures(model: Module) -> None:
             layer.attn_temperature_tuning = False
 
 
+def count_layers_from(model: Module, first: int) -> None:
+    """Have calls of `model`, which has the layers from `first` on, say their place among these."""
+    for module in model.modules():
+        layer = vars(module).get("layer_idx")
+        if isinstance(layer, int):
+            setattr(module, _LAYER, layer - first)
+
+
 def register_attention() -> None:
     """Make the function known to transformers; harmless when repeated.
 
@@ -115,7 +124,7 @@ def _paged_attention(
     target = _current.target
     assert target is not None, "a model with paged attention runs only inside `attending`"
     check_invariant(attention_mask is None, "transformers builds no mask, which would be ignored")
-    layer: Any = module.layer_idx
+    layer: Any = vars(module).get(_LAYER, module.layer_idx)
     call = AttentionCall(
         layer=layer,
         query=query[0],
@@ -204,3 +213,14 @@ def _attend_explicitly(
         scores = torch.cat([scores, sinks], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : key.shape[1]]
     return torch.matmul(weights.to(value.dtype), value)
+
+
+class DenseAttention:
+    """Attends over the rows of one request, which are at positions 0, 1, ..., without a cache."""
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        query = call.query
+        if call.temperature is not None:
+            positions = torch.arange(query.shape[1], device=query.device)
+            query = query * call.temperature.factors(positions).to(query.dtype)[:, None]
+        return attend_dense(call, query, call.key, call.value, 0, 0).transpose(0, 1)

@@ -23,7 +23,7 @@ After vLLM's `BlockPool` (v1/core/block_pool.py), with reservation and pinning m
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
 from enum import Enum, IntEnum, auto
 
 from pdserve.domain.ids import BlockId
@@ -61,6 +61,15 @@ NEXT: dict[tuple[BlockState, BlockEvent], BlockState] = {
 }
 
 
+AreSound = Callable[[Sequence[BlockId]], Awaitable[list[bool]]]
+"""Whether each block may be shared; see `pdserve.engine.kv_store.KvBlocks.are_sound`."""
+
+
+async def all_sound(block_ids: Sequence[BlockId]) -> list[bool]:
+    """For a pool whose blocks hold no numbers."""
+    return [True] * len(block_ids)
+
+
 class BlockTable:
     """One request's blocks in logical order. One owner, who must call `release` in the end.
 
@@ -95,11 +104,11 @@ class BlockTable:
         """The peer is done: pinned -> held."""
         self._apply(BlockEvent.UNPIN, range(first, first + count))
 
-    def publish(self, names: Sequence[bytes]) -> None:
+    async def publish(self, names: Sequence[bytes]) -> None:
         """Let logical block i be found as `names[i]`; they must be full, computed and held.
 
         Naming a block again is harmless, and costs nothing: a prompt is named bit by bit. Of two
-        blocks with one name the first stays findable.
+        blocks with one name the first stays findable. The table is released after the call.
         """
         first = self._num_published
         states = self._states[first : len(names)]
@@ -107,8 +116,9 @@ class BlockTable:
             state >= BlockState.HELD for state in states
         )
         check_invariant(are_held, "named blocks are held", len(names), self._states)
-        named = zip(self._block_ids[first:], names[first:], strict=False)
-        self._num_published = first + self._pool._name(named)
+        named = list(zip(self._block_ids[first:], names[first:], strict=False))
+        sound = await self._pool._sound_of(named)
+        self._num_published = first + self._pool._name(named, sound)
 
     def release(self) -> None:
         """Give all blocks back; harmless when called again.
@@ -135,18 +145,21 @@ class BlockTable:
 
 
 class BlockPool:
-    """Hands out blocks 0 to `num_blocks - 1` and counts them. Synchronous: no call waits."""
+    """Hands out blocks 0 to `num_blocks - 1` and counts them.
+
+    No call waits but `BlockTable.publish`, which has to look into blocks.
+    """
 
     def __init__(
         self,
         num_blocks: int,
         *,
         reuse_prefixes: bool = True,
-        is_sound: Callable[[BlockId], bool] = lambda block: True,
+        are_sound: AreSound = all_sound,
     ) -> None:
         """A block that is not sound when it is to be named, nor one after it, gets no name."""
         self.num_blocks = num_blocks
-        self._is_sound = is_sound
+        self._are_sound = are_sound
         self._reuse_prefixes = reuse_prefixes
         self._unnamed = [BlockId(block) for block in range(num_blocks - 1, -1, -1)]
         self._cached: OrderedDict[BlockId, None] = OrderedDict()  # free and named, oldest first
@@ -246,16 +259,33 @@ class BlockPool:
         else:
             self._unnamed.append(block)
 
-    def _name(self, named: Iterable[tuple[BlockId, bytes]]) -> int:
-        """Name blocks up to the first that is not sound; returns how many have a name."""
+    async def _sound_of(self, named: Sequence[tuple[BlockId, bytes]]) -> set[BlockId]:
+        """The sound ones of those that are to get a name."""
+        if not self._reuse_prefixes:
+            return set()
+        blocks = [block for block, name in named if self._is_new(block, name)]
+        if not blocks:
+            return set()
+        checked = zip(blocks, await self._are_sound(blocks), strict=True)
+        return {block for block, is_sound in checked if is_sound}
+
+    def _is_new(self, block: BlockId, name: bytes) -> bool:
+        return block not in self._block_to_name and name not in self._name_to_block
+
+    def _name(self, named: Iterable[tuple[BlockId, bytes]], sound: Container[BlockId]) -> int:
+        """Name blocks up to the first that is not sound; returns how many have a name.
+
+        One that a name was found for meanwhile, and lost again, counts as not sound until it is
+        looked at the next time.
+        """
         if not self._reuse_prefixes:
             return 0
         num_named = 0
         for block, name in named:
             known = self._block_to_name.get(block)
             check_invariant(known in (None, name), "a named block keeps its content", block)
-            if known is None and name not in self._name_to_block:
-                if not self._is_sound(block):
+            if self._is_new(block, name):
+                if block not in sound:
                     break
                 self._name_to_block[name] = block
                 self._block_to_name[block] = name

@@ -1,10 +1,9 @@
 """What a worker asks of an engine, and what it gets back."""
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Protocol
 
-from pdserve.domain.engine_spec import EngineSpec
+from pdserve.domain.engine_spec import EngineSpec, StepPath
 from pdserve.domain.ids import BlockId
 from pdserve.domain.latency import StepShape
 from pdserve.domain.sampling import SamplingParams
@@ -69,19 +68,12 @@ Drawn = SampledToken | Failed
 """A token, or why there is none: such a row ends its request, and no other one."""
 
 
-class StepPath(StrEnum):
-    """How a step's operators are launched."""
-
-    EAGER = "eager"  # one by one
-    GRAPH = "graph"  # as one that was recorded
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLimits:
     """The largest steps that an engine will be given, for which it makes room."""
 
     max_num_requests: int = 64
-    max_num_tokens: int = 2048
+    max_num_tokens: int = 512  # of prompts
 
 
 @dataclass(frozen=True, slots=True)

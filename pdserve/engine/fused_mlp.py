@@ -36,7 +36,7 @@ def replace_forwards(model: Module, fused: Callable[[Module], Forward | None]) -
 
 def _fused_forward(module: Module) -> Callable[[Tensor], Tensor] | None:
     gate, up, down = (module._modules.get(f"{name}_proj") for name in ("gate", "up", "down"))
-    if not isinstance(gate, Linear) or not isinstance(up, Linear) or not isinstance(down, Linear):
+    if not isinstance(gate, Linear) or not isinstance(up, Linear) or down is None:
         return None
     first, second = gate.forward, up.forward
     if not isinstance(first, JoinedPart) or not isinstance(second, JoinedPart):

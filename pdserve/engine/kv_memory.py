@@ -112,12 +112,19 @@ class KvMemory:
             return work(lambda: False)
         return await run_to_end(work)
 
-    def is_sound(self, block_id: BlockId) -> bool:
+    async def are_sound(self, block_ids: Sequence[BlockId]) -> list[bool]:
         if not self._holds_numbers:
-            return True
+            return [True] * len(block_ids)
         kind, exponent = _EXPONENTS[self.layout.dtype]
-        words = np.frombuffer(self.block(block_id), dtype=kind)
-        return not bool(((words & exponent) == exponent).any())
+
+        def check(is_cancelled: Callable[[], bool]) -> list[bool]:
+            return [
+                not ((np.frombuffer(self.block(block), kind) & exponent) == exponent).any()
+                for block in block_ids
+                if not is_cancelled()
+            ]
+
+        return await self._work(len(block_ids), check)
 
     def close(self) -> None:
         """Give the memory back once no view of it is left; safe to call twice."""

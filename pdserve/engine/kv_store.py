@@ -37,15 +37,32 @@ def block_runs(remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> Ite
         yield run
 
 
-class KvStore(Protocol):
-    """`num_blocks` blocks of `layout.block_bytes`, in the memory of the host or of a device.
+class KvBlocks(Protocol):
+    """The KV of a worker's blocks, of which each of its ranks holds a part.
 
     What takes long is a coroutine that leaves the event loop free. Cancelled, it raises once it
     touches nothing any more. Whoever calls it keeps the blocks until then.
     """
 
-    layout: KvLayout
     num_blocks: int
+
+    async def digests(
+        self, handoff: HandoffId, block_indices: Sequence[int], block_ids: Sequence[BlockId]
+    ) -> list[bytes]:
+        """Of each block at its place in the prompt: `pdserve.engine.digest.block_digest` of what
+        each rank holds of it, joined in rank order.
+        """
+        ...
+
+    async def are_sound(self, block_ids: Sequence[BlockId]) -> list[bool]:
+        """Of each block: no number in it is NaN or infinite, so it may be shared by its name."""
+        ...
+
+
+class KvStore(KvBlocks, Protocol):
+    """The KV of one rank: `num_blocks` blocks of `layout.block_bytes`, on the host or a device."""
+
+    layout: KvLayout
 
     def host_blocks(self, block_ids: Sequence[BlockId]) -> list[memoryview] | None:
         """The bytes of each block, writable; None if they do not lie in the host's memory."""
@@ -61,16 +78,6 @@ class KvStore(Protocol):
 
     async def copy_out(self, target: HostBuffer, runs: Sequence[BlockRun]) -> None:
         """Write `remote` blocks of `target` from `local` blocks."""
-        ...
-
-    async def digests(
-        self, handoff: HandoffId, block_indices: Sequence[int], block_ids: Sequence[BlockId]
-    ) -> list[bytes]:
-        """Of each block at its place in the prompt, as `pdserve.engine.digest.block_digest`."""
-        ...
-
-    def is_sound(self, block_id: BlockId) -> bool:
-        """No number in the block is NaN or infinite, so that it may be shared by its name."""
         ...
 
     def close(self) -> None:

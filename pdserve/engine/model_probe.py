@@ -94,10 +94,15 @@ def use_paged(model: Any) -> None:
 
 
 @torch.inference_mode()
-def discover_layout(model: Any, *, block_size: int, dtype: str) -> KvLayout:
-    """Run a few tokens; `LocalFault` unless every layer calls our attention exactly once."""
+def discover_layout(
+    model: Any, *, block_size: int, dtype: str, num_layers: int | None = None
+) -> KvLayout:
+    """Run a few tokens; `LocalFault` unless every layer calls our attention exactly once.
+
+    A rank of many has `num_layers` of the model's.
+    """
     config = model.config.get_text_config()
-    num_layers = int(config.num_hidden_layers)
+    num_layers = num_layers or int(config.num_hidden_layers)
     tokens = probe_tokens(config.vocab_size)
     recorder = _Recorder()
     try:

@@ -1,28 +1,38 @@
 """From settings to a loaded engine; the only place that knows every kind."""
 
+from typing import TYPE_CHECKING
+
 from pdserve.config.processes import EngineSettings
 from pdserve.domain.errors import LocalFault
-from pdserve.engine.contract import Engine
+from pdserve.engine.contract import Engine, StepLimits
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.timed_engine import TimedEngine
 
+if TYPE_CHECKING:  # it names tensors, and timed engines do without torch
+    from pdserve.engine.rank_group import RankGroup
 
-def open_engine(settings: EngineSettings) -> Engine:
-    """Load the model; raises `LocalFault` with what to do if it cannot be served."""
+_LIMITS = StepLimits()
+
+
+def open_engine(settings: EngineSettings, limits: StepLimits = _LIMITS) -> Engine:
+    """Load the model; raises `LocalFault` with what to do if it cannot be served.
+
+    On a device there is room for steps up to `limits`.
+    """
     files = ModelFiles.open(settings.model, settings.override_config)
     if settings.engine == "timed":
         assert settings.coefficients is not None
         return TimedEngine(
             files,
             block_size=settings.block_size,
-            num_blocks=settings.num_blocks,
+            num_blocks=settings.host_num_blocks,
             coefficients=settings.coefficients.to_coefficients(),
             dtype=settings.dtype,
         )
-    if settings.tp * settings.pp > 1:
+    if settings.num_ranks > 1:
         raise LocalFault(
-            f"engine: torch serves on one rank; got tp {settings.tp}, pp {settings.pp}: plan "
-            "with search: {tp: [1], pp: [1]}, or use engine: timed"
+            f"tp {settings.tp}, pp {settings.pp}: {settings.num_ranks} ranks are processes, which "
+            "only the process of a worker starts"
         )
     try:
         from pdserve.engine.torch_engine import TorchEngine
@@ -33,7 +43,24 @@ def open_engine(settings: EngineSettings) -> Engine:
     return TorchEngine.load(
         files,
         block_size=settings.block_size,
-        num_blocks=settings.num_blocks,
+        num_blocks=settings.planned_num_blocks,
         dtype=settings.dtype,
         device=settings.device,
+        memory_fraction=settings.memory_fraction,
+        limits=limits,
+    )
+
+
+def load_rank_part(files: ModelFiles, settings: EngineSettings, group: "RankGroup") -> Engine:
+    """One rank's part of the model, beside which all others compute theirs."""
+    from pdserve.engine.torch_engine import TorchEngine
+
+    return TorchEngine.load(
+        files,
+        block_size=settings.block_size,
+        num_blocks=settings.planned_num_blocks,
+        dtype=settings.dtype,
+        device=settings.device,
+        memory_fraction=settings.memory_fraction,
+        group=group,
     )

@@ -34,6 +34,7 @@ from pdserve.engine.model_probe import (
 )
 from pdserve.engine.packing import pack
 from pdserve.engine.paged_cache import DTYPES
+from pdserve.engine.sharding.shares import dense_logits, share_of
 
 
 def load_model(files: ModelFiles, dtype: str) -> Any:
@@ -90,6 +91,8 @@ class PagedModel:
     ) -> None:
         """Take over `model` (in evaluation mode, weights of `dtype`); `LocalFault` if unfit.
 
+        Of a model that ranks hold together (`load_rank_model`), all of them do this at once, and
+        what they do here and in `forward` is the same, step by step.
         Requests have at most `max_context_tokens`, or what the model's config says. Without a
         `backend`, which has its own attention, it computes on the CPU with `attention`. With
         `num_blocks` None it can compute nothing before `open_kv`.
@@ -98,17 +101,23 @@ class PagedModel:
         config = model.config.get_text_config()
         limit = max_context_tokens or context_limit(config)
         tokens = probe_tokens(config.vocab_size, candidate_switches(config, limit))
+        share = share_of(model)
+        logits_of = plain_logits if share is None else dense_logits
         plain = {
-            length: plain_logits(model, tokens, length)
+            length: logits_of(model, tokens, length)
             for length in probe_lengths(config, limit, len(tokens))
         }
-        use_paged(model)
-        layout = discover_layout(model, block_size=block_size, dtype=dtype)
+        if share is None:
+            use_paged(model)
+            layout = discover_layout(model, block_size=block_size, dtype=dtype)
+        else:
+            layout = share.layout_of(model, block_size=block_size, dtype=dtype)
         self._backend.prepare(model)
         self._model = model
         self._dtype = dtype
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.length_rule = find_length_rule(model, limit)
+        self.length_rule = find_length_rule(model, limit) if share is None else share.length_rule
+        self._gives_logits = share is None or share.place.is_last_stage
         self._check_against(plain, tokens, layout)
         self.layout = layout
         if num_blocks is not None:
@@ -121,7 +130,10 @@ class PagedModel:
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
-        """Compute all tokens, write their KV; logits [sequences that sample, vocabulary]."""
+        """Compute all tokens, write their KV; logits [sequences that sample, vocabulary].
+
+        Ranks of other stages than the last give numbers that mean nothing.
+        """
         return self.forward_over(self.attention, batch)
 
     def run(self, token_ids: Tensor, positions: Tensor, target: AttentionTarget) -> Tensor:
@@ -185,7 +197,7 @@ class PagedModel:
         regimes = {self.length_rule.regime(length): length for length in sorted(plain)[::-1]}
         for length, logits in plain.items():
             alike = plain[regimes[self.length_rule.regime(length)]]
-            check_same_logits(self._model, logits, alike, layout.dtype)
+            self._check_same(logits, alike)
         num_blocks = layout.num_blocks_for(len(tokens))
         scratch = self._backend.open_kv(layout, num_blocks * (len(regimes) + 1))
         attention = self._backend.attention(scratch)
@@ -196,7 +208,7 @@ class PagedModel:
                 self._computed(attention, _part(tokens, (start, end), table, length))[-1]
                 for start, end in _probe_chunks(len(tokens))
             ]
-            check_same_logits(self._model, torch.stack(rows), plain[length][ends], layout.dtype)
+            self._check_same(torch.stack(rows), plain[length][ends])
         self._check_beside(plain, tokens, list(regimes.values()), attention)
         del attention
         scratch.close()
@@ -222,7 +234,11 @@ class PagedModel:
         ]
         expected = [plain[length][end - 1] for end, length in zip(ends, lengths, strict=True)]
         logits = self._computed(attention, *parts)
-        check_same_logits(self._model, logits, torch.stack(expected), self._dtype)
+        self._check_same(logits, torch.stack(expected))
+
+    def _check_same(self, paged: Tensor, plain: Tensor) -> None:
+        if self._gives_logits:
+            check_same_logits(self._model, paged, plain, self._dtype)
 
 
 def _probe_chunks(num_tokens: int) -> list[tuple[int, int]]:

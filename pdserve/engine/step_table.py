@@ -48,8 +48,15 @@ class StepTable:
     def unpin(self, first: int, count: int) -> None:
         self._table.unpin(first, count)
 
-    def publish(self, names: Sequence[bytes]) -> None:
-        self._table.publish(names)
+    async def publish(self, names: Sequence[bytes]) -> None:
+        """As `BlockTable.publish`, which uses the blocks; harmless once they are given back."""
+        if self._is_released:
+            return
+        self.enter_step()
+        try:
+            await self._table.publish(names)
+        finally:
+            self.leave_step()
 
     def enter_step(self) -> None:
         """Begin to use the blocks; each call is followed by one of `leave_step`."""

@@ -9,9 +9,10 @@ from typing import Protocol
 
 import torch
 
-from pdserve.domain.engine_spec import EngineSpec
+from pdserve.domain.engine_spec import EngineSpec, StepPath
 from pdserve.domain.errors import LocalFault
-from pdserve.engine.contract import Drawn, StepBatch, StepLimits, StepPath, StepResult
+from pdserve.domain.layout import ShardedLayout
+from pdserve.engine.contract import Drawn, StepBatch, StepLimits, StepResult
 from pdserve.engine.device.device_backend import bring_to
 from pdserve.engine.device.device_opening import DeviceRoom, open_on_device
 from pdserve.engine.device.opening import open_runtime
@@ -20,7 +21,10 @@ from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_shape import item_bytes
 from pdserve.engine.numba_draws import compile_draws
 from pdserve.engine.paged_model import PagedModel, load_model
+from pdserve.engine.rank_group import RankGroup
 from pdserve.engine.sampling import draw_tokens
+from pdserve.engine.sharding import load_rank_model
+from pdserve.engine.sharding.shares import RankShare, share_of
 from pdserve.engine.threads import run_to_end
 from pdserve.engine.tokenizer import Tokenizer
 
@@ -29,10 +33,13 @@ _KEPT_BYTES = 256 << 20
 
 
 class Stepper(Protocol):
-    """A loaded model where it computes. One call at a time."""
+    """A loaded model, or a rank's part of one, where it computes. One call at a time."""
 
     def run(self, batch: StepBatch) -> tuple[list[Drawn], StepPath]:
-        """Compute the batch; what was drawn for each sequence that samples, in order."""
+        """Compute the batch; what was drawn for each sequence that samples, in order.
+
+        Nothing at a rank that does not draw.
+        """
         ...
 
     def close(self) -> None:
@@ -43,11 +50,14 @@ class Stepper(Protocol):
 class HostStepper:
     """Satisfies `Stepper` on the CPU."""
 
-    def __init__(self, model: PagedModel, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, model: PagedModel, eos_token_ids: tuple[int, ...], *, draws: bool) -> None:
         self._model, self._eos_token_ids = model, eos_token_ids
+        self._draws = draws
 
     def run(self, batch: StepBatch) -> tuple[list[Drawn], StepPath]:
         logits = self._model.forward(batch)
+        if not self._draws:
+            return [], StepPath.EAGER
         steps = [each.sample for each in batch.sequences if each.sample is not None]
         drawn = draw_tokens(logits.float().numpy(), steps, self._eos_token_ids)
         return drawn, StepPath.EAGER
@@ -60,7 +70,8 @@ class TorchEngine:
     """Satisfies `Engine`. Computes in one thread of its own, with one torch thread.
 
     On a device this thread packs and submits a step and then waits for an event, so that the event
-    loop plans, answers and sends while the device computes.
+    loop plans, answers and sends while the device computes. Of a rank that does not draw, the
+    tokens are all None.
     """
 
     def __init__(self, model: PagedModel, stepper: Stepper, spec: EngineSpec) -> None:
@@ -83,9 +94,11 @@ class TorchEngine:
         attention: str = "auto",
         memory_fraction: float = 0.9,
         limits: StepLimits = StepLimits(),  # noqa: B008  frozen
+        group: RankGroup | None = None,
     ) -> "TorchEngine":
         """Load weights, and check that the model can be served; `LocalFault` says why if not.
 
+        With `group` only the part of this rank: the other ranks load and compute theirs beside it.
         `device`: cpu, cuda, cuda:N, or a runtime. `attention` on the CPU: `numba` or `torch`
         (gather and SDPA); `auto` takes numba where it can be used. On a device: see
         `DeviceBackend`. There, steps up to `limits` have room, and `num_blocks` None makes as many
@@ -98,10 +111,23 @@ class TorchEngine:
         if isinstance(files, Path):
             files = ModelFiles.open(files)
         runtime = open_runtime(device) if isinstance(device, str) else device
-        if runtime is not None:
-            room = DeviceRoom.of(runtime, memory_fraction)
+        if num_blocks is None and (runtime is None or group is not None):
+            raise LocalFault(
+                "num_blocks must be given for the CPU, whose memory others share, and for workers "
+                "of several ranks, which must have equally many"
+            )
+        draws = group is None or group.place.draws
+        room = None if runtime is None else DeviceRoom.of(runtime, memory_fraction)
+        loaded = (
+            load_model(files, dtype)
+            if group is None
+            else load_rank_model(
+                files, dtype, group.place, group, str(runtime.device) if runtime else "cpu"
+            )
+        )
+        if room is not None:
             model, stepper = open_on_device(
-                bring_to(load_model(files, dtype), runtime),
+                bring_to(loaded, room.runtime),
                 files,
                 room,
                 block_size=block_size,
@@ -109,19 +135,19 @@ class TorchEngine:
                 dtype=dtype,
                 attention=attention,
                 limits=limits,
+                draws=draws,
             )
-            return cls(model, stepper, _spec(files, model))
-        if num_blocks is None:
-            raise LocalFault("num_blocks must be given on the CPU, whose memory others share")
+            return cls(model, stepper, _spec(files, model, share_of(loaded)))
         model = PagedModel(
-            load_model(files, dtype),
+            loaded,
             block_size=block_size,
             num_blocks=num_blocks,
             dtype=dtype,
             attention=attention,
             max_context_tokens=files.max_context_tokens,
         )
-        return cls(model, HostStepper(model, files.eos_token_ids), _spec(files, model))
+        spec = _spec(files, model, share_of(loaded))
+        return cls(model, HostStepper(model, files.eos_token_ids, draws=draws), spec)
 
     async def step(self, batch: StepBatch) -> StepResult:
         """Run the batch in the engine's thread. A cancelled call raises once the step is over."""
@@ -135,7 +161,7 @@ class TorchEngine:
         found, path = self._stepper.run(batch)
         drawn = iter(found)
         sampled: list[Drawn | None] = [
-            None if each.sample is None else next(drawn) for each in batch.sequences
+            None if each.sample is None else next(drawn, None) for each in batch.sequences
         ]
         return StepResult(tuple(sampled), time.perf_counter() - began_s, path)
 
@@ -161,7 +187,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
-def _spec(files: ModelFiles, model: PagedModel) -> EngineSpec:
+def _spec(files: ModelFiles, model: PagedModel, share: RankShare | None) -> EngineSpec:
+    own = model.kv.layout
+    sharded = (
+        ShardedLayout(whole=own)
+        if share is None
+        else share.sharded_layout(block_size=own.block_size, dtype=own.dtype)
+    )
     return EngineSpec(
         kind="torch",
         model_name=files.name,
@@ -170,6 +202,8 @@ def _spec(files: ModelFiles, model: PagedModel) -> EngineSpec:
         vocab_size=files.vocab_size,
         max_context_tokens=files.max_context_tokens,
         eos_token_ids=files.eos_token_ids,
-        layout=model.kv.layout,
+        layout=sharded.whole,
         length_rule=model.length_rule,
+        tp=sharded.tp,
+        pp=sharded.pp,
     )

@@ -35,7 +35,11 @@ ServeProcess = Callable[[S, OnReady, asyncio.Event], Awaitable[None]]
 """Serves until the event is set, then drains and returns."""
 
 
-def run_process(kind: type[S], serve: ServeProcess[S], doc: str) -> None:
+Prepare = Callable[[S], ServeProcess[S]]
+"""What must be done before any thread and event loop exist; returns what serves."""
+
+
+def run_process(kind: type[S], prepare: Prepare[S], doc: str) -> None:
     """The whole `__main__` of a role; exits 0 after a drain, 2 with a message on a bad start."""
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--settings", required=True, help="YAML or JSON file; - reads stdin")
@@ -71,6 +75,7 @@ def run_process(kind: type[S], serve: ServeProcess[S], doc: str) -> None:
     try:
         given = lay_over(_read(arguments.settings), map(parse_assignment, arguments.assignments))
         settings = parse_settings(kind, given, source="settings")
+        serve = prepare(settings)
         with process_log(level=settings.log_level, file=_log_file(settings)):
             try:
                 uvloop.run(_serve_until_signal(serve, settings, on_ready))

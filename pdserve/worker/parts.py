@@ -34,9 +34,9 @@ class WorkerParts:
 
     def new_pool(self) -> BlockPool:
         return BlockPool(
-            self.settings.engine.num_blocks,
+            self.engine.kv.num_blocks,
             reuse_prefixes=self.settings.engine.prefix_reuse,
-            is_sound=self.engine.kv.is_sound,
+            are_sound=self.engine.kv.are_sound,
         )
 
     def hello(self, address: str) -> WorkerHello:
@@ -58,7 +58,7 @@ class WorkerParts:
             max_context_tokens=spec.max_context_tokens,
             vocab_size=spec.vocab_size,
             block_size=spec.layout.block_size,
-            num_blocks=settings.engine.num_blocks,
+            num_blocks=self.engine.kv.num_blocks,
             block_bytes=spec.layout.block_bytes,
             max_num_requests=settings.max_num_requests,
             max_step_tokens=settings.max_step_tokens,

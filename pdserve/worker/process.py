@@ -15,7 +15,7 @@ import structlog
 from pdserve.config.processes import WorkerSettings
 from pdserve.domain.ids import Epoch
 from pdserve.engine.calibration import measure_coefficients
-from pdserve.engine.opening import open_engine
+from pdserve.engine.ranks.crew import PreparedRanks
 from pdserve.engine.watched import WatchedEngine
 from pdserve.observe.exposition import serve_metrics
 from pdserve.observe.prometheus import DecodeMetrics, PrefillMetrics
@@ -25,6 +25,7 @@ from pdserve.rpc.process import OnReady
 from pdserve.rpc.router_names import RouterRegistrations
 from pdserve.rpc.server import RpcServer
 from pdserve.worker.parts import RoleService, WorkerParts, numbered_loads
+from pdserve.worker.starting import opened_engine
 
 log = structlog.get_logger(__name__)
 
@@ -46,17 +47,21 @@ OpenRole = Callable[[WorkerParts], contextlib.AbstractAsyncContextManager[Served
 
 
 async def serve_worker(
-    settings: WorkerSettings, open_role: OpenRole, on_ready: OnReady, stop: asyncio.Event
+    settings: WorkerSettings,
+    open_role: OpenRole,
+    on_ready: OnReady,
+    stop: asyncio.Event,
+    prepared: PreparedRanks | None = None,
 ) -> None:
     """Serve until `stop`, then finish what was taken on, for `drain_s` at most."""
     structlog.contextvars.bind_contextvars(worker_id=settings.worker_id)
-    if settings.cpus and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, settings.cpus)
+    if (cpus := settings.cpus_of_rank(0)) and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cpus)
     clock = time.monotonic  # the event loop's own counts whole milliseconds
     timers = settings.timers
     async with contextlib.AsyncExitStack() as stack:
-        engine = WatchedEngine(open_engine(settings.engine), clock)
-        stack.callback(engine.close)
+        opened = await stack.enter_async_context(opened_engine(settings, prepared, stop.set))
+        engine = WatchedEngine(opened, clock)
         parts = WorkerParts(
             settings=settings,
             engine=engine,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pdserve.models import DEMO_MODEL_DIR
 from tests.support.up_runs import (
     END_S,
     START_S,
@@ -239,8 +241,13 @@ def test_model_directory_with_unreadable_files_is_told(tmp_path: Path) -> None:
     assert "config.json" in error_line(done)
 
 
-def test_process_that_does_not_start_takes_everything_down_with_its_log(start: Start) -> None:
-    run = start("--port", "0", "--internal-port", "0", "--set", "device=nonsense")
+def test_process_that_does_not_start_takes_everything_down_with_its_log(
+    start: Start, tmp_path: Path
+) -> None:
+    model = shutil.copytree(DEMO_MODEL_DIR, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "nonsense"}))
+    run = start("--port", "0", "--internal-port", "0", "--model", str(model))
     code, errors = run.wait()
     assert code == 1
     assert "did not start" in errors

@@ -505,25 +505,51 @@ async def test_a_plan_for_gpus_that_are_not_there_says_what_is(
     assert "--ray-resource" in message
 
 
-async def test_a_worker_of_several_ranks_gets_all_on_one_node_and_torch_says_it_has_one(
-    nodes: RayNodes, tmp_path: Path
-) -> None:
-    pools = [
+def pools_of_two_ranks() -> list[dict[str, Any]]:
+    return [
         pool(role, 1, gpu="h100_sxm", tp=2, kv_tokens=16384, step_times=STEPS)
         for role in ("prefill", "decode")
     ]
-    async with running(planned(tmp_path, pools=pools)) as (cluster, client, _):
-        assert all("2 ranks" in place for name, place in places(cluster).items() if "-" in name)
+
+
+async def test_ranks_of_a_worker_are_actors_on_one_node_and_end_together(
+    nodes: RayNodes, tmp_path: Path
+) -> None:
+    deployment = planned(tmp_path, pools=pools_of_two_ranks())
+    async with running(deployment) as (cluster, client, events):
+        assert [row.num_ranks for row in cluster.rows] == [1, 2, 2]
         groups = ray.util.placement_group_table().values()
         bundles = [group["bundles"] for group in groups if group["state"] == "CREATED"]
         assert [len(each) for each in bundles] == [2, 2]
         assert all(bundle[GPU] == 1 for each in bundles for bundle in each.values())
         assert len((await client.complete(PROMPT, Sampling(max_tokens=4))).tokens) == 4
-    with pytest.raises(ClusterFailed, match="torch serves on one rank; got tp 2"):
-        await RayCluster.start(
-            planned(tmp_path, "torch", pools=pools), options=OPTIONS
-        ).__aenter__()
+        hosted = cluster.slot("decode-0").hosted
+        assert hosted is not None
+        before, (first, second) = pids(cluster), hosted.pids
+        os.kill(second, signal.SIGKILL)
+        await wait_until(lambda: not psutil.pid_exists(first), within_s=3, what="rank 0 is gone")
+        await back(cluster, {"decode-0"}, before)
+        assert events.has("decode-0", "rank 1", "SIGKILL", "starting it again")
+        assert (cluster.log_dir / "decode-0.rank1.log").exists()
+        assert len((await client.complete(PROMPT, Sampling(max_tokens=4))).tokens) == 4
     await wait_until(lambda: not leftovers(), within_s=5, what="actors and groups are gone")
+
+
+async def test_each_rank_sees_the_gpu_that_ray_gave_it(nodes: RayNodes, tmp_path: Path) -> None:
+    nodes.add(gpus=0, cuda_gpus=4)
+    options = RayOptions(gpu_resources={"h100_sxm": {"GPU": 1}})
+    deployment = planned(tmp_path, pools=pools_of_two_ranks())
+    async with RayCluster.start(deployment, options=options) as cluster:
+        seen = []
+        for name in ("prefill-0", "decode-0"):
+            hosted = cluster.slot(name).hosted
+            assert hosted is not None
+            seen += [psutil.Process(pid).environ()["CUDA_VISIBLE_DEVICES"] for pid in hosted.pids]
+        assert sorted(seen) == ["0", "1", "2", "3"]
+        shown = [row.device for row in cluster.rows if row.device]
+        assert sorted(",".join(each.removeprefix("GPU ") for each in shown).split(",")) == sorted(
+            seen
+        )
 
 
 def test_up_and_down_on_ray_as_a_person_runs_them(nodes: RayNodes, tmp_path: Path) -> None:

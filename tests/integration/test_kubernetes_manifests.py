@@ -6,6 +6,7 @@ difference before you commit it.
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ GOLDEN_BUILDS = [
     ("h200", "overlays/production"),
     ("spanning", "overlays/monitoring"),
 ]
+RANKS_OF_PREFILL = {"cpu": 1, "h200": 2, "spanning": 8}
 UPDATE = "PDSERVE_UPDATE_GOLDEN"
 
 
@@ -113,16 +115,28 @@ def config_files(objects: tuple[Object, ...] | list[Object]) -> dict[str, dict[s
     }
 
 
-def started_with(objects: tuple[Object, ...] | list[Object], owner: Object) -> Any:
-    """The settings that a pod's own command line makes of its own ConfigMap."""
-    template = next(iter(pod_templates(owner)))
+IN_POD = {
+    "POD_NAME": "pod-0",
+    "POD_IP": "10.1.2.3",
+    "PDSERVE_GROUP": "1",
+    "LWS_LEADER_ADDRESS": "pdserve-decode-1.pdserve-decode.pdserve",
+}
+
+
+def started_with(objects: tuple[Object, ...] | list[Object], owner: Object, node: int = 0) -> Any:
+    """The settings that a pod's own command line makes of its own ConfigMap.
+
+    `node` is the pod's place in a group of pods that are one worker.
+    """
+    template = list(pod_templates(owner))[min(node, 1)]
     (container,) = template["spec"]["containers"]
     args = container["args"]
     settings_path = args[args.index("--settings") + 1]
     volume = next(v for v in template["spec"]["volumes"] if "configMap" in v)
     text = config_files(objects)[volume["configMap"]["name"]][Path(settings_path).name]
     sets = [args[i + 1] for i, argument in enumerate(args) if argument == "--set"]
-    filled = [s.replace("$(POD_NAME)", "pod-0").replace("$(POD_IP)", "10.1.2.3") for s in sets]
+    values = {**IN_POD, "PDSERVE_NODE_RANK": str(node)}
+    filled = [re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], text) for text in sets]
     kind = RouterSettings if container["command"][-1] == "router" else WorkerSettings
     data = lay_over(yaml.safe_load(text), map(parse_assignment, filled))
     return parse_settings(kind, data, source=settings_path)
@@ -157,7 +171,8 @@ def test_processes_start_with_the_plans_limits(plan: str, overlay: str) -> None:
         assert worker.max_num_queued >= limits["max_num_waiting"]
         assert worker.engine.num_blocks * worker.engine.block_size == pool["kv_tokens"]
         assert worker.routers == ("pdserve-router-internal:7451",)
-        assert (worker.transports, worker.host, worker.worker_id) == (("tcp",), "10.1.2.3", "pod-0")
+        name = "pod-0" if owner["kind"] == "StatefulSet" else "pdserve-decode-1"
+        assert (worker.transports, worker.host, worker.worker_id) == (("tcp",), "10.1.2.3", name)
 
 
 def test_a_change_of_settings_rolls_the_pods(tmp_path: Path) -> None:
@@ -206,6 +221,28 @@ def test_only_a_worker_that_spans_nodes_needs_a_custom_resource() -> None:
     group = find(built("spanning", "base"), "LeaderWorkerSet", "pdserve-decode")
     assert group["spec"]["leaderWorkerTemplate"]["size"] == 2
     assert group["spec"]["replicas"] == 2
+
+
+def test_pods_of_a_worker_that_spans_nodes_are_parts_of_one_worker() -> None:
+    objects = built("spanning", "base")
+    group = find(objects, "LeaderWorkerSet", "pdserve-decode")
+    parts = [started_with(objects, group, node) for node in range(2)]
+    assert [part.ranks.node for part in parts] == [0, 1]
+    assert {part.ranks.per_node for part in parts} == {8}
+    assert {part.ranks.leader for part in parts} == {f"{IN_POD['LWS_LEADER_ADDRESS']}:29500"}
+    assert {part.worker_id for part in parts} == {"pdserve-decode-1"}
+    alike = {part.model_copy(update={"ranks": None}).model_dump_json() for part in parts}
+    assert len(alike) == 1
+    whole = started_with(objects, find(objects, "StatefulSet", "pdserve-prefill-h100-sxm-tp8"))
+    assert (whole.num_local_ranks, whole.ranks.leader) == (8, None)
+    leader, follower = (
+        template["spec"]["containers"][0]
+        for template in pod_templates(find(objects, "LeaderWorkerSet", "pdserve-decode"))
+    )
+    assert {"name": "ranks", "containerPort": 29500, "protocol": "TCP"} in leader["ports"]
+    assert not {"ports", "startupProbe", "livenessProbe", "readinessProbe"} & set(follower)
+    patience = leader["startupProbe"]["failureThreshold"] * leader["startupProbe"]["periodSeconds"]
+    assert patience > 600, "pods of a group may come late"
 
 
 def test_pools_that_share_nodes_in_the_plan_prefer_each_other() -> None:
@@ -303,7 +340,7 @@ def test_policies_leave_the_needed_edges_and_no_others(plan: str, overlay: str) 
         ("client", "router", 7450),
         ("router", "decode", 7460),
         ("decode", "prefill", 7460),
-        ("decode", "prefill", 7461),
+        *(("decode", "prefill", 7461 + rank) for rank in range(RANKS_OF_PREFILL[plan])),
         ("prefill", "router", 7451),
         ("decode", "router", 7451),
         ("prefill", "kube-dns", 53),

@@ -40,7 +40,15 @@ from pdserve.domain.ids import BlockId, Epoch
 from pdserve.domain.messages import BlocksOffered, RemoteRegion
 from pdserve.engine.digest import block_digest
 from pdserve.engine.kv_memory import KvMemory
-from tests.support.kv_handoff import blocks, handoff_id, kv_memory, layout_of
+from tests.support.kv_handoff import (
+    anyone,
+    blocks,
+    handoff_id,
+    kv_memory,
+    layout_of,
+    only,
+    reader_of,
+)
 
 SEED = 20
 BLOCK_BYTES = 4096
@@ -241,7 +249,7 @@ async def test_reads_larger_than_any_buffer_arrive_exactly(
 async def test_more_blocks_than_one_request_can_name_arrive_exactly(name: str) -> None:
     with kv_memory(20_000, 8, seed=4) as source, kv_memory(20_000, 8) as target:
         async with transport_of(name) as transport:
-            server = await transport.serve(source, lambda block_ids: True)
+            server = await transport.serve(source, anyone)
             order = Random(5).sample(range(20_000), 20_000)
             await transport.read(server.region, blocks(*order), target, blocks(*range(20_000)))
             await server.close()
@@ -257,7 +265,7 @@ async def test_the_serving_side_hears_of_each_read_and_who_reads(
         async with transport_of(name) as transport:
             await transport.register(target)
             await transport.register(target)
-            server = await transport.serve(source, {1, 2, 3}.issuperset, events.append)
+            server = await transport.serve(source, only({1, 2, 3}), events.append)
             await transport.read(server.region, blocks(3, 1), target, blocks(0, 1))
             if server.sees_reads:
                 with pytest.raises(TransferFailed):
@@ -271,7 +279,7 @@ async def test_the_serving_side_hears_the_end_of_a_read_that_breaks() -> None:
     events: asyncio.Queue[ReadEvent] = asyncio.Queue()
     with memories(16, 4 << 20) as (source, target):
         async with transport_of("tcp") as transport:
-            server = await transport.serve(source, lambda block_ids: True, events.put_nowait)
+            server = await transport.serve(source, anyone, events.put_nowait)
             wanted = blocks(*range(16))
             reading = asyncio.create_task(transport.read(server.region, wanted, target, wanted))
             assert not (await events.get()).is_over
@@ -294,7 +302,7 @@ async def test_memory_that_is_not_the_hosts_is_served_and_read_into_through_copi
     source, target = DeviceMemory(layout, 8), DeviceMemory(layout, 8)
     source.bytes[:] = Random(9).randbytes(source.num_bytes)
     async with transport_of("tcp") as transport:
-        server = await transport.serve(source, lambda block_ids: True)
+        server = await transport.serve(source, anyone)
         await transport.read(server.region, blocks(5, 6, 1), target, blocks(2, 7, 0))
         await server.close()
     for remote, local in ((5, 2), (6, 7), (1, 0)):
@@ -580,7 +588,7 @@ async def test_timers_say_how_long_a_reader_waits_for_a_silent_peer(
 async def test_timers_say_how_long_a_server_waits_for_a_request() -> None:
     (transport,) = open_transports(["tcp"], "127.0.0.1", timers=Timers(transfer_idle_s=0.2))
     with kv_memory(NUM_BLOCKS, BLOCK_BYTES) as source:
-        server = await transport.serve(source, lambda block_ids: True)
+        server = await transport.serve(source, anyone)
         sock = await connect(server.region)
         with sock:
             async with asyncio.timeout(SHORT_NOTICE_S):
@@ -617,7 +625,7 @@ async def test_a_descriptor_that_is_not_kv_memory_is_not_opened(
     fd = os.open(pipe, os.O_RDWR)  # opening it read-only, as a reader would, could block for ever
     async with transport_of("shm") as transport:
         with kv_memory(NUM_BLOCKS, BLOCK_BYTES) as own:
-            server = await transport.serve(own, lambda block_ids: True)
+            server = await transport.serve(own, anyone)
             assert transport.can_reach(server.region)
             region = replace(server.region, address={**server.region.address, "fd": str(fd)})
             assert not transport.can_reach(region)
@@ -643,7 +651,7 @@ async def test_a_read_cancelled_at_any_turn_writes_nothing_afterwards(
     first, second = blocks(*range(128)), blocks(*range(128, 256))
     with memories(num_blocks, block_bytes) as (source, target):
         async with transport_of(name) as transport:
-            server = await transport.serve(source, lambda block_ids: True)
+            server = await transport.serve(source, anyone)
             reading = asyncio.create_task(transport.read(server.region, first, target, first))
             await cancel_after_turns(reading, num_turns)
             target.bytes[: 128 * block_bytes] = b"\xee" * (128 * block_bytes)
@@ -660,7 +668,7 @@ async def test_a_cancelled_landing_writes_nothing_afterwards(name: str, num_turn
     wanted = blocks(*range(num_blocks))
     with memories(num_blocks, block_bytes) as (source, target):
         async with transport_of(name) as transport:
-            server = await transport.serve(source, lambda block_ids: True)
+            server = await transport.serve(source, anyone)
             receiver = receiver_of(transport, server.region, target, wanted)
             receiver.hear(offer_of(source, wanted))
             landing = asyncio.create_task(receiver.land())
@@ -681,9 +689,7 @@ def receiver_of(
 ) -> HandoffReceiver:
     return HandoffReceiver(
         handoff_id(),
-        transport=transport,
-        region=region,
-        memory=target,
+        reader=reader_of(transport, region, target),
         local_blocks=wanted,
         first_block=0,
         vocab_size=1,
@@ -758,7 +764,7 @@ async def test_a_bit_flipped_in_both_reads_fails_the_landing(target: KvMemory) -
 
 @asynccontextmanager
 async def tcp_server(
-    may_read: MayRead = lambda block_ids: True, max_num_connections: int = 256
+    may_read: MayRead = anyone, max_num_connections: int = 256
 ) -> AsyncIterator[tuple[TcpTransport, TcpRegionServer, KvMemory]]:
     transport = tcp_transport(idle_timeout_s=0.3, max_num_served_connections=max_num_connections)
     with kv_memory(NUM_BLOCKS, BLOCK_BYTES, seed=SEED) as source:
@@ -795,8 +801,7 @@ async def test_blocks_that_are_not_on_offer_are_refused(target: KvMemory) -> Non
 
 
 async def test_a_refused_read_is_counted_and_keeps_the_connection(target: KvMemory) -> None:
-    offered = {1, 2}
-    async with tcp_server(offered.issuperset) as (transport, server, _):
+    async with tcp_server(only({1, 2})) as (transport, server, _):
         for _ in range(3):
             with pytest.raises(TransferFailed):
                 await transport.read(server.region, blocks(1, 3), target, blocks(0, 1))
@@ -807,7 +812,7 @@ async def test_a_refused_read_is_counted_and_keeps_the_connection(target: KvMemo
 async def test_blocks_taken_back_while_they_are_sent_end_the_reply() -> None:
     calls: list[object] = []
 
-    def only_once(block_ids: object) -> bool:
+    async def only_once(block_ids: object) -> bool:
         calls.append(block_ids)
         return len(calls) == 1
 
@@ -876,7 +881,7 @@ async def test_a_request_that_trickles_in_is_dropped_by_one_deadline() -> None:
 async def test_a_reader_that_stops_reading_is_dropped(target: KvMemory) -> None:
     with kv_memory(16, 8 << 20) as source:
         transport = tcp_transport(idle_timeout_s=0.3)
-        server = await transport.serve(source, lambda block_ids: True)
+        server = await transport.serve(source, anyone)
         sock = await connect(server.region)
         token = bytes.fromhex(server.region.address["token"])
         await asyncio.get_running_loop().sock_sendall(
@@ -906,7 +911,7 @@ async def test_idle_strangers_cannot_keep_a_reader_out(target: KvMemory) -> None
 async def test_a_bug_in_answering_costs_one_connection_only(target: KvMemory) -> None:
     is_broken = [True]
 
-    def may_read(block_ids: object) -> bool:
+    async def may_read(block_ids: object) -> bool:
         if is_broken.pop():
             raise ZeroDivisionError
         is_broken.append(False)
@@ -945,7 +950,7 @@ async def test_connections_are_reused_and_limited(target: KvMemory) -> None:
 async def test_a_connection_that_the_server_closed_is_replaced(target: KvMemory) -> None:
     transport = tcp_transport()
     with kv_memory(NUM_BLOCKS, BLOCK_BYTES, seed=SEED) as source:
-        server = await transport.serve(source, lambda block_ids: True)
+        server = await transport.serve(source, anyone)
         wanted = blocks(*range(8))
         await transport.read(server.region, wanted, target, wanted)
         for task in connection_tasks():
@@ -977,7 +982,7 @@ async def test_closing_while_reads_run_ends_them_and_frees_everything(name: str)
     num_blocks, block_bytes = 64, 1 << 20
     with memories(num_blocks, block_bytes) as (source, target):
         transport = MAKERS[name]()
-        server = await transport.serve(source, lambda block_ids: True)
+        server = await transport.serve(source, anyone)
         wanted = blocks(*range(num_blocks))
         reading = asyncio.create_task(transport.read(server.region, wanted, target, wanted))
         for _ in range(8):
@@ -992,7 +997,7 @@ async def test_closing_while_reads_run_ends_them_and_frees_everything(name: str)
 async def test_closing_the_server_ends_its_readers(target: KvMemory) -> None:
     transport = tcp_transport()
     with kv_memory(NUM_BLOCKS, BLOCK_BYTES, seed=SEED) as source:
-        server = await transport.serve(source, lambda block_ids: True)
+        server = await transport.serve(source, anyone)
         await transport.read(server.region, blocks(0), target, blocks(0))
         await server.close()
         async with fails_within(NOTICE_S):

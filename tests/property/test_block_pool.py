@@ -15,6 +15,7 @@ from hypothesis.stateful import (
 )
 
 from pdserve.engine.block_pool import BlockPool, BlockTable
+from tests.support.coroutines import finish
 
 NUM_BLOCKS = 8
 CHAINS = [[bytes([chain, index]) for index in range(5)] for chain in range(3)]
@@ -125,9 +126,9 @@ class PoolMachine(RuleBasedStateMachine):
         count = min(count, len(owned.blocks))
         if "reserved" in owned.states[:count]:
             with pytest.raises(AssertionError):
-                owned.table.publish(CHAINS[owned.chain][:count])
+                finish(owned.table.publish(CHAINS[owned.chain][:count]))
             return
-        owned.table.publish(CHAINS[owned.chain][:count])
+        finish(owned.table.publish(CHAINS[owned.chain][:count]))
         for block, name in zip(owned.blocks, CHAINS[owned.chain][:count], strict=False):
             if block not in self.contents and name not in self.contents.values():
                 self.contents[block] = name

@@ -68,6 +68,7 @@ class DecodeSteps:
         self.kv.tensor().copy_(memory)
         draws = DrawPlan.of([step.sample for step in batch.sequences if step.sample], 1)
         found: StepLogits = self._graphs.run(batch, draws, BATCH)
+        assert found.greedy is not None
         results = (found.logits, found.greedy, self.kv.tensor())
         self._runtime.synchronize()
         logits, greedy, kv = (each.to("cpu", copy=True) for each in results)

@@ -1,5 +1,6 @@
 """Manifests as running processes: each pod's own command, environment, files, ports and probes."""
 
+import json
 import re
 import signal
 import time
@@ -15,6 +16,7 @@ from tests.support.pods import NODE_IP, REPO, Node, Pod, write_zone
 Object = dict[str, Any]
 
 DOMAIN = "cluster.local"
+LWS = "leaderworkerset.sigs.k8s.io"
 DNS_LABELS = {"k8s-app": "kube-dns"}
 LOOK_EVERY_S = 0.2
 NFT_HEAD = """
@@ -57,8 +59,10 @@ class PodPlan:
 
 
 def pod_plans(objects: Sequence[Object]) -> Iterator[PodPlan]:
-    """Pods of all Deployments, StatefulSets and Jobs, named as Kubernetes names them."""
+    """Pods of all workloads, named and labelled as Kubernetes and LeaderWorkerSet do it."""
     for found in objects:
+        if found["kind"] == "LeaderWorkerSet":
+            yield from _group_plans(found)
         if found["kind"] not in ("Deployment", "StatefulSet", "Job"):
             continue
         about = found["metadata"]
@@ -68,6 +72,32 @@ def pod_plans(objects: Sequence[Object]) -> Iterator[PodPlan]:
                 name=f"{about['name']}-{suffix}",
                 namespace=about["namespace"],
                 template=found["spec"]["template"],
+            )
+
+
+def _group_plans(found: Object) -> Iterator[PodPlan]:
+    """Leader I of a set is pod NAME-I, and the others of its group are NAME-I-1, NAME-I-2, ..."""
+    about, spec = found["metadata"], found["spec"]
+    group = spec["leaderWorkerTemplate"]
+    for replica in range(spec["replicas"]):
+        leader = f"{about['name']}-{replica}"
+        address = f"{leader}.{about['name']}.{about['namespace']}"
+        for index in range(group["size"]):
+            template = json.loads(
+                json.dumps(group["workerTemplate" if index else "leaderTemplate"])
+            )
+            template["metadata"]["labels"] |= {
+                f"{LWS}/group-index": str(replica),
+                f"{LWS}/worker-index": str(index),
+            }
+            (container,) = template["spec"]["containers"]
+            # The controller's own come first, so that arguments and other variables may name them.
+            own = {"name": "LWS_LEADER_ADDRESS", "value": address}
+            container["env"] = [own, *container["env"]]
+            yield PodPlan(
+                name=f"{leader}-{index}" if index else leader,
+                namespace=about["namespace"],
+                template=template,
             )
 
 
@@ -246,6 +276,14 @@ class Kubelet:
             ]
             host = f"{about['name']}.{about['namespace']}.svc.{DOMAIN}"
             zone[host] = [self.pods[plan.name].endpoint.ip for plan in chosen]
+        for owner in self.objects:
+            if owner["kind"] != "LeaderWorkerSet":
+                continue
+            name, namespace = owner["metadata"]["name"], owner["metadata"]["namespace"]
+            for plan in self.plans.values():
+                if plan.name.startswith(f"{name}-"):
+                    host = f"{plan.name}.{name}.{namespace}.svc.{DOMAIN}"
+                    zone[host] = [self.pods[plan.name].endpoint.ip]
         return zone
 
 
@@ -266,6 +304,7 @@ def _field(entry: Object, pod: Pod, plan: PodPlan) -> str:
         "metadata.name": plan.name,
         "metadata.namespace": plan.namespace,
         "status.podIP": pod.endpoint.ip,
+        **{f"metadata.labels['{name}']": value for name, value in plan.labels.items()},
     }[path]
 
 

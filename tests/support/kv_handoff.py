@@ -1,14 +1,15 @@
 """Small KV memories, and a transport between them without a system underneath."""
 
 import types
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Container, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
 
-from kvtransfer.transports.base import MayRead, OnRead, check_read, ignore
+from kvtransfer.reading import BlockReader, RankReaders
+from kvtransfer.transports.base import MayRead, OnRead, Transport, check_read, ignore
 from pdserve.domain.errors import TransferFailed
 from pdserve.domain.ids import BlockId, HandoffId, RequestId
-from pdserve.domain.layout import KvLayout, LayerKv
+from pdserve.domain.layout import KvLayout, LayerKv, ShardedLayout
 from pdserve.domain.messages import RemoteRegion, StartHandoff
 from pdserve.domain.sampling import SamplingParams
 from pdserve.engine.kv_memory import KvMemory
@@ -37,6 +38,29 @@ def kv_memory(
         yield memory
     finally:
         memory.close()
+
+
+def reader_of(transport: Transport, region: RemoteRegion, memory: KvStore) -> BlockReader:
+    """From a worker of one rank to another."""
+    layout = ShardedLayout(whole=memory.layout)
+    readers = RankReaders(memory, layout=layout, rank=0, transports=[transport])
+    reader = readers.open(layout, [region])
+    assert reader is not None
+    return reader
+
+
+async def anyone(block_ids: Sequence[BlockId]) -> bool:
+    """For those who let every block be read."""
+    return True
+
+
+def only(allowed: Container[int]) -> MayRead:
+    """For those who let some blocks be read."""
+
+    async def may_read(block_ids: Sequence[BlockId]) -> bool:
+        return all(block in allowed for block in block_ids)
+
+    return may_read
 
 
 def blocks(*ids: int) -> tuple[BlockId, ...]:
@@ -115,7 +139,7 @@ class DirectTransport:
         assert isinstance(memory, KvMemory)
         source, may_read = self._served[int(region.address["place"])]
         self.num_reads += 1
-        if not may_read(remote_blocks):
+        if not await may_read(remote_blocks):
             raise TransferFailed("not on offer")
         for remote, local in zip(remote_blocks, local_blocks, strict=True):
             memory.block(local)[:] = source.block(remote)

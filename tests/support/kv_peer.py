@@ -11,15 +11,13 @@ from dataclasses import asdict
 
 from kvtransfer.transports import open_transports
 from pdserve.config.timers import Timers
-from tests.support.kv_handoff import kv_memory
+from tests.support.kv_handoff import kv_memory, only
 
 
 async def serve(transport_name: str, num_blocks: int, block_bytes: int, seed: int) -> None:
     (transport,) = open_transports([transport_name], "127.0.0.1", timers=Timers())
     with kv_memory(num_blocks, block_bytes, seed) as memory:
-        server = await transport.serve(
-            memory, lambda block_ids: all(block < num_blocks * 3 // 4 for block in block_ids)
-        )
+        server = await transport.serve(memory, only(range(num_blocks * 3 // 4)))
         print(json.dumps(asdict(server.region)), flush=True)
         await asyncio.to_thread(sys.stdin.read)
         await server.close()

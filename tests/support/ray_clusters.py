@@ -26,10 +26,16 @@ class RayNodes:
         self._cluster = cluster
         self.address: str = cluster.address
 
-    def add(self, *, gpus: int, cpus: int = 8) -> Any:
-        """One more node; returns what `kill` takes."""
+    def add(self, *, gpus: int, cpus: int = 8, cuda_gpus: int = 0) -> Any:
+        """One more node; returns what `kill` takes.
+
+        Ray hands out `cuda_gpus` by CUDA_VISIBLE_DEVICES, whether they are there or not.
+        """
         node = self._cluster.add_node(
-            num_cpus=cpus, resources={GPU: gpus}, object_store_memory=80 * MIB
+            num_cpus=cpus,
+            num_gpus=cuda_gpus,
+            resources={GPU: gpus},
+            object_store_memory=80 * MIB,
         )
         self._cluster.wait_for_nodes(PATIENCE_S)
         return node

@@ -226,8 +226,12 @@ class Sim:
             results = func(*plain_args, **plain_kwargs)
             if self.recorded is not None:
                 self.recorded.append((func, plain_args, plain_kwargs, results))
-        known = {id(each.held): each for each in tree_leaves((args, kwargs)) if _is_sim(each)}
-        return tree_map(lambda each: _wrap(each, known), results)
+        given = [each for each in tree_leaves((args, kwargs)) if _is_sim(each)]
+        known = {id(each.held): each for each in given}
+        # A view of a tensor that was made outside of inference mode is as normal as that.
+        is_normal = not _is_work(func) and not all(each.is_inference() for each in given)
+        with torch.inference_mode(not is_normal and torch.is_inference_mode_enabled()):
+            return tree_map(lambda each: _wrap(each, known), results)
 
     def _convert(self, func: Any, source: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """To another type, device or both."""

@@ -77,7 +77,7 @@ async def open_timed_cluster(deployment: Deployment) -> AsyncIterator[TimedClust
 def _spare_engine(settings: EngineSettings) -> Engine:
     assert settings.block_size == BLOCK_SIZE, settings.block_size
     assert settings.coefficients is not None
-    return borrow_engine(settings.num_blocks, settings.coefficients.to_coefficients())
+    return borrow_engine(settings.host_num_blocks, settings.coefficients.to_coefficients())
 
 
 def _call(number: int, ask: Ask) -> GenerateCall:

@@ -52,6 +52,7 @@ from pdserve.rpc.memory_network import MemoryNetwork, Wire, serve_like_grpc
 from pdserve.rpc.streams import MemoryStream, PrefillLink, iterate, memory_stream_pair
 from pdserve.worker.parts import WorkerParts
 from prefill_worker.building import open_prefill_worker
+from tests.support.kv_handoff import anyone
 from tests.support.timed_oracle import timed_tokens
 
 T = TypeVar("T")
@@ -147,7 +148,9 @@ class PairTransport(MemoryTransport):
     async def serve(
         self, memory: KvStore, may_read: MayRead, on_read: OnRead = ignore
     ) -> MemoryRegionServer:
-        may = lambda blocks: not self.asks or may_read(blocks)  # noqa: E731
+        async def may(block_ids: Sequence[BlockId]) -> bool:
+            return not self.asks or await may_read(block_ids)
+
         return await super().serve(memory, may, on_read)
 
     async def read(
@@ -475,7 +478,7 @@ class WorkerPair:
     async def script_prefill(self, name: str = "scripted") -> "ScriptedPrefill":
         """Add a prefill worker that the test plays."""
         engine = borrow_engine(self.sizes.prefill_blocks)
-        server = await self.transport.serve(engine.kv, lambda block_ids: True)
+        server = await self.transport.serve(engine.kv, anyone)
         self.scripted[name] = ScriptedPrefill(name, engine, server.region)
         return self.scripted[name]
 

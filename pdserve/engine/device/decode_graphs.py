@@ -38,7 +38,7 @@ class StepLogits:
     """What a forward leaves on the device."""
 
     logits: Tensor  # [rows, vocabulary]
-    greedy: Tensor  # int64 [rows]: see `greedy_tokens`
+    greedy: Tensor | None  # int64 [rows]: see `greedy_tokens`; None at a rank that does not draw
     plain: Tensor  # the columns of the step's `DrawPlan`
     cut: Tensor
 
@@ -54,7 +54,6 @@ class Passes(Protocol):
 class DecodeGraphs:
     """One for each of `batch_sizes`. All calls are made by the engine's thread, on its stream."""
 
-    @torch.inference_mode()
     def __init__(
         self,
         model: Passes,
@@ -64,12 +63,14 @@ class DecodeGraphs:
         *,
         sizes: Sequence[int],
         width: int,
+        draws: bool = True,
     ) -> None:
         """Record them, the largest first, whose memory the others share.
 
         `width`: of block tables, none of which is longer.
         """
         self._model, self._attention = model, attention
+        self._draws = draws
         self._stager = stager
         self._sizes = sorted(sizes)
         self._memories = {
@@ -94,13 +95,13 @@ class DecodeGraphs:
         self._stager.send(memory.num_bytes, self._copied)
 
     @torch.inference_mode()
-    def _compute(self, size: int) -> tuple[Tensor, Tensor]:
+    def _compute(self, size: int) -> tuple[Tensor, Tensor | None]:
         memory = self._memories[size]
         numbers = memory.numbers(self._copied)
         logits = self._model.run(
             numbers[:size], numbers[size : 2 * size], self._attention.step(memory, self._copied)
         )
-        return logits, greedy_tokens(logits)
+        return logits, greedy_tokens(logits) if self._draws else None
 
     def size_for(self, batch: StepBatch) -> int | None:
         """The bucket of a batch; None if it is no decode step, or has too many requests."""
@@ -119,7 +120,8 @@ class DecodeGraphs:
         logits, greedy = self._graphs[size].replay()
         plain, cut = memory.draws(self._copied, draws)
         count = len(batch.sequences)
-        return StepLogits(logits=logits[:count], greedy=greedy[:count], plain=plain, cut=cut)
+        greedy = None if greedy is None else greedy[:count]
+        return StepLogits(logits=logits[:count], greedy=greedy, plain=plain, cut=cut)
 
     def close(self) -> None:
         """Before the model and its collectives go."""

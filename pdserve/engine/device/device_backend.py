@@ -37,8 +37,7 @@ def bring_to(model: Any, runtime: DeviceRuntime) -> Any:
     if needed > free:
         raise LocalFault(_too_large(model, runtime, needed, free))
     try:
-        with torch.inference_mode():
-            moved = model.requires_grad_(False).to(runtime.device)
+        moved = model.to(runtime.device)
     except torch.OutOfMemoryError as error:
         raise LocalFault(_too_large(model, runtime, needed, free)) from error
     for module in moved.modules():

@@ -20,6 +20,8 @@ from pdserve.engine.threads import run_to_end
 T = TypeVar("T")
 
 STAGING_BYTES = 16 << 20
+MAX_AT_ONCE = 2048  # blocks that are digested or checked together
+_TOLD_BYTES = 24  # for each: its number and two keys
 _DIGESTED_BYTES = 64 << 20  # of blocks at once: intermediate results are as large
 
 
@@ -31,7 +33,6 @@ class DeviceKv:
     the caller must not name blocks that a step under way writes.
     """
 
-    @torch.inference_mode()
     def __init__(self, layout: KvLayout, num_blocks: int, runtime: DeviceRuntime) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
@@ -43,7 +44,7 @@ class DeviceKv:
         self._stream = runtime.stream()
         self._blocks_at_once = max(1, min(num_blocks, STAGING_BYTES // layout.block_bytes))
         self._staging = runtime.pinned(self._blocks_at_once * layout.block_bytes)
-        self._small = runtime.pinned(1 << 16)
+        self._small = runtime.pinned(MAX_AT_ONCE * _TOLD_BYTES)
         self._thread = ThreadPoolExecutor(1, "kv")
 
     def host_blocks(self, block_ids: Sequence[BlockId]) -> None:
@@ -101,7 +102,7 @@ class DeviceKv:
         keys = [digest_keys(handoff, each, self.layout.block_bytes) for each in block_indices]
 
         def digest(is_cancelled: Callable[[], bool]) -> list[bytes]:
-            at_once = max(1, min(_DIGESTED_BYTES // self.layout.block_bytes, _MAX_DIGESTS))
+            at_once = max(1, min(_DIGESTED_BYTES // self.layout.block_bytes, MAX_AT_ONCE))
             found: list[bytes] = []
             for first in range(0, len(keys), at_once):
                 if is_cancelled():
@@ -128,17 +129,30 @@ class DeviceKv:
         self._runtime.record().wait()
         return [row.tobytes() for row in sent[:, :2].numpy().astype("<i8")]
 
-    def is_sound(self, block_id: BlockId) -> bool:
-        """Waits for the device, behind nothing but other calls on this memory."""
-        return self._thread.submit(self._on_stream, lambda: self._is_finite(block_id)).result()
+    async def are_sound(self, block_ids: Sequence[BlockId]) -> list[bool]:
+        def check(is_cancelled: Callable[[], bool]) -> list[bool]:
+            at_once = max(1, min(_DIGESTED_BYTES // self.layout.block_bytes, MAX_AT_ONCE))
+            found: list[bool] = []
+            for first in range(0, len(block_ids), at_once):
+                if is_cancelled():
+                    return found
+                found += self._are_finite(block_ids[first : first + at_once])
+            return found
+
+        return await self._work(check)
 
     @torch.inference_mode()
-    def _is_finite(self, block_id: BlockId) -> bool:
-        numbers = self._memory[block_id].view(DTYPES[self.layout.dtype])
-        answer = self._small.tensor[:1].view(torch.bool)
-        self._runtime.copy(answer, torch.isfinite(numbers).all().view(1))
+    def _are_finite(self, block_ids: Sequence[BlockId]) -> list[bool]:
+        count = len(block_ids)
+        places = self._small.tensor[: 8 * count].view(torch.int64)
+        places.numpy()[:] = block_ids
+        told = self._runtime.empty(count, dtype=torch.int64)
+        self._runtime.copy(told, places)
+        numbers = self._memory.index_select(0, told).view(DTYPES[self.layout.dtype])
+        answers = self._small.tensor[8 * count : 9 * count]
+        self._runtime.copy(answers, torch.isfinite(numbers).all(1).to(torch.uint8))
         self._runtime.record().wait()
-        return bool(answer.numpy()[0])
+        return [bool(answer) for answer in answers.numpy()]
 
     async def _work(self, work: Callable[[Callable[[], bool]], T]) -> T:
         def on_stream(is_cancelled: Callable[[], bool]) -> T:
@@ -156,9 +170,6 @@ class DeviceKv:
         self._staging.close()
         self._small.close()
         self._memory = torch.empty(0, self.layout.block_bytes, dtype=torch.uint8)
-
-
-_MAX_DIGESTS = 2048  # their keys fit the small pinned buffer
 
 
 def _batches(runs: Sequence[BlockRun], num_blocks: int) -> "list[list[BlockRun]]":

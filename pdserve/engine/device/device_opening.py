@@ -56,8 +56,12 @@ def open_on_device(
     dtype: str,
     attention: str,
     limits: StepLimits,
+    draws: bool = True,
 ) -> tuple[PagedModel, DeviceStepper]:
-    """A model whose weights are on the device, and its steps, which own it."""
+    """A model whose weights are on the device, and its steps, which own it.
+
+    A rank that does not draw gives no tokens.
+    """
     backend = DeviceBackend(room.runtime, attention)
     try:
         model = PagedModel(
@@ -80,6 +84,7 @@ def open_on_device(
         max_context_tokens=files.max_context_tokens,
         vocab_size=files.vocab_size,
         eos_token_ids=files.eos_token_ids,
+        draws=draws,
     )
     return model, stepper
 
@@ -94,13 +99,16 @@ def open_stepper(
     max_context_tokens: int,
     vocab_size: int,
     eos_token_ids: tuple[int, ...],
+    draws: bool = True,
 ) -> DeviceStepper:
     """Give `model`, which has no KV yet, its blocks, record its decode steps, and take it over.
 
     `room_bytes`: what its KV and steps may still take. `num_blocks` None: as many as fit.
     `LocalFault` if none does, or fewer than the given number, with what would.
     """
-    stepper = DeviceStepper(model, backend, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+    stepper = DeviceStepper(
+        model, backend, vocab_size=vocab_size, eos_token_ids=eos_token_ids, draws=draws
+    )
     runtime, layout = backend.runtime, model.layout
     sizes = batch_sizes(limits.max_num_requests)
     width = min(layout.num_blocks_for(max_context_tokens), max(1, room_bytes // layout.block_bytes))

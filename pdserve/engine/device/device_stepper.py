@@ -7,7 +7,8 @@ import structlog
 import torch
 from torch import Tensor
 
-from pdserve.engine.contract import Drawn, SampleStep, StepBatch, StepPath
+from pdserve.domain.engine_spec import StepPath
+from pdserve.engine.contract import Drawn, SampleStep, StepBatch
 from pdserve.engine.device.decode_graphs import DecodeGraphs, StepLogits
 from pdserve.engine.device.device_attention import DeviceAttention
 from pdserve.engine.device.device_backend import DeviceBackend
@@ -29,8 +30,10 @@ class DeviceStepper:
         *,
         vocab_size: int,
         eos_token_ids: tuple[int, ...],
+        draws: bool = True,
     ) -> None:
         """Launches every step operator by operator until `record` is called."""
+        self._draws = draws
         self._model, self._backend = model, backend
         self._runtime, self._stream = backend.runtime, backend.runtime.stream()
         self._vocab_size, self._eos_token_ids = vocab_size, eos_token_ids
@@ -56,6 +59,7 @@ class DeviceStepper:
                     self._backend.stager,
                     sizes=sizes,
                     width=width,
+                    draws=self._draws,
                 )
         except torch.OutOfMemoryError:
             raise
@@ -81,6 +85,9 @@ class DeviceStepper:
                 path, found = StepPath.GRAPH, self._graphs.run(batch, draws, size)
             else:
                 path, found = StepPath.EAGER, self._forward(batch, draws)
+            if found.greedy is None:
+                self._runtime.record().wait()
+                return [], path
             tokens = draw(found.logits, found.greedy, found.plain, found.cut)
             rows = [found.logits[row].float() for row in draws.host_rows]
             fetched = self._fetcher.fetch(tokens, *rows)
@@ -89,8 +96,9 @@ class DeviceStepper:
 
     def _forward(self, batch: StepBatch, draws: DrawPlan) -> StepLogits:
         logits = self._model.forward(batch)
+        greedy = greedy_tokens(logits) if self._draws else None
         plain, cut = self._send_draws(draws)
-        return StepLogits(logits=logits, greedy=greedy_tokens(logits), plain=plain, cut=cut)
+        return StepLogits(logits=logits, greedy=greedy, plain=plain, cut=cut)
 
     def _send_draws(self, draws: DrawPlan) -> tuple[Tensor, Tensor]:
         middle, size = draws.plain.size, draws.plain.size + draws.cut.size

@@ -17,6 +17,7 @@ from pdserve.config.processes import EngineSettings, RouterSettings, WorkerSetti
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.messages import Role
 
+NO_TIME = {"fixed_s": 0, "prefill_token_s": 0, "decode_token_s": 0}
 CHAT = {"name": "chat", "ttft_s": 1.0, "tpot_s": 0.1}
 
 
@@ -46,6 +47,8 @@ def problem(data: object) -> str:
         ({"router": {"policy": "best"}}, "router.policy: Input should be 'least_total_time' or '"),
         ({"decode": {"queue_order": "lifo"}}, "decode.queue_order: Input should be 'fcfs' or 'dea"),
         ({"transports": []}, "transports: "),
+        ({"memory_fraction": 1.1}, "memory_fraction: Input should be less than or equal to 1"),
+        ({"decode": {"tp": 0}}, "decode.tp: Input should be greater than or equal to 1"),
         ({"transports": ["rdma"]}, "transports.0: "),
         ({"timers": {"drain_s": float("nan")}}, "timers.drain_s: "),
         ({"engine": "timed"}, "engine: timed needs coefficients"),
@@ -142,6 +145,40 @@ def test_blocks_of_a_pool_are_those_of_the_cluster_unless_it_has_its_own() -> No
         ("prefill", 30),
         ("decode", 20),
     ]
+
+
+def test_a_pool_has_ranks_of_its_own_or_those_of_the_cluster() -> None:
+    settings = ClusterSettings.model_validate({"tp": 2, "decode": {"tp": 1, "pp": 2}})
+    workers = settings.worker_settings("")
+    assert [(each.engine.tp, each.engine.pp) for each in workers] == [(2, 1), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("given", "known"),
+    [
+        ({}, 1024),
+        ({"num_blocks": 7}, 7),
+        ({"device": "cuda"}, None),
+        ({"device": "cuda", "num_blocks": 7}, 7),
+        ({"device": "cuda:3", "engine": "timed", "coefficients": NO_TIME}, 1024),
+    ],
+)
+def test_number_of_blocks_is_known_before_the_start_unless_a_gpu_decides(
+    given: dict[str, object], known: int | None
+) -> None:
+    assert EngineSettings.model_validate(given).planned_num_blocks == known
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:-1", "cpu:0", "", "CUDA", "cuda:0 "])
+def test_a_device_that_is_none_is_refused(device: str) -> None:
+    assert "device: device is cpu, cuda, or cuda:N" in problem({"device": device})
+
+
+def test_one_gpu_is_not_for_many_ranks() -> None:
+    assert "each of 4 ranks (tp 2, pp 2) needs its own: give device: cuda" in problem(
+        {"device": "cuda:1", "tp": 2, "pp": 2}
+    )
+    EngineSettings.model_validate({"device": "cuda:1"})
 
 
 def test_a_pool_may_have_a_hundred_workers_and_each_its_name_and_metrics_port() -> None:

@@ -8,6 +8,7 @@ import pytest
 import structlog
 
 from deploy.simulated.virtual_time import virtual
+from kvtransfer.reading import BlockReader
 from pdserve.domain.errors import Reason, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import (
@@ -15,10 +16,12 @@ from pdserve.domain.messages import (
     BlocksPulled,
     EndHandoff,
     HandoffFailed,
+    HandoffHello,
     HandoffRefused,
     StartHandoff,
 )
 from pdserve.domain.tokens import Completed, Failed, SampledToken
+from tests.support.kv_handoff import reader_of
 from tests.support.worker_pair import Call, PairTransport, Sizes, WorkerPair, oracle
 
 PROMPT = tuple(range(10, 40))
@@ -170,7 +173,11 @@ class StubbornTransport(PairTransport):
 @virtual
 async def test_answer_that_is_whole_is_no_failure_whatever_the_transfer_says() -> None:
     async with WorkerPair(Sizes(num_prefill=2)) as pair:
-        pair.links._transports = (StubbornTransport(),)
+
+        async def open_reader(peer: HandoffHello) -> BlockReader:
+            return reader_of(StubbornTransport(), peer.regions[0], pair.engine.kv)
+
+        pair.links._open_reader = open_reader
         call = pair.submit(PROMPT, max_tokens=1)
         await call.completed()
         assert_right(call)

@@ -186,7 +186,7 @@ async def test_cached_prefix_is_shared_and_its_last_token_is_not() -> None:
     await intake.admit(first)
     assert first.table is not None
     first.table.hold_rest()
-    first.table.publish(first.names)
+    await first.table.publish(first.names)
     second = request_of(3)
     await intake.admit(second)
     assert second.table is not None

@@ -80,7 +80,9 @@ async def test_closing_does_not_wait_for_timers_nor_for_links_being_opened() -> 
             raise AssertionError
 
         began_s = asyncio.get_running_loop().time()
-        async with PrefillLinks(connect, pair.links._hello, (pair.transport,), Timers()) as links:
+        async with PrefillLinks(
+            connect, pair.links._hello, pair.links._open_reader, Timers()
+        ) as links:
             link = await links.get(peer.target)
             opening = asyncio.create_task(links.get(TARGET))
             await asyncio.sleep(0)

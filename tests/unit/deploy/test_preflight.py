@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from deploy import preflight
 from deploy.deployment import deployment_of_cluster
@@ -10,6 +11,7 @@ from deploy.opening import read_deployment
 from deploy.preflight import Footprint, available_bytes, check_deployment
 from pdserve.config.cluster import ClusterSettings
 from pdserve.domain.errors import LocalFault
+from pdserve.models import DEMO_MODEL_DIR
 from tests.support.plans import plan, pool
 
 FREE_PORTS = {"router": {"port": 0, "internal_port": 0}}
@@ -28,8 +30,31 @@ def test_demo_model_passes_and_its_kv_memory_is_counted() -> None:
     assert footprint.model_name == "demo"
     assert footprint.num_blocks == 7
     # 4 layers, K and V, 16 tokens, 2 heads of 32, float32
-    assert footprint.block_bytes == 4 * 2 * 16 * 2 * 32 * 4
-    assert footprint.kv_bytes == 7 * footprint.block_bytes
+    assert footprint.kv_bytes == 7 * 4 * 2 * 16 * 2 * 32 * 4
+    weights = load_file(DEMO_MODEL_DIR / "model.safetensors")
+    assert footprint.weight_bytes == 2 * 4 * sum(each.numel() for each in weights.values())
+
+
+def test_memory_of_ranks_counts_heads_that_several_of_them_hold() -> None:
+    one = check_cluster(settings())
+    assert check_cluster(settings(tp=2)).kv_bytes == one.kv_bytes
+    assert check_cluster(settings(pp=4)).kv_bytes == one.kv_bytes
+    assert check_cluster(settings(tp=4)).kv_bytes == 2 * one.kv_bytes  # of 2 heads
+    assert check_cluster(settings(prefill={"tp": 4})).kv_bytes == 1.5 * one.kv_bytes
+
+
+def test_memory_of_workers_that_compute_nothing_is_their_kv() -> None:
+    nothing = {"fixed_s": 0, "prefill_token_s": 0, "decode_token_s": 0}
+    one = check_cluster(settings())
+    timed = check_cluster(settings(engine="timed", coefficients=nothing, tp=8, pp=4))
+    assert (timed.kv_bytes, timed.weight_bytes) == (one.kv_bytes, 0)
+
+
+def test_model_that_cannot_be_divided_among_the_ranks_is_refused() -> None:
+    with pytest.raises(LocalFault, match="tp 3, pp 1: 2 KV heads do not divide by tp 3"):
+        check_cluster(settings(decode={"tp": 3}))
+    with pytest.raises(LocalFault, match="tp 1, pp 5: "):
+        check_cluster(settings(prefill={"pp": 5}))
 
 
 @pytest.mark.parametrize("flag", ["--port", "--internal-port"])
@@ -91,10 +116,12 @@ def test_kv_memory_beyond_what_is_available_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 9999999 kB\nMemAvailable:      64 kB\n")
+    fits = settings(prefill={"num_blocks": 1}, decode={"num_blocks": 1})
+    num_kb = check_cluster(fits).num_bytes // 1024 + 1
+    meminfo.write_text(f"MemTotal: 9999999 kB\nMemAvailable:      {num_kb} kB\n")
     monkeypatch.setattr(preflight, "MEMINFO", meminfo)
-    assert available_bytes() == 65_536
-    check_cluster(settings(prefill={"num_blocks": 1}, decode={"num_blocks": 1}))  # 65,536 bytes
+    assert available_bytes() == num_kb * 1024
+    check_cluster(fits)
     with pytest.raises(LocalFault, match="lower num_blocks or the replicas"):
         check_cluster(settings(prefill={"num_blocks": 2}, decode={"num_blocks": 1}))
 

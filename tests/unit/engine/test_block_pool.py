@@ -1,4 +1,8 @@
+from collections.abc import Sequence
+
+from pdserve.domain.ids import BlockId
 from pdserve.engine.block_pool import NEXT, BlockEvent, BlockPool, BlockState
+from tests.support.coroutines import finish
 
 NAMES = [bytes([index]) * 16 for index in range(6)]
 
@@ -8,7 +12,7 @@ def publish(pool: BlockPool, num_blocks: int) -> tuple[int, ...]:
     table = pool.reserve(num_blocks)
     assert table is not None
     table.hold(0, num_blocks)
-    table.publish(NAMES[:num_blocks])
+    finish(table.publish(NAMES[:num_blocks]))
     block_ids = table.block_ids
     table.release()
     return block_ids
@@ -75,7 +79,10 @@ def test_every_state_but_free_can_be_released() -> None:
 
 
 def test_block_that_is_not_sound_gets_no_name_nor_do_those_after_it() -> None:
-    pool = BlockPool(8, is_sound=lambda block: block != 2)
+    async def are_sound(blocks: Sequence[BlockId]) -> list[bool]:
+        return [block != 2 for block in blocks]
+
+    pool = BlockPool(8, are_sound=are_sound)
     publish(pool, 5)
     assert count_cached(pool) == 2
     assert pool.usage().cached == 2

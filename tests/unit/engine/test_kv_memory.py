@@ -19,6 +19,7 @@ from pdserve.engine.digest import block_digest
 from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.kv_store import BlockRun, block_runs
 from pdserve.engine.paged_cache import DTYPES
+from tests.support.coroutines import finish
 
 LAYOUT = KvLayout(layers=(LayerKv(1, 8, 8),), block_size=4, dtype="float32", item_bytes=4)
 
@@ -62,7 +63,7 @@ def test_block_with_a_number_that_is_not_finite_is_not_sound(dtype: str, bad: st
     numbers[:] = torch.finfo(DTYPES[dtype]).max
     numbers[0, ::2] = torch.finfo(DTYPES[dtype]).smallest_normal
     numbers[1, -1] = float(bad)
-    assert [memory.is_sound(BlockId(block)) for block in range(3)] == [True, False, True]
+    assert finish(memory.are_sound([BlockId(block) for block in range(3)])) == [True, False, True]
     del numbers
     memory.close()
 
@@ -70,7 +71,7 @@ def test_block_with_a_number_that_is_not_finite_is_not_sound(dtype: str, bad: st
 def test_what_is_no_number_is_sound() -> None:
     memory = KvMemory(LAYOUT, 1, holds_numbers=False)
     memory.block(BlockId(0))[:] = b"\xff" * LAYOUT.block_bytes
-    assert memory.is_sound(BlockId(0))
+    assert finish(memory.are_sound([BlockId(0)])) == [True]
     memory.close()
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.step_table import StepTable
+from tests.support.coroutines import finish
 
 
 def table_of(pool: BlockPool, num_blocks: int, calls: list[str] | None = None) -> StepTable:
@@ -60,7 +61,7 @@ def test_rest_is_what_is_neither_cached_nor_landed() -> None:
     pool = BlockPool(4)
     first = table_of(pool, 1)
     first.hold_rest()
-    first.publish([b"a"])
+    finish(first.publish([b"a"]))
     inner = pool.reserve(4, [b"a"])
     assert inner is not None
     table = StepTable(inner, lambda: None)

@@ -105,7 +105,7 @@ def generate(
         if isinstance(token, SampledToken):
             tokens.append(token)
             known.append(token.token_id)
-    table.publish(names)
+    asyncio.run(table.publish(names))
     num_cached = table.num_cached_blocks
     table.release()
     return tokens, num_cached
@@ -287,7 +287,7 @@ def test_prompt_of_bad_numbers_harms_neither_neighbours_nor_the_prefix_cache(
     the same chunk, so that even the KV of the shared beginning is spoiled.
     """
     engine = open_demo(attention=attention)
-    pool = BlockPool(96, is_sound=engine.kv.is_sound)
+    pool = BlockPool(96, are_sound=engine.kv.are_sound)
     assert isinstance(engine.kv, KvMemory)
     engine.kv.bytes[:] = b"\xff" * engine.kv.num_bytes
     bad_id = 7
@@ -311,7 +311,7 @@ def test_prompt_of_bad_numbers_harms_neither_neighbours_nor_the_prefix_cache(
         assert isinstance(drawn[0], Failed)
         assert drawn[0].reason is Reason.UNUSABLE_LOGITS
         assert [isinstance(token, SampledToken) for token in drawn[1:]] == [True] * len(company)
-        table.publish(hash_full_blocks(bad, 16))
+        asyncio.run(table.publish(hash_full_blocks(bad, 16)))
         table.release()
     tokens, _ = generate(engine, pool, PROMPTS[0])
     engine.close()

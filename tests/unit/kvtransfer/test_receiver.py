@@ -29,7 +29,14 @@ from pdserve.domain.messages import (
 from pdserve.domain.tokens import Failed, SampledToken
 from pdserve.engine.digest import block_digest
 from pdserve.engine.kv_memory import KvMemory
-from tests.support.kv_handoff import DirectTransport, blocks, handoff_id, kv_memory
+from tests.support.kv_handoff import (
+    DirectTransport,
+    anyone,
+    blocks,
+    handoff_id,
+    kv_memory,
+    reader_of,
+)
 
 REMOTE = blocks(7, 3, 11, 0, 5)
 LOCAL = blocks(2, 9, 4, 14, 6)
@@ -57,9 +64,7 @@ class Pair:
             transport = FaultyTransport(transport, corrupt)
         return HandoffReceiver(
             handoff_id(),
-            transport=transport,
-            region=self.region,
-            memory=self.target,
+            reader=reader_of(transport, self.region, self.target),
             local_blocks=LOCAL,
             first_block=FIRST,
             vocab_size=VOCAB_SIZE,
@@ -92,7 +97,7 @@ class Pair:
 def pair() -> Iterator[Pair]:
     with kv_memory(16, seed=3) as source, kv_memory(16) as target:
         transport = DirectTransport()
-        yield Pair(source, target, transport, transport.add(source, lambda ids: True))
+        yield Pair(source, target, transport, transport.add(source, anyone))
 
 
 def done(token_id: int = 1) -> PrefillDone:

@@ -48,7 +48,14 @@ def sender_of(
     assert table is not None
     table.hold(0, num_blocks)
     start = replace(start_of(num_tokens, first_block, handoff), deadline_s=deadline_s)
-    return HandoffSender(start, block_table=table, memory=memory, lease_s=LEASE_S, now_s=now_s)
+    return HandoffSender(
+        start,
+        block_table=table,
+        memory=memory,
+        block_size=memory.layout.block_size,
+        lease_s=LEASE_S,
+        now_s=now_s,
+    )
 
 
 def may_read(sender: HandoffSender, block_ids: Sequence[BlockId]) -> bool:

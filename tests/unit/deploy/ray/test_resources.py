@@ -35,9 +35,16 @@ def test_each_rank_asks_for_a_gpu_of_the_plans_type() -> None:
 
 
 def test_workers_on_the_cpu_ask_for_cpus_only() -> None:
-    assert need("").bundle == {"CPU": 1.0}
+    assert need("", device="cpu").bundle == {"CPU": 1.0}
     assert need("h200_sxm", device="cpu").bundle == {"CPU": 1.0}
-    assert need("", RayOptions(cpus_per_rank=0.5)).bundle == {"CPU": 0.5}
+    assert need("", RayOptions(cpus_per_rank=0.5), device="cpu").bundle == {"CPU": 0.5}
+
+
+def test_ray_says_which_gpu_a_rank_of_no_known_type_gets() -> None:
+    assert need("").bundle == {"CPU": 1.0, "GPU": 1}
+    for gpu in ("", "h200_sxm"):
+        with pytest.raises(LocalFault, match="device cuda:1: Ray says which GPU each rank gets"):
+            need(gpu, device="cuda:1")
 
 
 def test_another_resource_may_stand_for_a_gpu_type() -> None:
