@@ -58,6 +58,20 @@ PARTS = (
         needs=(*_MODEL, "triton"),
     ),
     Part(
+        name="serving",
+        module="serving_part",
+        answers="prefill and decode workers that share the GPU, as `pdserve up` starts them",
+        most_s=150,
+        needs=(*_SERVING, "triton"),
+    ),
+    Part(
+        name="memory",
+        module="memory_part",
+        answers="draws, digests and copies of blocks: as on the host, and how fast",
+        most_s=60,
+        needs=_MODEL,
+    ),
+    Part(
         name="decode",
         module="decode_part",
         answers="decode attention against bandwidth, by order in a block and splits",
