@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 TOOLS := $(VENV)/.tools
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo check test test-all bench proto diagrams model screenshots clean
+.PHONY: setup demo check test test-all bench gpu-check proto diagrams model screenshots clean
 
 setup: $(STAMP) $(TOOLS)
 
@@ -42,6 +42,12 @@ test-all: setup
 
 bench: $(STAMP)
 	$(BIN)/python -m bench
+
+# On a machine with a GPU, whose own Python has torch: `make gpu-check PYTHON_GPU=python3`.
+PYTHON_GPU ?= $(BIN)/python
+GPU_CHECK_FLAGS ?= --device cuda
+gpu-check:
+	$(PYTHON_GPU) -m bench.gpu_check $(GPU_CHECK_FLAGS)
 
 proto: $(STAMP)
 	$(BIN)/python scripts/generate_stubs.py

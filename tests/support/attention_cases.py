@@ -3,10 +3,12 @@
 Run as a module, with TRITON_INTERPRET=1, it runs the kernels on the CPU.
 """
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,6 @@ from pdserve.engine.contract import SequenceStep, StepBatch
 from pdserve.engine.device.op import paged_attention
 from pdserve.engine.device.plan import AttentionPlan, PlanShape, table_width, write_plan
 from pdserve.engine.packing import PackedBatch, pack
-from pdserve.engine.paged_cache import DTYPES
 
 NAN, INFINITE = "nan", "inf"
 TOLERANCE = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
@@ -49,6 +50,10 @@ class Case:
     padding: int = 0  # rows, sequences and tiles that are nobody's
     queries: str = ""  # of the first sequence: nan or inf; else all are numbers
     seed: int = 0
+
+
+def _sized(heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
+    return {"heads": heads, "kv_heads": kv_heads, "k_dim": dim, "v_dim": dim}
 
 
 MIXED = (*CHUNKS, *DECODES)
@@ -103,6 +108,37 @@ _LISTED = (
 )  # fmt: skip
 CASES = tuple(replace(case, seed=seed) for seed, case in enumerate(_LISTED))
 
+_LONG = ((4000, 1), (17, 1), (0, 1), (2047, 1), (2048, 1))
+_PROMPTS = ((0, 700), (1500, 300), (2000, 1))
+LARGE = tuple(
+    Case(name=f"large, {name}, {dtype}", dtype=dtype, seed=seed, **sizes)
+    for seed, (dtype, (name, sizes)) in enumerate(
+        product(
+            ("bfloat16", "float16", "float32"),
+            {
+                "decode": {**_sized(32, 8, 128), "spans": _LONG, "padding": 3},
+                "decode, 33 splits": {**_sized(32, 8, 128), "spans": _LONG, "splits": 33},
+                "chunks": {**_sized(32, 8, 128), "spans": _PROMPTS, "rows_per_tile": 4},
+                "chunks, split": {
+                    **_sized(14, 2, 64), "spans": _PROMPTS, "rows_per_tile": 2, "splits": 4,
+                },
+                "window, soft cap": {
+                    **_sized(16, 8, 256), "spans": _PROMPTS, "rows_per_tile": 8,
+                    "window": 512, "softcap": 50.0,
+                },
+                "window, sinks": {
+                    **_sized(64, 8, 64), "spans": _LONG, "window": 128, "has_sinks": True,
+                    "splits": 8,
+                },
+                "K 192 and V 128": {
+                    **_sized(16, 16, 192), "v_dim": 128, "spans": _PROMPTS, "rows_per_tile": 16,
+                },
+            }.items(),
+        )
+    )
+)  # fmt: skip
+"""Sizes of real models, for a GPU; too many for an interpreter."""
+
 
 def verdict(case: Case, attend: Callable[..., Tensor], device: str = "cpu") -> list[str]:
     """What is wrong with the result of `attend` for `case`; empty if nothing is.
@@ -118,6 +154,7 @@ class _Trial:
     def __init__(self, case: Case, device: str) -> None:
         self.case = case
         self.device = device
+        self.dtype: torch.dtype = getattr(torch, case.dtype)
         self.random = torch.Generator().manual_seed(case.seed)
         self.batch = self._batch()
         self.keys, self.values = self._memory()
@@ -129,7 +166,7 @@ class _Trial:
         self._spoil_queries()
 
     def _draw(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.random).to(DTYPES[self.case.dtype])
+        return torch.randn(shape, generator=self.random).to(self.dtype)
 
     def _batch(self) -> PackedBatch:
         sizes = [-(-(start + rows) // self.case.block_size) for start, rows in self.case.spans]
@@ -150,7 +187,7 @@ class _Trial:
         case = self.case
         num_blocks = int(self.batch.tables.max()) + 3
         shape = (num_blocks, case.block_size, case.kv_heads)
-        caches = layer_views(shape, case.k_dim, case.v_dim, DTYPES[case.dtype], case.order)
+        caches = layer_views(shape, case.k_dim, case.v_dim, self.dtype, case.order)
         for start, table_first in zip(self.batch.starts, self.batch.table_firsts, strict=True):
             places = np.arange(start)
             blocks = self.batch.tables[table_first + places // case.block_size]
@@ -303,11 +340,18 @@ def _on(part: Tensor, device: str) -> Tensor:
 
 
 def main() -> None:
-    """Print a line of JSON for each case: its name, and what is wrong with Triton's result."""
+    """Print a line of JSON for each case: its name, and what is wrong with the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--kernels", default="triton")
+    parser.add_argument("--large", action="store_true", help="cases for a GPU beside the others")
+    parser.add_argument("--share", default="0/1", help="I/N: of N processes, what number I has")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    for case in CASES:
-        faults = verdict(case, partial(paged_attention, kernels="triton"))
-        print(json.dumps([case.name, faults]), flush=True)
+    share, num_shares = map(int, options.share.split("/"))
+    for case in [*CASES, *(LARGE if options.large else ())][share::num_shares]:
+        attend = partial(paged_attention, kernels=options.kernels)
+        print(json.dumps([case.name, verdict(case, attend, options.device)]), flush=True)
 
 
 if __name__ == "__main__":

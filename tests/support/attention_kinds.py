@@ -95,6 +95,11 @@ def kind_of(published: Published, dtype: str, block_size: int = 16) -> Attention
 REALISTIC = tuple(
     kind_of(each, dtype) for each, dtype in product(PUBLISHED, ("bfloat16", "float16", "float32"))
 )
-_WORST_NAMES = ("gemma2 9B, window", "deepseek_v3", "gpt_oss, window")
+_WORST_NAMES = (
+    "gemma2 9B, window",
+    "deepseek_v3",
+    "gpt_oss, window",
+    "llama 3.1 8B, granite 3 8B, qwen3 8B, ministral 8B",
+)
 WORST = tuple(kind_of(each, "bfloat16") for each in PUBLISHED if each.model in _WORST_NAMES)
 """The most registers and memory, and the most features."""

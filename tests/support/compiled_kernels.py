@@ -8,10 +8,10 @@ import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +111,25 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="every kind that models have")
-    kinds = REALISTIC if parser.parse_args().all else WORST
-    for kind in kinds:
-        rows = (1, chunk_rows_per_tile([kind]))
-        for variant in variants_of([kind], rows, is_split=(False, True)):
-            for architecture in ARCHITECTURES:
-                for usage in usages(variant, architecture):
-                    print(json.dumps(asdict(usage)), flush=True)
-    sys.stdout.flush()
+    for variant in _variants(parser.parse_args().all):
+        for architecture in ARCHITECTURES:
+            for usage in usages(variant, architecture):
+                print(json.dumps(asdict(usage)), flush=True)
+
+
+def _variants(is_all: bool) -> list[Variant]:
+    """Of the worst kinds only large tiles, which take the most."""
+    if not is_all:
+        tiles = [(kind, chunk_rows_per_tile([kind])) for kind in WORST]
+        return [
+            Variant(kind=kind, rows_per_tile=rows, is_split=is_split)
+            for (kind, rows), is_split in zip(tiles, cycle((True, False)), strict=False)
+        ]
+    return [
+        variant
+        for kind in REALISTIC
+        for variant in variants_of([kind], (1, chunk_rows_per_tile([kind])), is_split=(False, True))
+    ]
 
 
 if __name__ == "__main__":

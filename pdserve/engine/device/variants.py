@@ -85,8 +85,10 @@ def chunk_rows_per_tile(kinds: Iterable[AttentionKind]) -> int:
 
 
 def _most_rows(kind: AttentionKind) -> int:
-    is_large = max(kind.k_head_dim, kind.v_head_dim) > 128
-    most = 16 if kind.dtype == "float32" else 64 if is_large else _MAX_TILE
+    dim = max(kind.k_head_dim, kind.v_head_dim)
+    most = _MAX_TILE if dim <= 128 else 64 if dim <= 256 else 32
+    if kind.dtype == "float32":
+        most = 16
     return max(1, most // power_of_two(kind.group))
 
 
@@ -165,14 +167,22 @@ def _memory_constants(kind: AttentionKind, least_dim: int) -> Constants:
 
 
 def tile_size(variant: Variant) -> TileSize:
-    """As many keys and loads in flight as fit the memory that the threads of a program share."""
+    """As many keys and loads in flight as fit the memory that the threads of a program share.
+
+    Large tiles take fewer keys at once, or a thread has too few registers on some GPUs.
+    """
     kind = variant.kind
     item_bytes = _ITEM_BYTES[kind.dtype]
     k_dim, v_dim = power_of_two(kind.k_head_dim, 16), power_of_two(kind.v_head_dim, 16)
     rows = max(_LEAST_TILE, variant.rows_per_tile * power_of_two(kind.group))
     num_warps = 8 if rows > 64 or rows * max(k_dim, v_dim) > 64 * 128 else 4
     room = _MAX_SHARED_BYTES - rows * k_dim * item_bytes
-    for keys, num_stages in ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2)):
+    choices = [(64, 3), (64, 2), (32, 3), (32, 2), (16, 2)]
+    if rows > _LEAST_TILE and max(k_dim, v_dim) > 128:
+        choices = [(16, 2)]
+    elif rows >= 64:
+        choices = [(32, 2), (16, 2)] if k_dim + v_dim > 128 else [(64, 2), (32, 2)]
+    for keys, num_stages in choices:
         if keys * (k_dim + v_dim) * item_bytes * num_stages <= room:
             return TileSize(keys, num_warps, num_stages)
     return TileSize(16, num_warps, 1)
