@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 VOCAB_SIZE = 4096
-NUM_PROMPT_TOKENS = 24
-NUM_NEW_TOKENS = 64
 
 
 def write_model(model_dir: Path) -> int:

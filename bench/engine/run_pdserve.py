@@ -1,12 +1,16 @@
-"""Our engine under a small first-come scheduler: the same steps that workers take."""
+"""Our engine under a small first-come scheduler: the same steps that workers take.
+
+`python -m bench.engine.run_pdserve MODEL_DIR DTYPE [ATTENTION]`
+"""
 
 import asyncio
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.engine.runner import Prompts, model_dir, serve
+from bench.engine.runner import Prompts, dtype, model_dir, serve
 from pdserve.domain.prefix import hash_full_blocks
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import SampledToken
@@ -97,5 +101,11 @@ class Scheduler:
 
 
 if __name__ == "__main__":
-    engine = TorchEngine.load(Path(model_dir()), block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
+    engine = TorchEngine.load(
+        Path(model_dir()),
+        block_size=BLOCK_SIZE,
+        num_blocks=NUM_BLOCKS,
+        dtype=dtype(),
+        attention=sys.argv[3] if len(sys.argv) > 3 else "auto",
+    )
     serve(Scheduler(engine).generate)

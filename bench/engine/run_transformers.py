@@ -6,14 +6,14 @@ from typing import Any
 import torch
 import transformers
 
-from bench.engine.runner import Prompts, model_dir, serve
+from bench.engine.runner import Prompts, dtype, model_dir, serve
 
 
 def main() -> None:
     torch.set_num_threads(1)
     library: Any = transformers
     model = library.AutoModelForCausalLM.from_pretrained(
-        model_dir(), dtype=torch.float32, attn_implementation="sdpa"
+        model_dir(), dtype=getattr(torch, dtype()), attn_implementation="sdpa"
     ).eval()
     batching = library.ContinuousBatchingConfig(
         page_size=32, num_blocks=512, max_batch_tokens=256, allow_block_sharing=False

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from bench.engine.runner import Prompts, model_dir, serve
+from bench.engine.runner import Prompts, dtype, model_dir, serve
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0")
@@ -12,12 +12,18 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def main() -> None:
+    if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":
+        # vLLM asks the processor itself which of its two builds to load.
+        import torch
+
+        for name in ("_is_avx512_supported", "_is_avx512_bf16_supported"):
+            setattr(torch.cpu, name, lambda: False)
     import vllm  # type: ignore[import-not-found]
 
     engine = vllm.LLM(
         model=model_dir(),
         skip_tokenizer_init=True,
-        dtype="float32",
+        dtype=dtype(),
         enforce_eager="--eager" in sys.argv,
         enable_prefix_caching=False,
         max_model_len=2048,

@@ -29,3 +29,7 @@ def serve(generate: Generate) -> None:
 
 def model_dir() -> str:
     return sys.argv[1]
+
+
+def dtype() -> str:
+    return sys.argv[2]

@@ -102,11 +102,6 @@ class HostBackend:
 
 
 def _choose_attention(attention: str, dtype: str) -> CompiledAttention | None:
-    """`numba` reads float32 only; `auto` leaves other dtypes to torch."""
     if attention not in ("auto", "numba", "torch"):
         raise LocalFault(f"attention must be auto, numba or torch; got {attention}")
-    if attention == "torch" or (attention == "auto" and dtype != "float32"):
-        return None
-    if dtype != "float32":
-        raise LocalFault(f"numba attention reads float32 only; got {dtype}")
-    return compile_attention()
+    return None if attention == "torch" else compile_attention(dtype)

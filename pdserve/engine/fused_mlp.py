@@ -43,6 +43,8 @@ def _fused_forward(module: Module) -> Callable[[Tensor], Tensor] | None:
         return None
     if first.product is not second.product or gate.out_features != up.out_features:
         return None
+    if gate.weight.dtype is not torch.float32:
+        return None
     forward = _gated(first.product, down.forward)
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(1, 5, gate.in_features, generator=generator)

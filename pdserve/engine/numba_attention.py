@@ -4,9 +4,10 @@ The scores of one row fit the cache, so there are two passes: scores, then the w
 are the outer loop, so that each is read once, in order. Four query heads that share a KV head share
 its loads. While one block is computed the next one is fetched, a little with each position: blocks
 lie scattered, so the processor does not foresee them (64 rows of 56 positions, 8/2 heads of 64, not
-in the cache: 213 us; without sharing and fetching 390). Indices of inner loops are unsigned: for
-signed ones numba also compiles Python's negative indexing, and such loops are not vectorised (23 ns
-against 2.3 for 64 values).
+in the cache: 213 us; without sharing and fetching 390). Values of two bytes are computed as float32
+like all others (see `numba_values`), and rounded once, at the end. Indices of inner loops are
+unsigned: for signed ones numba also compiles Python's negative indexing, and such loops are not
+vectorised (23 ns against 2.3 for 64 values).
 """
 
 import functools
@@ -19,10 +20,9 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba.extending import intrinsic
 
 from pdserve.engine.kernel_cache import stamp_of, use_cache
+from pdserve.engine.numba_values import KINDS, Values, fetch, load_value, store_value
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -32,7 +32,6 @@ _FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
 _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)
 _LOG2_E = np.float32(1.44269504)
-_LINE = np.uint64(16)  # values in a line of the processor's cache
 
 
 @numba.njit(fastmath=_FAST, inline="always")
@@ -53,33 +52,9 @@ def exp_negative(x: np.float32) -> np.float32:
     return result
 
 
-def _line_fetcher(_typing: Any, array: Any, index: Any) -> Any:
-    """Begin to load the cache line of array[index]; never faults, whatever the index."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        address = builder.bitcast(builder.gep(values, [arguments[1]]), ir.IntType(8).as_pointer())
-        number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", (address.type,), kind)
-        builder.call(prefetch, [address, number(0), number(2), number(1)])  # to read, into L2, data
-        return context.get_dummy_value()
-
-    return numba.types.void(array, index), generate
-
-
-_fetch_line: Any = intrinsic(_line_fetcher)
-
-
-@numba.njit(fastmath=_FAST, error_model="numpy", inline="always")
-def _fetch(memory: Floats, first: np.uint64, count: np.uint64) -> None:
-    for line in range((count + _LINE - np.uint64(1)) // _LINE):
-        _fetch_line(memory, first + line * _LINE)
-
-
 @numba.njit(fastmath=_FAST, error_model="numpy")
 def _score(
-    query: Floats, q: np.uint64, memory: Floats, k: np.uint64, stride: np.uint64,
+    query: Floats, q: np.uint64, memory: Values, k: np.uint64, stride: np.uint64,
     dim: np.uint64, scaling: np.float32, scores: Floats, first: np.uint64, count: np.uint64,
     ahead: np.uint64,
 ) -> None:  # fmt: skip
@@ -90,16 +65,16 @@ def _score(
     for place in range(count):
         base = k + place * stride
         if ahead:
-            _fetch(memory, ahead + place * stride, dim)
+            fetch(memory, ahead + place * stride, dim)
         total = np.float32(0.0)
         for d in range(dim):
-            total += query[q + d] * memory[base + d]
+            total += query[q + d] * load_value(memory, base + d)
         scores[first + place] = total * scaling
 
 
 @numba.njit(fastmath=_FAST, error_model="numpy")
 def _score_four(
-    query: Floats, q: np.uint64, memory: Floats, k: np.uint64, stride: np.uint64,
+    query: Floats, q: np.uint64, memory: Values, k: np.uint64, stride: np.uint64,
     dim: np.uint64, scaling: np.float32, scores: Floats, first: np.uint64, count: np.uint64,
     ahead: np.uint64, most: np.uint64,
 ) -> None:  # fmt: skip
@@ -109,10 +84,10 @@ def _score_four(
     for place in range(count):
         base = k + place * stride
         if ahead:
-            _fetch(memory, ahead + place * stride, dim)
+            fetch(memory, ahead + place * stride, dim)
         total0 = total1 = total2 = total3 = np.float32(0.0)
         for d in range(dim):
-            key = memory[base + d]
+            key = load_value(memory, base + d)
             total0 += query[q + d] * key
             total1 += query[q1 + d] * key
             total2 += query[q2 + d] * key
@@ -125,7 +100,7 @@ def _score_four(
 
 @numba.njit(fastmath=_FAST, error_model="numpy")
 def _accumulate(
-    scores: Floats, first: np.uint64, count: np.uint64, memory: Floats, v: np.uint64,
+    scores: Floats, first: np.uint64, count: np.uint64, memory: Values, v: np.uint64,
     stride: np.uint64, dim: np.uint64, out: Floats, o: np.uint64, ahead: np.uint64,
 ) -> None:  # fmt: skip
     """out[o :] += sum of scores[first + i] * memory[v + i * stride :]; four i for each load.
@@ -134,7 +109,7 @@ def _accumulate(
     """
     if ahead:
         for place in range(count):
-            _fetch(memory, ahead + place * stride, dim)
+            fetch(memory, ahead + place * stride, dim)
     whole = count // np.uint64(4)
     for quad in range(whole):
         s = first + quad * np.uint64(4)
@@ -144,20 +119,20 @@ def _accumulate(
         b1, b2, b3 = b0 + stride, b0 + stride + stride, b0 + stride + stride + stride
         for d in range(dim):
             out[o + d] += (
-                w0 * memory[b0 + d]
-                + w1 * memory[b1 + d]
-                + w2 * memory[b2 + d]
-                + w3 * memory[b3 + d]
+                w0 * load_value(memory, b0 + d)
+                + w1 * load_value(memory, b1 + d)
+                + w2 * load_value(memory, b2 + d)
+                + w3 * load_value(memory, b3 + d)
             )
     for place in range(whole * np.uint64(4), count):
         weight, base = scores[first + place], v + place * stride
         for d in range(dim):
-            out[o + d] += weight * memory[base + d]
+            out[o + d] += weight * load_value(memory, base + d)
 
 
 @numba.njit(fastmath=_FAST, error_model="numpy")
 def _accumulate_four(
-    scores: Floats, first: np.uint64, count: np.uint64, memory: Floats, v: np.uint64,
+    scores: Floats, first: np.uint64, count: np.uint64, memory: Values, v: np.uint64,
     stride: np.uint64, dim: np.uint64, out: Floats, o: np.uint64, ahead: np.uint64,
     most: np.uint64,
 ) -> None:  # fmt: skip
@@ -173,10 +148,10 @@ def _accumulate_four(
         base = v + place * stride
         other = base + stride
         if ahead:
-            _fetch(memory, ahead + place * stride, dim)
-            _fetch(memory, ahead + place * stride + stride, dim)
+            fetch(memory, ahead + place * stride, dim)
+            fetch(memory, ahead + place * stride + stride, dim)
         for d in range(dim):
-            x, y = memory[base + d], memory[other + d]
+            x, y = load_value(memory, base + d), load_value(memory, other + d)
             out[o + d] += a0 * x + b0 * y
             out[o1 + d] += a1 * x + b1 * y
             out[o2 + d] += a2 * x + b2 * y
@@ -188,7 +163,7 @@ def _accumulate_four(
         a0, a1, a2, a3 = scores[s0], scores[s1], scores[s2], scores[s3]
         base = v + place * stride
         for d in range(dim):
-            x = memory[base + d]
+            x = load_value(memory, base + d)
             out[o + d] += a0 * x
             out[o1 + d] += a1 * x
             out[o2 + d] += a2 * x
@@ -219,7 +194,7 @@ def _normalise(
 
 @numba.njit(error_model="numpy", inline="always")
 def _score_block(
-    query: Floats, q: int, memory: Floats, k: int, shape: tuple[int, int, int],
+    query: Floats, memory: Values, k: int, shape: tuple[int, int, int],
     scaling: np.float32, scores: Floats, first: int, count: int, most: int, ahead: int,
 ) -> None:  # fmt: skip
     """`_score` of all heads; shape: kv_heads, heads for each of them, dim."""
@@ -229,7 +204,7 @@ def _score_block(
         for member in range(0, groups - 3, 4):
             head = kv * groups + member
             _score_four(
-                query, np.uint64(q + head * dim), memory, np.uint64(base), np.uint64(stride),
+                query, np.uint64(head * dim), memory, np.uint64(base), np.uint64(stride),
                 np.uint64(dim), scaling, scores, np.uint64(head * most + first), np.uint64(count),
                 np.uint64(reach), np.uint64(most),
             )  # fmt: skip
@@ -237,7 +212,7 @@ def _score_block(
         for member in range(groups // 4 * 4, groups):
             head = kv * groups + member
             _score(
-                query, np.uint64(q + head * dim), memory, np.uint64(base), np.uint64(stride),
+                query, np.uint64(head * dim), memory, np.uint64(base), np.uint64(stride),
                 np.uint64(dim), scaling, scores, np.uint64(head * most + first), np.uint64(count),
                 np.uint64(reach),
             )  # fmt: skip
@@ -246,8 +221,8 @@ def _score_block(
 
 @numba.njit(error_model="numpy", inline="always")
 def _accumulate_block(
-    scores: Floats, first: int, count: int, most: int, memory: Floats, v: int,
-    shape: tuple[int, int, int], out: Floats, o: int, ahead: int,
+    scores: Floats, first: int, count: int, most: int, memory: Values, v: int,
+    shape: tuple[int, int, int], out: Floats, ahead: int,
 ) -> None:  # fmt: skip
     """`_accumulate` of all heads; shape: kv_heads, heads for each of them, dim."""
     kv_heads, groups, dim = shape
@@ -257,7 +232,7 @@ def _accumulate_block(
             head = kv * groups + member
             _accumulate_four(
                 scores, np.uint64(head * most + first), np.uint64(count), memory, np.uint64(base),
-                np.uint64(stride), np.uint64(dim), out, np.uint64(o + head * dim),
+                np.uint64(stride), np.uint64(dim), out, np.uint64(head * dim),
                 np.uint64(reach), np.uint64(most),
             )  # fmt: skip
             reach = 0
@@ -265,7 +240,7 @@ def _accumulate_block(
             head = kv * groups + member
             _accumulate(
                 scores, np.uint64(head * most + first), np.uint64(count), memory, np.uint64(base),
-                np.uint64(stride), np.uint64(dim), out, np.uint64(o + head * dim),
+                np.uint64(stride), np.uint64(dim), out, np.uint64(head * dim),
                 np.uint64(reach),
             )  # fmt: skip
             reach = 0
@@ -279,9 +254,9 @@ def _first_seen(end: int, window: int, chunk: int) -> int:
 
 
 def _decode_attention(
-    query: Floats,
+    query: Values,
     query_stride: int,
-    memory: Floats,
+    memory: Values,
     block_values: int,
     k_offset: int,
     v_offset: int,
@@ -293,7 +268,7 @@ def _decode_attention(
     scaling: float,
     softcap: float,
     sinks: Floats,
-    out: Floats,
+    out: Values,
 ) -> None:
     """Attend each of `rows` to its sequence up to its own position; writes their rows of `out`.
 
@@ -308,11 +283,16 @@ def _decode_attention(
     k_stride, v_stride = kv_heads * k_dim, kv_heads * v_dim
     most = int(np.max(positions)) + 1
     scores = np.empty(heads * most, dtype=np.float32)
+    asked = np.empty(heads * k_dim, dtype=np.float32)
+    total = np.empty(heads * v_dim, dtype=np.float32)
     factor, cap = np.float32(scaling), np.float32(softcap)
     for index in range(len(rows)):
         row, end, table = rows[index], positions[index] + 1, table_firsts[index]
         first = _first_seen(end, window, chunk)
         first_block, end_block = first // block_size, (end + block_size - 1) // block_size
+        source = np.uint64(row * query_stride)
+        for place in range(np.uint64(len(asked))):
+            asked[place] = load_value(query, source + place)
         for block in range(first_block, end_block):
             low, high = max(first, block * block_size), min(end, (block + 1) * block_size)
             base = tables[table + block] * block_values + k_offset
@@ -322,14 +302,13 @@ def _decode_attention(
             else:
                 ahead = tables[table + first_block] * block_values + v_offset
             _score_block(
-                query, row * query_stride, memory, base, (kv_heads, groups, k_dim), factor,
+                asked, memory, base, (kv_heads, groups, k_dim), factor,
                 scores, low - first, high - low, most, ahead,
             )  # fmt: skip
         for head in range(heads):
             sink = sinks[head] if len(sinks) else np.float32(-np.inf)
             _normalise(scores, np.uint64(head * most), np.uint64(end - first), cap, sink)
-        for value in range(row * heads * v_dim, (row + 1) * heads * v_dim):
-            out[value] = np.float32(0.0)
+        total[:] = np.float32(0.0)
         for block in range(first_block, end_block):
             low, high = max(first, block * block_size), min(end, (block + 1) * block_size)
             base = tables[table + block] * block_values + v_offset
@@ -343,15 +322,18 @@ def _decode_attention(
                 ahead = base  # nothing
             _accumulate_block(
                 scores, low - first, high - low, most, memory, base, (kv_heads, groups, v_dim),
-                out, row * heads * v_dim, ahead,
+                total, ahead,
             )  # fmt: skip
+        target = np.uint64(row * heads * v_dim)
+        for place in range(np.uint64(len(total))):
+            store_value(out, target + place, total[place])
 
 
 def _store_rows(
-    source: Floats,
+    source: Values,
     stride: int,
     width: int,
-    memory: Floats,
+    memory: Values,
     block_values: int,
     offset: int,
     block_size: int,
@@ -366,7 +348,7 @@ def _store_rows(
         first = np.uint64(row_blocks[row] * block_values + offset + row_offsets[row] * width)
         base = np.uint64(row * stride)
         for place in range(np.uint64(width)):
-            memory[first + place] = source[base + place]
+            store_value(memory, first + place, load_value(source, base + place))
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,14 +360,15 @@ class CompiledAttention:
 
 
 @functools.cache
-def compile_attention() -> CompiledAttention:
+def compile_attention(dtype: str) -> CompiledAttention:
     """Compile for this machine (seconds), or take what an earlier process left on disk."""
     attend, store = compile_function(_decode_attention), compile_function(_store_rows)
-    floats, ints = np.zeros(8, dtype=np.float32), np.zeros(1, dtype=np.int64)
+    values, ints = np.zeros(8, dtype=KINDS[dtype]), np.zeros(1, dtype=np.int64)
     sizes = (1, 1, 1, 4, 4, 0, 0)
     rows = (ints, ints, ints, ints)
-    attend(floats[:4], 4, floats, 8, 0, 4, sizes, *rows, 1.0, 0.0, floats[:0], floats[:4])
-    store(floats[:4], 4, 4, floats, 8, 0, 1, ints, ints)
+    sinks = np.zeros(0, dtype=np.float32)
+    attend(values[:4], 4, values, 8, 0, 4, sizes, *rows, 1.0, 0.0, sinks, values[:4])
+    store(values[:4], 4, 4, values, 8, 0, 1, ints, ints)
     return CompiledAttention(attend, store)
 
 

@@ -7,10 +7,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pdserve.domain.invariants import check_invariant
 from pdserve.engine.attention import AttentionCall, attend_dense, first_visible
 from pdserve.engine.kv_store import KvStore
 from pdserve.engine.numba_attention import CompiledAttention
+from pdserve.engine.numba_values import Values, as_values
 from pdserve.engine.packing import PackedBatch
 
 _MAX_COMPILED_PAIRS = 4096  # longer chunks are faster through SDPA, which blocks over queries
@@ -28,16 +28,14 @@ class PagedCache:
     """
 
     def __init__(self, kv: KvStore, compiled: CompiledAttention | None = None) -> None:
-        """`compiled` attends short chunks and decode rows (float32 only); without it torch does."""
+        """`compiled` attends short chunks and decode rows; without it torch does."""
         layout = kv.layout
-        is_fit = compiled is None or layout.dtype == "float32"
-        check_invariant(is_fit, "compiled attention is for float32", layout.dtype)
         self.block_size = layout.block_size
         self.compiled = compiled
         self.block_values = layout.block_bytes // layout.item_bytes
         self.offsets: list[tuple[int, int]] = []  # of each layer's K and V in a block, in values
         flat = kv.tensor().view(DTYPES[layout.dtype])
-        self.memory = flat.view(-1).numpy() if compiled else np.zeros(0)
+        self.memory = as_values(flat.view(-1)) if compiled else np.zeros(0, dtype=np.float32)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for index, layer in enumerate(layout.layers):
@@ -138,8 +136,8 @@ class PagedStep:
             self._row_tables,
             call.scaling,
             call.softcap,
-            _NO_SINKS if call.sinks is None else call.sinks.detach().numpy(),
-            out.view(-1).numpy(),
+            _NO_SINKS if call.sinks is None else call.sinks.detach().float().numpy(),
+            as_values(out.view(-1)),
         )
 
     def _attend_one(
@@ -162,10 +160,11 @@ class PagedStep:
         return attend_dense(call, query, key, value, start, seen)
 
 
-def _flat_rows(part: Tensor) -> tuple[npt.NDArray[np.float32], int]:
+def _flat_rows(part: Tensor) -> tuple[Values, int]:
     """[rows, heads, head_dim] as flat values, and how far apart its rows are there."""
     rows, heads, head_dim = part.shape
     if part.stride()[1:] != (head_dim, 1):
         part = part.contiguous()
     stride = part.stride(0)
-    return part.as_strided(((rows - 1) * stride + heads * head_dim,), (1,)).numpy(), stride
+    flat = part.as_strided(((rows - 1) * stride + heads * head_dim,), (1,))
+    return as_values(flat), stride

@@ -269,7 +269,6 @@ def test_unknown_model_type_is_refused(tmp_path: Path) -> None:
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"device": "tpu"}, "device must be cpu, cuda or cuda:N; got tpu"),
         ({"attention": "flash"}, "attention must be auto, numba or torch; got flash"),
-        ({"attention": "numba", "dtype": "bfloat16"}, "reads float32 only"),
     ],
 )
 def test_setting_that_cannot_be_met_is_refused(options: dict[str, Any], message: str) -> None:
