@@ -14,7 +14,7 @@ from pdserve.config.processes import WorkerSettings
 from pdserve.domain.errors import LocalFault, PdserveError, RankLost
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.ranks.channel import CLOSED, RankChannel
-from pdserve.engine.ranks.forking import LocalRanks
+from pdserve.engine.ranks.forking import HASTY_REAP_S, REAP_S, LocalRanks
 from pdserve.engine.ranks.frames import Message
 from pdserve.engine.ranks.joining import HELLO_S, JOIN_S, check_plan, plan_fields
 from pdserve.engine.ranks.service import LoadPart
@@ -145,9 +145,10 @@ class Crew:
             return
         self._is_ending = True
         ended = self.prepared.local.how_it_ended(rank, REASON_S if why == CLOSED else 0)
-        log.error("worker.lost", why=f"rank {rank} {ended or why}")
         self.prepared.local.kill()
+        log.error("worker.lost", why=f"rank {rank} {ended or why}")
         flush_logs()
+        self.prepared.local.reap(HASTY_REAP_S)
         os._exit(EXIT_FAILED)
 
     async def close(self) -> None:
@@ -167,6 +168,7 @@ class Crew:
         for channel in self.channels.values():
             await channel.close()
         self.prepared.local.kill()
+        self.prepared.local.reap(REAP_S)
 
     def _take(self, rank: int, channel: RankChannel, host: str) -> None:
         """A rank is connected; it says `here` once it listens."""
