@@ -68,8 +68,13 @@ def plan_shares(source: ShardedLayout, target: ShardedLayout, rank: int) -> list
     theirs = {each: held for each, held in theirs.items() if held == mine} or theirs
     taken: dict[int, list[Piece]] = defaultdict(list)
     for layer, heads in zip(mine.layers, mine.heads, strict=True):
+        held_heads = {
+            each: held.heads[layer - held.layers.start]
+            for each, held in theirs.items()
+            if layer in held.layers
+        }
         for head in heads:
-            owners = [each for each, held in theirs.items() if _holds(held, layer, head)]
+            owners = [each for each, held in held_heads.items() if head in held]
             known = [each for each in owners if each in taken]
             owner = known[0] if known else owners[rank % len(owners)]
             piece = Piece(layers=range(layer, layer + 1), heads=range(head, head + 1))
@@ -134,10 +139,6 @@ def _place(held: RankLayout, layer: int) -> tuple[LayerKv, int]:
     """What decides where heads of a layer lie within it."""
     place = layer - held.layers.start
     return held.layout.layers[place], held.heads[place].start
-
-
-def _holds(held: RankLayout, layer: int, head: int) -> bool:
-    return layer in held.layers and head in held.heads[layer - held.layers.start]
 
 
 def _joined(pieces: Sequence[Piece]) -> tuple[Piece, ...]:

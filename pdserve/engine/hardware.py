@@ -12,12 +12,14 @@ def describe_hardware(settings: EngineSettings) -> str:
     """The processor, how much of it the worker may use, and what it computes in."""
     if settings.engine == "timed":
         return "timed"
+    # Communication between ranks is part of what a step takes.
+    ranks = f", tp {settings.tp} pp {settings.pp}" if settings.num_ranks > 1 else ""
     num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{settings.device}, {_processor()}, {num_cpus} CPUs, {settings.dtype}"
+    return f"{settings.device}, {processor_name()}, {num_cpus} CPUs, {settings.dtype}{ranks}"
 
 
 @functools.cache
-def _processor() -> str:
+def processor_name() -> str:
     """The first processor's name where the system tells it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -135,7 +135,7 @@ async def lose_one(cluster: LocalCluster, rank: int, number: signal.Signals) -> 
     if number is signal.SIGKILL and rank > 0:
         assert f"rank {rank} was killed by signal 9" in obituary
     if number is signal.SIGSTOP:
-        assert f"rank {rank} was stopped, and has been silent for" in obituary
+        assert f"rank {rank} has been stopped for" in obituary
     assert "serves again" in await next_message(cluster)
     return gone_s
 
@@ -158,7 +158,7 @@ async def check(ends: Sequence[Ended], client: InferenceClient) -> int:
     return len(failed)
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 async def test_worker_is_gone_at_once_when_any_of_its_ranks_is_killed_or_stopped(
     tp: int, pp: int
 ) -> None:

@@ -4,7 +4,7 @@ from collections import Counter
 from random import Random
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvtransfer.plan import copies_of, plan_shares
@@ -67,15 +67,30 @@ def test_every_byte_of_every_rank_is_right_and_none_is_written_twice(
         assert (landed == cut(block, target.whole, mine)).all()
 
 
+ONE_HEAD, TWO_HEADS = (LayerKv(num_kv_heads=heads, k_head_dim=2, v_head_dim=2) for heads in (1, 2))
+MIXED = KvLayout(layers=(ONE_HEAD, TWO_HEADS), block_size=1, dtype="uint8", item_bytes=1)
+
+
 @settings(deadline=None)
 @given(pairs_of_layouts())
-def test_a_rank_that_holds_the_same_gives_all_in_one_copy_of_blocks(
-    pair: tuple[ShardedLayout, ShardedLayout],
-) -> None:
-    source, _ = pair
-    for rank in range(source.num_ranks):
-        [share] = plan_shares(source, source, rank)
-        assert share.rank == rank
+@example((ShardedLayout(whole=MIXED, tp=4), ShardedLayout(whole=MIXED, tp=2)))
+def test_a_rank_that_holds_the_same_gives_all(pair: tuple[ShardedLayout, ShardedLayout]) -> None:
+    source, target = pair
+    theirs = [source.rank(rank) for rank in range(source.num_ranks)]
+    for rank in range(target.num_ranks):
+        mine = target.rank(rank)
+        if mine in theirs:
+            [share] = plan_shares(source, target, rank)
+            assert theirs[share.rank] == mine
+
+
+def test_ranks_of_equal_divisions_read_their_like() -> None:
+    for tp in TPS:
+        layout = ShardedLayout(whole=MIXED, tp=tp, pp=2)
+        shares = [plan_shares(layout, layout, rank) for rank in range(layout.num_ranks)]
+        assert [[share.rank for share in each] for each in shares] == [
+            [rank] for rank in range(layout.num_ranks)
+        ]
 
 
 def test_ranks_that_need_a_head_that_several_hold_spread_over_them() -> None:

@@ -11,17 +11,19 @@ import structlog
 
 from pdserve.domain.errors import LocalFault, PdserveError, RankLost, TransferFailed, WorkerLost
 from pdserve.engine.ranks.frames import BadFrame, Message, frame, read_frame
-from pdserve.engine.ranks.silence import TICK_S, Silence, is_stopped
+from pdserve.engine.ranks.silence import TICK_S, Silence, Standstill
 
 log = structlog.get_logger(__name__)
 
 BEAT_S = 0.25
 SILENT_S = 2.0
 """A peer on another host that has said nothing for so long is lost."""
-STOPPED_S = 1.5
-"""A peer on this host is lost sooner, if it is also stopped ..."""
+STOPPED_S = 1.0
+"""A peer on this host that is stopped is lost after this time, whatever it does ..."""
+LOOKS_AFTER_S = 2 * BEAT_S
+"""... which is looked at once it has been silent for so long ..."""
 BUSY_SILENT_S = 10.0
-"""... and later, if it is not: a machine may be too busy to let it speak."""
+"""... and one that is not stopped may be silent for longer: the machine may be too busy."""
 LOADING_SILENT_S = 60.0
 """While models load, on any host: imports and compilers hold up a process for seconds."""
 
@@ -35,7 +37,7 @@ what it is, any other as a `LocalFault` with the name of its kind."""
 CLOSED = "closed its connection"
 
 OnLost = Callable[[str], None]
-"""Called once, on the event loop, with a clause: `has been silent for 2 s`."""
+"""Called once, on the event loop, with a clause: `has been silent for 2.0 s`."""
 
 _KINDS: Mapping[str, type[PdserveError]] = {
     kind.__name__: kind for kind in (LocalFault, RankLost, TransferFailed, WorkerLost)
@@ -57,7 +59,7 @@ class RankChannel:
         pid: int | None = None,
     ) -> None:
         self.peer = peer
-        self._pid = pid
+        self._standstill = None if pid is None else Standstill(pid)
         self.on_lost: OnLost = lambda why: None
         self.max_silence_s = LOADING_SILENT_S
         self.over = asyncio.Event()  # nothing more will be said or heard
@@ -92,7 +94,7 @@ class RankChannel:
 
     def expect_quick(self) -> None:
         """Nothing loads any more that could hold up the peer."""
-        self.max_silence_s = SILENT_S if self._pid is None else BUSY_SILENT_S
+        self.max_silence_s = SILENT_S if self._standstill is None else BUSY_SILENT_S
 
     async def ask(self, name: str, message: Message | None = None, *, deadline_s: float) -> Message:
         """The answer; raises what the peer's handler raised, and `RankLost` for no answer.
@@ -176,9 +178,11 @@ class RankChannel:
             if silent_s >= self.max_silence_s:
                 self._lose(f"has been silent for {silent_s:.1f} s")
                 return
-            if silent_s >= STOPPED_S and self._pid is not None and is_stopped(self._pid):
-                self._lose(f"was stopped, and has been silent for {silent_s:.1f} s")
-                return
+            if silent_s >= LOOKS_AFTER_S and self._standstill is not None:
+                stopped_s = self._standstill.look(now_s)
+                if stopped_s >= STOPPED_S:
+                    self._lose(f"has been stopped for {stopped_s:.1f} s")
+                    return
             if now_s - beat_s >= BEAT_S:
                 beat_s = now_s
                 self._send({})

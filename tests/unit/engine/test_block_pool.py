@@ -1,3 +1,4 @@
+import asyncio
 from collections.abc import Sequence
 
 from pdserve.domain.ids import BlockId
@@ -87,3 +88,38 @@ def test_block_that_is_not_sound_gets_no_name_nor_do_those_after_it() -> None:
     assert count_cached(pool) == 2
     assert pool.usage().cached == 2
     assert pool.usage().is_idle
+
+
+async def test_block_whose_name_was_another_s_while_it_was_looked_at_is_looked_at_again() -> None:
+    """The other block is evicted meanwhile, and this one has not been looked at."""
+    looks = asyncio.Event()
+    seen: list[BlockId] = []
+
+    async def are_sound(block_ids: Sequence[BlockId]) -> list[bool]:
+        seen.extend(block_ids)
+        await looks.wait()
+        return [True] * len(block_ids)
+
+    pool = BlockPool(3, are_sound=are_sound)
+    looks.set()
+    first = pool.reserve(1)
+    assert first is not None
+    first.hold(0, 1)
+    await first.publish(NAMES[:1])
+    first.release()
+    looks.clear()
+    second = pool.reserve(2)
+    assert second is not None
+    second.hold(0, 2)
+    publishing = asyncio.create_task(second.publish(NAMES[:2]))
+    await asyncio.sleep(0)
+    evicting = pool.reserve(1)
+    assert evicting is not None
+    looks.set()
+    await publishing
+    assert pool.reserve(1, NAMES) is None, "it shares nothing, and nothing is free"
+    await second.publish(NAMES[:2])
+    assert [seen.count(block) for block in second.block_ids] == [1, 2]
+    second.release()
+    evicting.release()
+    assert count_cached(pool) == 2

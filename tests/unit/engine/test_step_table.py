@@ -1,7 +1,11 @@
 """Blocks stay with a request for as long as a step writes them."""
 
+import asyncio
+from collections.abc import Sequence
+
 import pytest
 
+from pdserve.domain.ids import BlockId
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.step_table import StepTable
 from tests.support.coroutines import finish
@@ -55,6 +59,27 @@ def test_no_step_starts_on_blocks_that_are_given_back() -> None:
     table.release()
     with pytest.raises(AssertionError):
         table.enter_step()
+
+
+async def test_blocks_released_while_they_are_looked_at_come_back_after_that() -> None:
+    looks = asyncio.Event()
+
+    async def are_sound(block_ids: Sequence[BlockId]) -> list[bool]:
+        await looks.wait()
+        return [True] * len(block_ids)
+
+    pool = BlockPool(4, are_sound=are_sound)
+    table = table_of(pool, 2)
+    table.hold_rest()
+    publishing = asyncio.create_task(table.publish([b"a", b"b"]))
+    await asyncio.sleep(0)
+    table.release()
+    assert pool.usage().held == 2
+    looks.set()
+    await publishing
+    assert pool.usage().is_idle
+    assert pool.usage().cached == 2
+    await table.publish([b"a", b"b"])  # nothing is there to be named any more
 
 
 def test_rest_is_what_is_neither_cached_nor_landed() -> None:

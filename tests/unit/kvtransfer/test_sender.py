@@ -81,6 +81,20 @@ async def test_only_complete_blocks_are_offered_until_the_prompt_is_computed(
     sender.end(Event.FAIL)
 
 
+async def test_what_is_much_is_offered_bit_by_bit(
+    pool: BlockPool, memory: KvMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtransfer.sender.MAX_OFFERED_BLOCKS", 3)
+    sender = sender_of(pool, memory)
+    first = await sender.offer(14, is_last=True)
+    rest = await sender.offer(14, is_last=True)
+    assert first is not None
+    assert rest is not None
+    assert (len(first.block_ids), rest.first_block, len(rest.block_ids)) == (3, 3, 1)
+    assert await sender.offer(14, is_last=True) is None
+    sender.end(Event.END)
+
+
 async def test_blocks_that_the_peer_has_are_never_offered(
     pool: BlockPool, memory: KvMemory
 ) -> None:

@@ -150,7 +150,8 @@ async def test_peer_that_beats_is_not_lost_and_one_that_is_silent_is() -> None:
         assert told == []
         other._tasks[1].cancel()  # as if the peer were stopped: it beats no more
         await asyncio.wait_for(one.over.wait(), DEADLINE_S)
-    assert told == ["has been silent for 1 s"]
+    assert len(told) == 1
+    assert told[0].startswith("has been silent for 1")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Workers of two ranks on two cores beside a worker of one."""
