@@ -61,20 +61,22 @@ class Running:
             self.num_computed = 0
 
 
-def run_all(paged: Model, prompts: list[list[int]]) -> list[Running]:
+def run_all(
+    paged: Model, prompts: list[list[int]], num_new_tokens: int = NUM_NEW_TOKENS
+) -> list[Running]:
     """Chunked prefill, decode and a late prompt in mixed batches, greedy, in shuffled blocks."""
     blocks = [BlockId(block) for block in range(NUM_BLOCKS)]
     random.Random(5).shuffle(blocks)
     free = iter(blocks)
     running = []
     for index, prompt in enumerate(prompts):
-        num_blocks = -(-(len(prompt) + NUM_NEW_TOKENS) // BLOCK_SIZE)
+        num_blocks = -(-(len(prompt) + num_new_tokens) // BLOCK_SIZE)
         table = tuple(itertools.islice(free, num_blocks))
         joins_at = LATE_STEP if index == len(prompts) - 1 else 0
         running.append(Running(prompt=prompt, block_table=table, joins_at=joins_at))
     for step in itertools.count():
         active = [
-            each for each in running if each.joins_at <= step and len(each.output) < NUM_NEW_TOKENS
+            each for each in running if each.joins_at <= step and len(each.output) < num_new_tokens
         ]
         if not active:
             return running
@@ -91,12 +93,14 @@ def run_all(paged: Model, prompts: list[list[int]]) -> list[Running]:
 
 
 @torch.inference_mode()
-def generated(model: Any, prompt: list[int]) -> tuple[list[int], Tensor]:
+def generated(
+    model: Any, prompt: list[int], num_new_tokens: int = NUM_NEW_TOKENS
+) -> tuple[list[int], Tensor]:
     """What transformers alone answers to one prompt: tokens, and logits of each."""
     output = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=NUM_NEW_TOKENS,
+        max_new_tokens=num_new_tokens,
         do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,

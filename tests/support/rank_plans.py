@@ -24,7 +24,7 @@ PATIENT: Mapping[str, Any] = {
 
 def write_rank_plan(folder: Path, **of_pools: Any) -> Path:
     """One prefill worker of TP 2 and one decode worker of PP 2; `nodes` are theirs in turn."""
-    nodes = of_pools.pop("nodes", None) or ([], [])
+    nodes: tuple[list[str], list[str]] = of_pools.pop("nodes", ([], []))
     pools = [
         pool("prefill", 1, tp=2, kv_tokens=16384, nodes=nodes[0], **of_pools),
         pool("decode", 1, pp=2, kv_tokens=16384, nodes=nodes[1], **of_pools),

@@ -1,25 +1,40 @@
-"""A worker of ranks that compute next to nothing: what remains are the ranks themselves.
+"""Ranks that compute next to nothing, with an engine of them all: what remains is how they act.
 
-    python -m tests.support.toy_rank --settings -       as `python -m decode_worker`
+    python -m tests.support.toy_rank SCENARIO TP PP [RANK]
 
-A rank's KV of a position is the sum over its stage's ranks of what was handed over and the token,
-so a rank that misses a step, or takes it twice, changes every later token.
+A rank's state is a sum over its stage's ranks of what was handed over, the tokens and its past, so
+that a rank which misses a step, or takes it twice, changes every later token.
 """
 
+import asyncio
+import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import uvloop
 
-from pdserve.config.processes import EngineSettings
+from pdserve.config.processes import EngineSettings, WorkerSettings
 from pdserve.domain.engine_spec import EngineSpec
+from pdserve.domain.errors import LocalFault
+from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import SampledToken
-from pdserve.engine.contract import Drawn, StepBatch, StepResult
+from pdserve.engine.contract import (
+    Drawn,
+    Engine,
+    SampleStep,
+    SequenceStep,
+    StepBatch,
+    StepResult,
+)
 from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_shape import kv_layout
 from pdserve.engine.rank_group import RankGroup
 from pdserve.engine.threads import run_to_end
 from pdserve.engine.tokenizer import Tokenizer
+from pdserve.observe.logging import process_log
+from pdserve.worker.starting import opened_engine, prepare_ranks
 
 WEIGHTS = 1_000_003
 
@@ -48,6 +63,8 @@ class ToyPart:
         self._group = group
         self._state = torch.zeros(1, dtype=torch.float64)
         self._thread = ThreadPoolExecutor(1)
+        self.fails_in_step = 0
+        self._num_steps = 0
 
     async def step(self, batch: StepBatch) -> StepResult:
         return await run_to_end(lambda _: self._compute(batch), self._thread)
@@ -57,6 +74,9 @@ class ToyPart:
         self.kv.close()
 
     def _compute(self, batch: StepBatch) -> StepResult:
+        self._num_steps += 1
+        if self._num_steps == self.fails_in_step:
+            raise ValueError("a secret")
         handed = torch.zeros(1, dtype=torch.float64)
         if not self._place.is_first_stage:
             handed = self._group.receive(handed)
@@ -74,3 +94,62 @@ class ToyPart:
             for row, each in enumerate(batch.sequences)
         ]
         return StepResult(tuple(sampled), 0.0)
+
+
+async def _cancelled_step(engine: Engine) -> None:
+    """What a step that is cancelled has done: all of it, on every rank, before it raises."""
+    running = asyncio.create_task(engine.step(_batch()))
+    await asyncio.sleep(0)  # it begins
+    await asyncio.sleep(0)
+    running.cancel()
+    try:
+        await running
+    except asyncio.CancelledError:
+        print("cancelled", flush=True)
+    result = await engine.step(_batch())
+    print([drawn.token_id for drawn in result.sampled if isinstance(drawn, SampledToken)])
+
+
+async def _steps(engine: Engine) -> None:
+    for _ in range(2):
+        result = await engine.step(_batch())
+        print([drawn.token_id for drawn in result.sampled if isinstance(drawn, SampledToken)])
+
+
+def _batch() -> StepBatch:
+    sample = SampleStep(params=SamplingParams(), token_index=0)
+    return StepBatch((SequenceStep(token_ids=(7,), start=0, block_table=(), sample=sample),))
+
+
+def main() -> None:
+    """`SCENARIO TP PP [RANK]`: RANK fails in its second step, or in its loading."""
+    scenario, tp, pp = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    bad_rank = int(sys.argv[4]) if len(sys.argv) > 4 else -1
+
+    def load(files: ModelFiles, settings: EngineSettings, group: RankGroup) -> Engine:
+        if scenario == "load" and group.place.rank == bad_rank:
+            raise LocalFault("the disk is full of holes")
+        part = ToyPart(files, settings, group)
+        part.fails_in_step = 2 if group.place.rank == bad_rank else 0
+        return part
+
+    engine = {"tp": tp, "pp": pp, "num_blocks": 16}
+    settings = WorkerSettings.model_validate(
+        {"role": "decode", "worker_id": "decode-0", "engine": engine}
+    )
+    prepared = prepare_ranks(settings, load=load)
+
+    async def run() -> None:
+        async with opened_engine(settings, prepared) as engine:
+            await (_cancelled_step if scenario == "cancel" else _steps)(engine)
+
+    with process_log(level="error", file=None):
+        try:
+            uvloop.run(run())
+        except LocalFault as fault:
+            print(fault.message)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

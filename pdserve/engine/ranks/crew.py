@@ -14,7 +14,7 @@ from pdserve.config.processes import WorkerSettings
 from pdserve.domain.errors import LocalFault, PdserveError, RankLost
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.ranks.channel import CLOSED, RankChannel
-from pdserve.engine.ranks.forking import LocalRanks
+from pdserve.engine.ranks.forking import HASTY_REAP_S, REAP_S, LocalRanks
 from pdserve.engine.ranks.frames import Message
 from pdserve.engine.ranks.joining import HELLO_S, JOIN_S, check_plan, plan_fields
 from pdserve.engine.ranks.service import LoadPart
@@ -132,8 +132,10 @@ class Crew:
             why = error.message
             asyncio.get_running_loop().call_later(REASON_S, self.lose, rank, f"failed: {why}")
         else:
+            if not isinstance(error, LocalFault):  # which is another rank's, and logged there
+                log.error("step.failed", exc_info=error)
             known = isinstance(error, PdserveError)
-            self.lose(rank, f"failed: {error if known else type(error).__name__}")
+            self.lose(rank, f"failed: {error if known else f'{type(error).__name__} in a step'}")
         await asyncio.get_running_loop().create_future()
         raise AssertionError("a worker without a rank has ended")
 
@@ -143,9 +145,10 @@ class Crew:
             return
         self._is_ending = True
         ended = self.prepared.local.how_it_ended(rank, REASON_S if why == CLOSED else 0)
-        log.error("worker.lost", why=f"rank {rank} {ended or why}")
         self.prepared.local.kill()
+        log.error("worker.lost", why=f"rank {rank} {ended or why}")
         flush_logs()
+        self.prepared.local.reap(HASTY_REAP_S)
         os._exit(EXIT_FAILED)
 
     async def close(self) -> None:
@@ -165,6 +168,7 @@ class Crew:
         for channel in self.channels.values():
             await channel.close()
         self.prepared.local.kill()
+        self.prepared.local.reap(REAP_S)
 
     def _take(self, rank: int, channel: RankChannel, host: str) -> None:
         """A rank is connected; it says `here` once it listens."""

@@ -20,3 +20,13 @@ def build_empty(config: Any, dtype: torch.dtype) -> Any:
     with _BUILDING, no_init_weights():
         model = loader.from_config(config, dtype=dtype)
     return model.requires_grad_(False).eval()
+
+
+def build_random(config: Any) -> Any:
+    """The model of `config` in float32 as the library makes it for training, in evaluation mode."""
+    import transformers
+
+    loader: Any = transformers.AutoModelForCausalLM
+    with _BUILDING:
+        model = loader.from_config(config, dtype=torch.float32)
+    return model.requires_grad_(False).eval()

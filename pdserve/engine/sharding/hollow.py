@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Embedding, Linear, Module, Parameter
 
+from pdserve.domain.errors import LocalFault
 from pdserve.domain.layout import LayerKv
 from pdserve.domain.lengths import LengthRule
 from pdserve.engine.length_probe import find_length_rule
@@ -49,6 +50,16 @@ def find_shape(model: Any, limit: int) -> ModelShape:
     )
 
 
+def find_layers(model: Any) -> tuple[LayerKv, ...] | None:
+    """The KV of each layer of `model`, as above; None if its parts do not fit each other."""
+    _hollow_out(model)
+    use_paged(model)
+    try:
+        return discover_layout(model, block_size=1, dtype="float32").layers
+    except LocalFault:
+        return None
+
+
 class _Answers:
     """Rows of fixed numbers, one for each width."""
 
@@ -63,17 +74,19 @@ class _Answers:
 
 
 class _Hollow(Module):
-    """Stands for a layer that makes rows of `width`, of tokens or of other rows."""
+    """Stands for a layer that makes rows, of other rows (of `num_inputs` values) or of tokens."""
 
-    def __init__(self, row: Tensor, takes_tokens: bool) -> None:
+    def __init__(self, row: Tensor, num_inputs: int | None = None) -> None:
         super().__init__()
         self.row = row
-        self.takes_tokens = takes_tokens
+        self.num_inputs = num_inputs
         self.weight = Parameter(torch.empty(0, len(row)), requires_grad=False)
         self.bias: Parameter | None = None
 
     def forward(self, rows: Tensor, *_: Any, **__: Any) -> Tensor:
-        shape = rows.shape if self.takes_tokens else rows.shape[:-1]
+        if self.num_inputs not in (None, rows.shape[-1]):
+            raise ValueError(f"rows of {rows.shape[-1]} values; the layer takes {self.num_inputs}")
+        shape = rows.shape if self.num_inputs is None else rows.shape[:-1]
         return self.row.expand(*shape, -1).clone()  # some models add to it in place
 
 
@@ -97,12 +110,12 @@ def _hollow_out(model: Any) -> None:
 
 def _stand_in(module: Module, answers: _Answers) -> Module | None:
     if type(module) is Linear:  # routers may be of a kind of their own, which does more
-        return _Hollow(answers.row(module.out_features), False)
+        return _Hollow(answers.row(module.out_features), module.in_features)
     if isinstance(module, Embedding):
-        return _Hollow(answers.row(module.embedding_dim), True)
+        return _Hollow(answers.row(module.embedding_dim))
     if type(module).__name__ == "Conv1D":
-        width: Any = module.nf
-        return _Hollow(answers.row(width), False)
+        conv: Any = module
+        return _Hollow(answers.row(conv.nf), conv.nx)
     if any(each.dim() > 2 for each in module.parameters(recurse=False)):
         return _Experts()
     return None

@@ -1,19 +1,19 @@
 """The config of one shard of a model: the library's own code then makes modules of its sizes."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pdserve.domain.errors import LocalFault
 
-_DIVIDED = (
+DIVIDED = (
     *("num_attention_heads", "intermediate_size", "moe_intermediate_size"),
     *("shared_expert_intermediate_size", "shared_intermediate_size", "intermediate_size_mlp"),
     *("moe_shared_expert_intermediate_size", "dense_intermediate_size", "expert_ffn_hidden_size"),
     *("ffn_dim", "ffn_hidden_size", "mlp_hidden_size", "n_inner"),
 )
-_KV_HEADS = ("num_key_value_heads", "num_global_key_value_heads")
-_BY_LAYER = "per_layer_config"
+KV_HEADS = ("num_key_value_heads", "num_global_key_value_heads")
+BY_LAYER = "per_layer_config"
 
 
 def local_config(config: Any, tp: int) -> Any:
@@ -32,8 +32,8 @@ def local_config(config: Any, tp: int) -> Any:
         return _by_layer(config, tp)
     if getattr(sizes, "head_dim", None) is None and not hasattr(sizes, "qk_nope_head_dim"):
         sizes.head_dim = sizes.hidden_size // sizes.num_attention_heads
-    aliases = getattr(sizes, "attribute_map", None) or {}
-    for name in dict.fromkeys(aliases.get(name, name) for name in (*_KV_HEADS, *_DIVIDED)):
+    name_of = real_names(sizes)
+    for name in dict.fromkeys(name_of[name] for name in (*KV_HEADS, *DIVIDED)):
         value = getattr(sizes, name, None)
         if (divided := _divided(config, name, value, tp)) is not None:
             setattr(sizes, name, divided)
@@ -43,8 +43,8 @@ def local_config(config: Any, tp: int) -> Any:
 def _by_layer(config: Any, tp: int) -> Any:
     """Of a config that gives some layers other sizes than the rest."""
     values = config.to_dict()
-    for sizes in (values, *values[_BY_LAYER].values()):
-        for name in (*_KV_HEADS, *_DIVIDED):
+    for sizes in (values, *values[BY_LAYER].values()):
+        for name in (*KV_HEADS, *DIVIDED):
             if (divided := _divided(config, name, sizes.get(name), tp)) is not None:
                 sizes[name] = divided
     build: Callable[[dict[str, Any]], Any] = type(config).from_dict
@@ -58,7 +58,7 @@ def _divided(config: Any, name: str, value: Any, tp: int) -> int | list[int] | N
         return None if None in parts else [part for part in parts if isinstance(part, int)]
     if not isinstance(value, int) or isinstance(value, bool):
         return None
-    if name in _KV_HEADS:
+    if name in KV_HEADS:
         if value % tp and tp % value:
             raise unfit(config, tp, f"its {value} KV heads divide neither by it nor into it")
         return max(1, value // tp)
@@ -67,10 +67,22 @@ def _divided(config: Any, name: str, value: Any, tp: int) -> int | list[int] | N
     return value // tp
 
 
-def unfit(config: Any, tp: int, reason: str) -> LocalFault:
-    """The error for a model whose layers cannot be cut; `reason` is a clause."""
+class _Names(dict[str, str]):
+    def __missing__(self, name: str) -> str:
+        return name
+
+
+def real_names(sizes: Any) -> Mapping[str, str]:
+    """By the library's common names, those that a config has in their place."""
+    return _Names(getattr(sizes, "attribute_map", None) or {})
+
+
+def unfit(config: Any, tp: int, reason: str, *, pp: int = 1) -> LocalFault:
+    """The error for a model that cannot be divided so; `reason` is a clause."""
     num_layers = config.get_text_config().num_hidden_layers
-    return LocalFault(
-        f"model type {config.model_type} cannot be served with tp {tp}: {reason}; give ranks whole "
-        f"layers instead (tp 1, pp up to {num_layers}), or serve it on one rank"
-    )
+    how, instead = f"pp {pp}", "serve it on one rank"
+    if tp > 1:
+        how = f"tp {tp}"
+        instead = f"give ranks whole layers (tp 1, pp up to {num_layers}), or {instead}"
+    kind = config.model_type
+    return LocalFault(f"model type {kind} cannot be served with {how}: {reason}; {instead}")

@@ -54,24 +54,36 @@ class _Received(_OtherLayer):
     """Gives the rows of the stage before: [1, rows, hidden size], in the model's dtype."""
 
     def __init__(
-        self, layer: Module, gives_tuple: bool, group: RankGroup, hidden_size: int
+        self,
+        layer: Module,
+        gives_tuple: bool,
+        group: RankGroup,
+        hidden_size: int,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__(layer, gives_tuple)
         self.group = group
         self.hidden_size = hidden_size
+        self.dtype = dtype
 
     def passed(self, hidden: Tensor) -> Tensor:
-        return self.group.receive(hidden.new_empty((*hidden.shape[:-1], self.hidden_size)))
+        shape = (*hidden.shape[:-1], self.hidden_size)
+        return self.group.receive(hidden.new_empty(shape, dtype=self.dtype))
 
 
 class _Sent(_OtherLayer):
     """Sends the rows to the stage after."""
 
-    def __init__(self, layer: Module, gives_tuple: bool, group: RankGroup) -> None:
+    def __init__(
+        self, layer: Module, gives_tuple: bool, group: RankGroup, dtype: torch.dtype
+    ) -> None:
         super().__init__(layer, gives_tuple)
         self.group = group
+        self.dtype = dtype
 
     def passed(self, hidden: Tensor) -> Tensor:
+        if hidden.dtype is not self.dtype:
+            raise LocalFault(f"a layer gives {hidden.dtype} in a model of {self.dtype}")
         self.group.send(hidden.contiguous())
         return hidden
 
@@ -94,19 +106,18 @@ class _NoTable(Module):
 def keep_stage(model: Any, layers: range, group: RankGroup, gives_tuple: bool) -> None:
     """Leave `model` with the modules of `layers`, and of embedding and head if they are its own."""
     every = layer_list(model)
-    sizes = model.config.get_text_config()
+    sizes, dtype = model.config.get_text_config(), model.get_input_embeddings().weight.dtype
     for index, layer in enumerate(every):
         if index in layers:
             continue
         if index == layers.start - 1:
-            every[index] = _Received(layer, gives_tuple, group, sizes.hidden_size)
+            every[index] = _Received(layer, gives_tuple, group, sizes.hidden_size, dtype)
         elif index == layers.stop:
-            every[index] = _Sent(layer, gives_tuple, group)
+            every[index] = _Sent(layer, gives_tuple, group, dtype)
         else:
             every[index] = _OtherLayer(layer, gives_tuple)
     if layers.start > 0:
-        embedding = model.get_input_embeddings()
-        model.set_input_embeddings(_NoTable(embedding.weight.shape[1], embedding.weight.dtype))
+        width = model.get_input_embeddings().weight.shape[1]
+        model.set_input_embeddings(_NoTable(width, dtype))
     if layers.stop < len(every):
-        head = model.get_output_embeddings()
-        model.set_output_embeddings(_NoTable(1, head.weight.dtype))
+        model.set_output_embeddings(_NoTable(1, dtype))

@@ -30,7 +30,7 @@ class _Worker:
     """What all ranks of a worker share."""
 
     stages: list[_Stage]
-    sent: dict[int, "queue.SimpleQueue[Tensor]"]  # by the rank that receives
+    sent: dict[int, "queue.SimpleQueue[Tensor | None]"]  # by the rank that receives
 
 
 @dataclass(slots=True)
@@ -55,11 +55,16 @@ class ThreadGroup:
             sent = self._worker.sent[self.place.rank].get(timeout=self.deadline_s)
         except queue.Empty as error:
             raise RankLost("the stage before sent nothing") from error
+        if sent is None:
+            raise RankLost("a rank is gone")
         return tensor.copy_(sent)
 
     def close(self) -> None:
-        """Whoever waits for this rank hears that it is gone."""
-        self._worker.stages[self.place.stage].barrier.abort()
+        """All ranks that wait, or are going to, hear that this one is gone."""
+        for stage in self._worker.stages:
+            stage.barrier.abort()
+        for sent in self._worker.sent.values():
+            sent.put(None)
 
     def _exchange(self, tensor: Tensor) -> list[Tensor]:
         stage = self._worker.stages[self.place.stage]
