@@ -196,8 +196,12 @@ class Crew:
                 tasks.create_task(self._let_in(connection, str(address[0])))
 
     async def _let_in(self, connection: socket.socket, host: str) -> None:
-        """Whoever connects says which rank of which plan he is."""
-        channel = await RankChannel.open(connection, host)
+        """Whoever connects says in time which rank of which plan he is, or is sent away."""
+        try:
+            channel = await RankChannel.open(connection, host)
+        except OSError:  # gone already
+            connection.close()
+            return
         joined = asyncio.Event()
 
         async def join(message: Message) -> None:
@@ -215,10 +219,12 @@ class Crew:
         try:
             async with asyncio.timeout(HELLO_S):
                 await joined.wait()
-        except BaseException as error:
+        except TimeoutError:
             await channel.close()
-            if not isinstance(error, TimeoutError):
-                raise
+        except asyncio.CancelledError:
+            if not joined.is_set():
+                await channel.close()
+            raise
 
     def _check(self, theirs: Mapping[str, Any]) -> None:
         check_plan(theirs, plan_fields(self.settings, self.prepared.files))
