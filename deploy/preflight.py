@@ -47,10 +47,27 @@ def check_deployment(deployment: Deployment) -> Footprint:
     _check_port(router.host, router.internal_port, "--internal-port")
     if router.metrics_port is not None:
         _check_port(router.host, router.metrics_port, "--set router.metrics_port=PORT")
+    check_ranks(deployment, files)
     assign_gpus(deployment.workers, visible_gpus(), share=deployment.share_gpus)
     footprint = _footprint(deployment, files)
     _check_memory(footprint)
     return footprint
+
+
+def check_ranks(deployment: Deployment, files: ModelFiles) -> None:
+    """Raise `LocalFault` for a pool among whose ranks the model cannot be divided."""
+    engines = [worker.settings.engine for worker in deployment.workers]
+    cuts = {(each.tp, each.pp) for each in engines if each.engine == "torch" and each.num_ranks > 1}
+    if not cuts:
+        return
+    try:
+        from pdserve.engine.sharding import check_divisible  # torch: seconds, only for ranks
+    except ModuleNotFoundError as error:
+        raise LocalFault(
+            f"engine: torch needs {error.name}; install the extra: pip install 'pdserve[worker]'"
+        ) from None
+    for tp, pp in sorted(cuts):
+        check_divisible(files, tp, pp)
 
 
 def _footprint(deployment: Deployment, files: ModelFiles) -> Footprint:

@@ -9,6 +9,7 @@ from typing import Self
 from deploy.backend import KILL_GRACE_S, Cluster, ProcessRow, Report, side_by_side
 from deploy.deployment import Deployment
 from deploy.log_dir import LogDir
+from deploy.preflight import check_ranks
 from deploy.ray.connecting import connect, disconnect, living_nodes, this_node
 from deploy.ray.fork_servers import ForkServers
 from deploy.ray.hosted import HostedProcess
@@ -82,8 +83,9 @@ class RayCluster(Cluster):
 
     def _check(self) -> None:
         engine = self.deployment.workers[0].settings.engine
-        # A model that is not there is told at once.
-        ModelFiles.open(self.deployment.router.model, engine.override_config)
+        # A model that is not there, or cannot be divided among the ranks, is told at once.
+        files = ModelFiles.open(self.deployment.router.model, engine.override_config)
+        check_ranks(self.deployment, files)
 
     async def drain(self) -> None:
         if self._supervisor is not None:

@@ -16,7 +16,7 @@ from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.opening import load_rank_part, open_engine
 from pdserve.engine.ranks.crew import PreparedRanks, gathered
 from pdserve.engine.ranks.follower import run_rank
-from pdserve.engine.ranks.forking import fork_ranks
+from pdserve.engine.ranks.forking import REAP_S, fork_ranks
 from pdserve.engine.ranks.host import host_ranks
 from pdserve.engine.ranks.joining import JOIN_S
 from pdserve.engine.ranks.service import LoadPart, OpenRankService
@@ -89,6 +89,7 @@ def prepare_ranks(
         listener = _listen(settings) if node == 0 and num_nodes > 1 else None
     except LocalFault:
         local.kill()
+        local.reap(REAP_S)
         raise
     return PreparedRanks(files=files, load=load, local=local, listener=listener)
 

@@ -61,7 +61,7 @@ def test_blocks_of_the_ranks_add_up_to_those_of_the_model(sharded: ShardedLayout
         kv.num_values_per_token * max(1, sharded.tp // kv.num_kv_heads) * per_value
         for kv in sharded.whole.layers
     )
-    assert sum(rank.layout.block_bytes for rank in ranks) == expected
+    assert sum(rank.layout.block_bytes for rank in ranks) == sharded.block_bytes == expected
     for rank in ranks:
         for layer, heads, held in zip(rank.layers, rank.heads, rank.layout.layers, strict=True):
             assert held.num_kv_heads == len(heads)

@@ -19,11 +19,9 @@ BEAT_S = 0.25
 SILENT_S = 2.0
 """A peer on another host that has said nothing for so long is lost."""
 STOPPED_S = 1.0
-"""A peer on this host that is stopped is lost after this time, whatever it does ..."""
-LOOKS_AFTER_S = 2 * BEAT_S
-"""... which is looked at once it has been silent for so long ..."""
+"""A peer on this host that is stopped is lost after this time ..."""
 BUSY_SILENT_S = 10.0
-"""... and one that is not stopped may be silent for longer: the machine may be too busy."""
+"""... and one that is not may be silent for long: the machine may be too busy to let it speak."""
 LOADING_SILENT_S = 60.0
 """While models load, on any host: imports and compilers hold up a process for seconds."""
 
@@ -178,11 +176,10 @@ class RankChannel:
             if silent_s >= self.max_silence_s:
                 self._lose(f"has been silent for {silent_s:.1f} s")
                 return
-            if silent_s >= LOOKS_AFTER_S and self._standstill is not None:
-                stopped_s = self._standstill.look(now_s)
-                if stopped_s >= STOPPED_S:
-                    self._lose(f"has been stopped for {stopped_s:.1f} s")
-                    return
+            stopped_s = self._standstill.look(now_s) if self._standstill is not None else 0.0
+            if stopped_s >= STOPPED_S:
+                self._lose(f"has been stopped for {stopped_s:.1f} s")
+                return
             if now_s - beat_s >= BEAT_S:
                 beat_s = now_s
                 self._send({})

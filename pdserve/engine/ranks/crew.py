@@ -14,7 +14,7 @@ from pdserve.config.processes import WorkerSettings
 from pdserve.domain.errors import LocalFault, PdserveError, RankLost
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.ranks.channel import CLOSED, RankChannel
-from pdserve.engine.ranks.forking import LocalRanks
+from pdserve.engine.ranks.forking import HASTY_REAP_S, REAP_S, LocalRanks
 from pdserve.engine.ranks.frames import Message
 from pdserve.engine.ranks.joining import HELLO_S, JOIN_S, check_plan, plan_fields
 from pdserve.engine.ranks.service import LoadPart
@@ -145,9 +145,10 @@ class Crew:
             return
         self._is_ending = True
         ended = self.prepared.local.how_it_ended(rank, REASON_S if why == CLOSED else 0)
-        log.error("worker.lost", why=f"rank {rank} {ended or why}")
         self.prepared.local.kill()
+        log.error("worker.lost", why=f"rank {rank} {ended or why}")
         flush_logs()
+        self.prepared.local.reap(HASTY_REAP_S)
         os._exit(EXIT_FAILED)
 
     async def close(self) -> None:
@@ -167,6 +168,7 @@ class Crew:
         for channel in self.channels.values():
             await channel.close()
         self.prepared.local.kill()
+        self.prepared.local.reap(REAP_S)
 
     def _take(self, rank: int, channel: RankChannel, host: str) -> None:
         """A rank is connected; it says `here` once it listens."""
@@ -194,8 +196,12 @@ class Crew:
                 tasks.create_task(self._let_in(connection, str(address[0])))
 
     async def _let_in(self, connection: socket.socket, host: str) -> None:
-        """Whoever connects says which rank of which plan he is."""
-        channel = await RankChannel.open(connection, host)
+        """Whoever connects says in time which rank of which plan he is, or is sent away."""
+        try:
+            channel = await RankChannel.open(connection, host)
+        except OSError:  # gone already
+            connection.close()
+            return
         joined = asyncio.Event()
 
         async def join(message: Message) -> None:
@@ -213,10 +219,12 @@ class Crew:
         try:
             async with asyncio.timeout(HELLO_S):
                 await joined.wait()
-        except BaseException as error:
+        except TimeoutError:
             await channel.close()
-            if not isinstance(error, TimeoutError):
-                raise
+        except asyncio.CancelledError:
+            if not joined.is_set():
+                await channel.close()
+            raise
 
     def _check(self, theirs: Mapping[str, Any]) -> None:
         check_plan(theirs, plan_fields(self.settings, self.prepared.files))

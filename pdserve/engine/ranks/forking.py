@@ -17,6 +17,8 @@ PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 REAP_S = 1.0
 """A process that was killed is gone within this time."""
+HASTY_REAP_S = 0.25
+"""The same for a worker that dies: its own end must not wait for long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +47,15 @@ class LocalRanks:
         return None
 
     def kill(self) -> None:
-        """End them all, and wait until they are gone; safe to call twice."""
+        """End them all, without waiting for it; safe to call twice."""
         for each in self.ranks:
             if each.rank not in self._ends:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(each.pidfd, signal.SIGKILL)
-        until_s = time.monotonic() + REAP_S
+
+    def reap(self, within_s: float) -> None:
+        """Wait until they are gone. What is not in time falls to the init process of the system."""
+        until_s = time.monotonic() + within_s
         for each in self.ranks:
             self._end_of(each, max(0.0, until_s - time.monotonic()))
 

@@ -11,6 +11,7 @@ from pdserve.config.processes import WorkerSettings
 from pdserve.domain.errors import LocalFault, RankLost
 from pdserve.engine.ranks.channel import SILENT_S, RankChannel
 from pdserve.engine.ranks.crew import PreparedRanks
+from pdserve.engine.ranks.forking import REAP_S
 from pdserve.engine.ranks.frames import Message
 
 log = structlog.get_logger(__name__)
@@ -72,6 +73,7 @@ async def host_ranks(
         for channel in channels:
             await channel.close()
         prepared.local.kill()
+        prepared.local.reap(REAP_S)
 
 
 async def _all(

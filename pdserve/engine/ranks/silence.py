@@ -5,7 +5,7 @@ from pathlib import Path
 TICK_S = 0.1
 """How often a process looks; also the beat of its own clock."""
 
-MIN_LOOKS = 4
+MIN_LOOKS = 3
 
 
 class Silence:

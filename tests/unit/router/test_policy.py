@@ -25,6 +25,7 @@ from router.policy import (
 )
 from tests.unit.router.builders import (
     COEFFICIENTS,
+    LAYOUT,
     OTHER_LAYOUT,
     make_hello,
     make_load,
@@ -219,6 +220,15 @@ def test_prefill_worker_of_another_model_or_layout_is_never_paired(
         make_worker("p1", Role.PREFILL, assigned=Assigned(num_unread_tokens=900)),
     )
     assert chosen(choose_pair(view, SHAPE)) == ("d0", ["p1"])
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2)])
+def test_workers_are_paired_however_their_ranks_divide_the_model(tp: int, pp: int) -> None:
+    view = make_view(
+        make_worker("d0", layout=replace(LAYOUT, tp=tp, pp=pp)),
+        make_worker("p0", Role.PREFILL, layout=replace(LAYOUT, pp=2)),
+    )
+    assert chosen(choose_pair(view, SHAPE)) == ("d0", ["p0"])
 
 
 def test_workers_that_failed_this_request_are_left_out_in_that_life_only() -> None:

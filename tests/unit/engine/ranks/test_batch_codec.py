@@ -3,7 +3,7 @@
 import asyncio
 import math
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve.domain.errors import Reason
@@ -56,6 +56,7 @@ def travelled(message: Message) -> Message:
     return asyncio.run(read())
 
 
+@settings(deadline=None)
 @given(st.lists(SEQUENCES, max_size=8))
 def test_batch_is_the_same_on_every_rank(sequences: list[SequenceStep]) -> None:
     batch = StepBatch(tuple(sequences))
@@ -77,6 +78,7 @@ def test_stop_strings_stay_at_rank_0() -> None:
     assert got.sample.params == SamplingParams()
 
 
+@settings(deadline=None)
 @given(st.lists(DRAWN, max_size=8))
 def test_drawn_tokens_are_the_same_at_rank_0(drawn: list[Drawn | None]) -> None:
     assert drawn_of(travelled(drawn_message(drawn))) == tuple(drawn)

@@ -1,12 +1,18 @@
-"""`open_transports` and `choose`."""
+"""`open_transports`, `worker_transports` and `choose`."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from kvtransfer.transports import choose, open_transports
+from kvtransfer.transports import choose, open_transports, worker_transports
+from kvtransfer.transports.base import End, Transport
+from kvtransfer.transports.faulty import FaultyTransport
+from kvtransfer.transports.tcp import TcpTransport
+from pdserve.config.processes import WorkerSettings
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import LocalFault
+from pdserve.domain.ids import Epoch
 from pdserve.domain.messages import RemoteRegion
 
 TCP = RemoteRegion(
@@ -63,3 +69,24 @@ def test_no_transport_is_chosen_where_none_reaches() -> None:
 def test_a_tcp_address_that_is_none_is_not_reached(address: dict[str, str]) -> None:
     tcp = open_transports(["tcp"], "127.0.0.1", timers=Timers())
     assert choose(tcp, [replace(TCP, address=address)]) is None
+
+
+@pytest.mark.parametrize(("kv_port", "port"), [(0, 0), (7461, 7464)])
+def test_each_rank_of_a_node_serves_at_a_port_of_its_own(kv_port: int, port: int) -> None:
+    settings = worker_settings(role="prefill", kv_port=kv_port, engine={"tp": 4})
+    [transport] = worker_transports(settings, End(Epoch(1), rank=3))
+    assert isinstance(transport, TcpTransport)
+    assert transport._port == port
+
+
+@pytest.mark.parametrize(("role", "kind"), [("decode", FaultyTransport), ("prefill", TcpTransport)])
+def test_the_drill_damages_what_ranks_read(role: str, kind: type[Transport]) -> None:
+    settings = worker_settings(role=role, corrupt_kv_blocks=1, engine={"tp": 2})
+    for rank in range(2):
+        [transport] = worker_transports(settings, End(Epoch(1), rank=rank))
+        assert type(transport) is kind
+
+
+def worker_settings(**changes: Any) -> WorkerSettings:
+    said = {"worker_id": "w", "transports": ("tcp",), **changes}
+    return WorkerSettings.model_validate(said)
