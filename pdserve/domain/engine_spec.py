@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from pdserve.domain.layout import KvLayout, ShardedLayout
 from pdserve.domain.lengths import ONE_REGIME, LengthRule
@@ -33,3 +34,10 @@ class EngineSpec:
         """Names of the prompt's full blocks, alike at all workers that are paired."""
         salt = self.model_hash + self.length_rule.salt(len(prompt))
         return hash_full_blocks(prompt, self.layout.block_size, salt)
+
+
+class StepPath(StrEnum):
+    """How a step's operators are launched."""
+
+    EAGER = "eager"  # one by one
+    GRAPH = "graph"  # as one that was recorded

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from pdserve.domain.engine_spec import EngineSpec
+from pdserve.domain.engine_spec import EngineSpec, StepPath
 from pdserve.domain.ids import BlockId
 from pdserve.domain.latency import StepShape
 from pdserve.domain.sampling import SamplingParams
@@ -69,12 +69,21 @@ Drawn = SampledToken | Failed
 """A token, or why there is none: such a row ends its request, and no other one."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLimits:
+    """The largest steps that an engine will be given, for which it makes room."""
+
+    max_num_requests: int = 64
+    max_num_tokens: int = 512  # of prompts
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """One entry for each sequence of the batch, None if nothing was to be sampled."""
 
     sampled: tuple[Drawn | None, ...]
     elapsed_s: float
+    path: StepPath = StepPath.EAGER
 
     @property
     def num_tokens(self) -> int:

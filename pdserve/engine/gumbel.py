@@ -9,7 +9,7 @@ from pdserve.engine.ranking import Places
 
 Floats = npt.NDArray[np.float64]
 
-_NUM_BITS = 53
+NUM_BITS = 53
 _NUM_PROBED = 256
 _LOW = 6.0  # a score this far below the best one wins once in 400 times
 MAX_NOISE_GAP = 42.0
@@ -56,6 +56,6 @@ def _least_word(noise: float) -> np.uint64:
 
 
 def _noise(words: Words) -> Floats:
-    uniform = ((words >> np.uint64(64 - _NUM_BITS)).astype(np.float64) + 0.5) * 2.0**-_NUM_BITS
+    uniform = ((words >> np.uint64(64 - NUM_BITS)).astype(np.float64) + 0.5) * 2.0**-NUM_BITS
     noise: Floats = -np.log(-np.log(uniform))
     return noise

@@ -15,16 +15,17 @@ async def run_step(engine: Engine, batch: StepBatch, watch: WorkerWatch) -> Step
 
     A step that raised may have written a part of its KV. Each sequence writes the same to the same
     places again, so the second passage, of as many steps as there are sequences, is safe. A
-    sequence fails even if it was not to be sampled: its KV is not there. `watch` counts the step
-    that raised and each row that failed.
+    sequence fails even if it was not to be sampled: its KV is not there. `watch` counts steps by
+    how they were launched, the step that raised and each row that failed.
     """
     try:
         result = await engine.step(batch)
+        watch.step_launched(result.path)
     except Exception as error:
         log.error("step.failed", num_requests=len(batch.sequences), exc_info=error)
         watch.step_failed()
         if len(batch.sequences) > 1:
-            result = await _one_by_one(engine, batch)
+            result = await _one_by_one(engine, batch, watch)
         else:
             result = StepResult((_failed(),) * len(batch.sequences), 0.0)
     for drawn in result.sampled:
@@ -33,7 +34,7 @@ async def run_step(engine: Engine, batch: StepBatch, watch: WorkerWatch) -> Step
     return result
 
 
-async def _one_by_one(engine: Engine, batch: StepBatch) -> StepResult:
+async def _one_by_one(engine: Engine, batch: StepBatch, watch: WorkerWatch) -> StepResult:
     sampled: list[Drawn | None] = []
     elapsed_s = 0.0
     for sequence in batch.sequences:
@@ -43,6 +44,7 @@ async def _one_by_one(engine: Engine, batch: StepBatch) -> StepResult:
             log.error("sequence.failed", num_tokens=len(sequence.token_ids), exc_info=error)
             sampled.append(_failed())
         else:
+            watch.step_launched(result.path)
             sampled += result.sampled
             elapsed_s += result.elapsed_s
     return StepResult(tuple(sampled), elapsed_s)

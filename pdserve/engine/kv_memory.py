@@ -11,7 +11,7 @@ import numpy as np
 
 from pdserve.domain.ids import BlockId, HandoffId
 from pdserve.domain.layout import KvLayout
-from pdserve.engine.digest import block_digest
+from pdserve.engine.digest import block_digest, word_sums
 from pdserve.engine.kv_store import BlockRun, HostBuffer
 from pdserve.engine.threads import run_to_end
 
@@ -56,6 +56,7 @@ class KvMemory:
         else:
             self._map = mmap.mmap(-1, self.num_bytes)
         self.bytes = memoryview(self._map)
+        word_sums()  # compiled before there is an event loop
 
     def block(self, block_id: BlockId) -> memoryview:
         """The bytes of one block, writable."""

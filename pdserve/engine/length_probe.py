@@ -17,7 +17,7 @@ from torch import Tensor
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.lengths import ONE_REGIME, LengthRule
 from pdserve.engine.attention import AttentionCall, attending
-from pdserve.engine.model_probe import refusal, run_packed
+from pdserve.engine.model_probe import refusal, run_probe
 from pdserve.engine.model_shape import CONTEXT_KEYS, first_int
 
 _NUM_ROWS = 16
@@ -35,7 +35,7 @@ class _Trace:
 
     def attend(self, call: AttentionCall) -> Tensor:
         self.parts += [
-            each[:, : self.num_rows].clone() for each in (call.query, call.key, call.value)
+            each[:, : self.num_rows].clone().cpu() for each in (call.query, call.key, call.value)
         ]
         groups = call.query.shape[0] // call.value.shape[0]
         return call.value.repeat_interleave(groups, dim=0).transpose(0, 1)
@@ -123,7 +123,7 @@ def _trace(model: Any, length: int, last: int) -> list[Tensor]:
     tokens = torch.randint(0, vocab_size, (len(positions) + 1,), generator=generator)
     trace = _Trace(len(positions))
     with attending(trace):
-        logits = run_packed(model, tokens, torch.cat([positions, torch.tensor([last])]))
+        logits = run_probe(model, tokens, torch.cat([positions, torch.tensor([last])]))
     return [*trace.parts, logits[: len(positions)]]
 
 

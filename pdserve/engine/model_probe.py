@@ -52,6 +52,12 @@ def run_packed(model: Any, token_ids: Tensor, positions: Tensor, **kwargs: Any) 
     return logits
 
 
+def run_probe(model: Any, token_ids: Tensor, positions: Tensor) -> Tensor:
+    """`run_packed` wherever the model lies, of tensors of the host; its logits come to the host."""
+    device = model.device
+    return run_packed(model, token_ids.to(device), positions.to(device)).cpu()
+
+
 @torch.inference_mode()
 def plain_logits(model: Any, token_ids: Tensor, length: int) -> Tensor:
     """Logits of a forward with the attention the model came with; call before `use_paged`.
@@ -64,7 +70,7 @@ def plain_logits(model: Any, token_ids: Tensor, length: int) -> Tensor:
         positions = torch.cat([positions, torch.tensor([length - 1])])
         token_ids = torch.cat([token_ids, token_ids[:1]])
     try:
-        return run_packed(model, token_ids, positions)[:num_rows]
+        return run_probe(model, token_ids, positions)[:num_rows]
     except Exception as error:  # any model code may run here
         raise refusal(model, f"it does not compute a token at position {length - 1}") from error
 
@@ -101,7 +107,7 @@ def discover_layout(
     recorder = _Recorder()
     try:
         with attending(recorder):
-            run_packed(model, tokens, torch.arange(len(tokens)))
+            run_probe(model, tokens, torch.arange(len(tokens)))
     except Exception as error:  # any model code may run here
         raise refusal(model, "its forward does not take packed tokens") from error
     missing = [layer for layer in range(num_layers) if recorder.calls[layer] == 0]

@@ -16,6 +16,8 @@ from pdserve.engine.gumbel import Floats, noisiest, random_words
 from pdserve.engine.numba_draws import compile_draws
 from pdserve.engine.ranking import Places, sample_places
 
+MASS_BITS = 52
+"""The sum of a row's masses stays below two to this power, and a bit."""
 _WORTHWHILE = 0.4  # to leave tokens out takes less time than it saves if no larger share remains
 
 
@@ -69,7 +71,7 @@ def weigh(scores: Floats, memory: Floats) -> Floats:
     counts as none.
     """
     masses = np.exp(scores, out=memory)
-    masses *= 2.0 ** (52 - len(scores).bit_length())
+    masses *= 2.0 ** (MASS_BITS - len(scores).bit_length())
     return np.rint(masses, out=masses)
 
 

@@ -4,16 +4,21 @@ from typing import TYPE_CHECKING
 
 from pdserve.config.processes import EngineSettings
 from pdserve.domain.errors import LocalFault
-from pdserve.engine.contract import Engine
+from pdserve.engine.contract import Engine, StepLimits
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.timed_engine import TimedEngine
 
 if TYPE_CHECKING:  # it names tensors, and timed engines do without torch
     from pdserve.engine.rank_group import RankGroup
 
+_LIMITS = StepLimits()
 
-def open_engine(settings: EngineSettings) -> Engine:
-    """Load the model; raises `LocalFault` with what to do if it cannot be served."""
+
+def open_engine(settings: EngineSettings, limits: StepLimits = _LIMITS) -> Engine:
+    """Load the model; raises `LocalFault` with what to do if it cannot be served.
+
+    On a device there is room for steps up to `limits`.
+    """
     files = ModelFiles.open(settings.model, settings.override_config)
     if settings.engine == "timed":
         assert settings.coefficients is not None
@@ -38,9 +43,11 @@ def open_engine(settings: EngineSettings) -> Engine:
     return TorchEngine.load(
         files,
         block_size=settings.block_size,
-        num_blocks=settings.host_num_blocks,
+        num_blocks=settings.planned_num_blocks,
         dtype=settings.dtype,
         device=settings.device,
+        memory_fraction=settings.memory_fraction,
+        limits=limits,
     )
 
 
@@ -51,8 +58,9 @@ def load_rank_part(files: ModelFiles, settings: EngineSettings, group: "RankGrou
     return TorchEngine.load(
         files,
         block_size=settings.block_size,
-        num_blocks=settings.host_num_blocks,
+        num_blocks=settings.planned_num_blocks,
         dtype=settings.dtype,
         device=settings.device,
+        memory_fraction=settings.memory_fraction,
         group=group,
     )

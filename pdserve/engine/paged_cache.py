@@ -16,6 +16,8 @@ from pdserve.engine.packing import PackedBatch
 _MAX_COMPILED_PAIRS = 4096  # longer chunks are faster through SDPA, which blocks over queries
 _NO_SINKS: npt.NDArray[np.float32] = np.zeros(0, dtype=np.float32)
 
+_HOST = torch.device("cpu")
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -55,13 +57,13 @@ class PagedCache:
 class PagedStep:
     """The attention of one step; made anew for each, so that nothing of a batch outlives it."""
 
-    def __init__(self, cache: PagedCache, batch: PackedBatch) -> None:
+    def __init__(self, cache: PagedCache, batch: PackedBatch, device: torch.device = _HOST) -> None:
         self._cache = cache
         self._batch = batch
-        self._blocks = torch.from_numpy(batch.row_blocks)
-        self._offsets = torch.from_numpy(batch.row_offsets)
-        self._positions = torch.from_numpy(batch.positions)
-        self._tables = torch.from_numpy(batch.tables)
+        self._blocks = torch.from_numpy(batch.row_blocks).to(device)
+        self._offsets = torch.from_numpy(batch.row_offsets).to(device)
+        self._positions = torch.from_numpy(batch.positions).to(device)
+        self._tables = torch.from_numpy(batch.tables).to(device)
         is_compiled = np.zeros(len(batch.lengths), dtype=np.bool_)
         if cache.compiled is not None:
             num_pairs = batch.lengths * (batch.starts + batch.lengths)

@@ -4,20 +4,16 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pdserve.domain.errors import LocalFault
 from pdserve.domain.ids import BlockId
 from pdserve.domain.layout import KvLayout
 from pdserve.domain.sampling import SamplingParams
-from pdserve.engine.attention import attending
+from pdserve.engine.attention import AttentionTarget, attending
+from pdserve.engine.backend import BatchAttention, HostBackend, ModelBackend
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
-from pdserve.engine.fused_mlp import fuse_mlps
-from pdserve.engine.fused_norm import fuse_norms
-from pdserve.engine.fused_rotary import fuse_rotary
-from pdserve.engine.kv_memory import KvMemory
+from pdserve.engine.kv_store import KvStore
 from pdserve.engine.length_probe import (
     candidate_switches,
     context_limit,
@@ -36,10 +32,8 @@ from pdserve.engine.model_probe import (
     run_packed,
     use_paged,
 )
-from pdserve.engine.numba_attention import CompiledAttention, compile_attention
-from pdserve.engine.packed_linear import pack_linears
 from pdserve.engine.packing import pack
-from pdserve.engine.paged_cache import DTYPES, PagedCache, PagedStep
+from pdserve.engine.paged_cache import DTYPES
 from pdserve.engine.sharding.shares import dense_logits, share_of
 
 
@@ -75,25 +69,35 @@ def load_model(files: ModelFiles, dtype: str) -> Any:
 
 
 class PagedModel:
-    """`forward` runs any mix of prefill chunks and decode tokens over `kv`."""
+    """`forward` runs any mix of prefill chunks and decode tokens over `kv`.
+
+    A module, which may be the part that one rank has of a model, and what carries its KV and its
+    attention: see `pdserve.engine.backend`.
+    """
+
+    kv: KvStore
+    attention: BatchAttention
 
     def __init__(
         self,
         model: Any,
         *,
         block_size: int,
-        num_blocks: int,
+        num_blocks: int | None,
         dtype: str,
         attention: str = "auto",
         max_context_tokens: int | None = None,
+        backend: ModelBackend | None = None,
     ) -> None:
         """Take over `model` (in evaluation mode, weights of `dtype`); `LocalFault` if unfit.
 
         Of a model that ranks hold together (`load_rank_model`), all of them do this at once, and
         what they do here and in `forward` is the same, step by step.
-        Requests have at most `max_context_tokens`, or what the model's config says.
+        Requests have at most `max_context_tokens`, or what the model's config says. Without a
+        `backend`, which has its own attention, it computes on the CPU with `attention`. With
+        `num_blocks` None it can compute nothing before `open_kv`.
         """
-        compiled = _choose_attention(attention, dtype)
+        self._backend = backend or HostBackend(attention, dtype)
         config = model.config.get_text_config()
         limit = max_context_tokens or context_limit(config)
         tokens = probe_tokens(config.vocab_size, candidate_switches(config, limit))
@@ -108,18 +112,21 @@ class PagedModel:
             layout = discover_layout(model, block_size=block_size, dtype=dtype)
         else:
             layout = share.layout_of(model, block_size=block_size, dtype=dtype)
-        pack_linears(model)
-        fuse_norms(model)
-        fuse_mlps(model)
-        fuse_rotary(model)
+        self._backend.prepare(model)
         self._model = model
         self._dtype = dtype
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.length_rule = find_length_rule(model, limit) if share is None else share.length_rule
         self._gives_logits = share is None or share.place.is_last_stage
-        self._check_against(plain, tokens, layout, compiled)
-        self.kv = KvMemory(layout, num_blocks)
-        self._cache = PagedCache(self.kv, compiled)
+        self._check_against(plain, tokens, layout)
+        self.layout = layout
+        if num_blocks is not None:
+            self.open_kv(num_blocks)
+
+    def open_kv(self, num_blocks: int) -> None:
+        """Make the KV memory; what there was is closed."""
+        self.kv = self._backend.open_kv(self.layout, num_blocks)
+        self.attention = self._backend.attention(self.kv)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
@@ -127,42 +134,54 @@ class PagedModel:
 
         Ranks of other stages than the last give numbers that mean nothing.
         """
-        return self._forward(batch, self._cache)
+        return self.forward_over(self.attention, batch)
+
+    def run(self, token_ids: Tensor, positions: Tensor, target: AttentionTarget) -> Tensor:
+        """One pass over rows that are all on its device; logits [rows, vocabulary] of all."""
+        with attending(target):
+            return run_packed(self._model, token_ids, positions)
+
+    def close_kv(self) -> None:
+        """Drop the KV memory, if there is any."""
+        if hasattr(self, "kv"):
+            del self.attention
+            self.kv.close()
+            del self.kv
 
     def close(self) -> None:
         """Drop weights and KV memory."""
-        del self._model, self._cache
-        self.kv.close()
+        del self._model
+        self.close_kv()
 
-    def _forward(self, batch: StepBatch, cache: PagedCache) -> Tensor:
+    @torch.inference_mode()
+    def forward_over(self, attention: BatchAttention, batch: StepBatch) -> Tensor:
         """One pass for the sequences of each regime: the library computes a pass by one length."""
         regimes = [self.length_rule.regime(each.length) for each in batch.sequences]
         if len(set(regimes)) == 1:
-            return self._pass(batch, regimes[0], cache)
+            return self._pass(batch, regimes[0], attention)
         logits, places = [], []
         sampling = [own for each, own in zip(batch.sequences, regimes, strict=True) if each.sample]
         for regime in sorted(set(regimes)):
             both = zip(batch.sequences, regimes, strict=True)
             alike = StepBatch(tuple(each for each, own in both if own == regime))
-            logits.append(self._pass(alike, regime, cache))
+            logits.append(self._pass(alike, regime, attention))
             places += [place for place, own in enumerate(sampling) if own == regime]
-        return torch.cat(logits)[torch.tensor(places, dtype=torch.long).argsort()]
+        order = torch.tensor(places, dtype=torch.long).argsort()
+        return torch.cat(logits).index_select(0, order.to(logits[0].device))
 
-    def _pass(self, batch: StepBatch, regime: int, cache: PagedCache) -> Tensor:
-        packed = pack(batch, cache.block_size)
-        token_ids, positions = packed.token_ids, packed.positions
-        if regime > self.length_rule.regime(int(positions.max()) + 1):
+    def _pass(self, batch: StepBatch, regime: int, attention: BatchAttention) -> Tensor:
+        packed = pack(batch, attention.block_size)
+        spare_position = None
+        if regime > self.length_rule.regime(int(packed.positions.max()) + 1):
             # No position in the pass says how long its requests are: a row beside them does.
-            last = self.length_rule.switches[regime - 1]
-            token_ids, positions = np.append(token_ids, 0), np.append(positions, last)
-        rows = torch.from_numpy(packed.sampled_rows)
+            spare_position = self.length_rule.switches[regime - 1]
+        inputs = attention.inputs(packed, spare_position)
+        rows = inputs.sampled_rows
         kept = {"logits_to_keep": rows if len(rows) else 1} if self._keeps_rows else {}
-        with attending(PagedStep(cache, packed)):
-            logits = run_packed(
-                self._model, torch.from_numpy(token_ids), torch.from_numpy(positions), **kept
-            )
+        with attending(inputs.target):
+            logits = run_packed(self._model, inputs.token_ids, inputs.positions, **kept)
         if not self._keeps_rows:
-            logits = logits[rows]
+            logits = logits.index_select(0, rows)
         return logits[: len(rows)]
 
     @torch.inference_mode()
@@ -171,7 +190,6 @@ class PagedModel:
         plain: Mapping[int, Tensor],
         tokens: Tensor,
         layout: KvLayout,
-        compiled: CompiledAttention | None,
     ) -> None:
         """In each regime compute the probe's tokens in two chunks, then one by one; then as whole
         requests side by side. All must give the logits of `plain`, which are by length.
@@ -181,49 +199,46 @@ class PagedModel:
             alike = plain[regimes[self.length_rule.regime(length)]]
             self._check_same(logits, alike)
         num_blocks = layout.num_blocks_for(len(tokens))
-        scratch = KvMemory(layout, num_blocks * (len(regimes) + 1))
-        cache = PagedCache(scratch, compiled)
+        scratch = self._backend.open_kv(layout, num_blocks * (len(regimes) + 1))
+        attention = self._backend.attention(scratch)
         for place, length in enumerate(regimes.values()):
             ends = [end - 1 for _, end in _probe_chunks(len(tokens))]
-            table = probe_table(len(tokens), cache.block_size, place)
+            table = probe_table(len(tokens), attention.block_size, place)
             rows = [
-                self._forward(StepBatch((_part(tokens, (start, end), table, length),)), cache)[-1]
+                self._computed(attention, _part(tokens, (start, end), table, length))[-1]
                 for start, end in _probe_chunks(len(tokens))
             ]
             self._check_same(torch.stack(rows), plain[length][ends])
-        self._check_beside(plain, tokens, list(regimes.values()), cache)
-        del cache
+        self._check_beside(plain, tokens, list(regimes.values()), attention)
+        del attention
         scratch.close()
 
+    def _computed(self, attention: BatchAttention, *steps: SequenceStep) -> Tensor:
+        """Logits of the probe, on the host."""
+        return self.forward_over(attention, StepBatch(steps)).cpu()
+
     def _check_beside(
-        self, plain: Mapping[int, Tensor], tokens: Tensor, lengths: list[int], cache: PagedCache
+        self,
+        plain: Mapping[int, Tensor],
+        tokens: Tensor,
+        lengths: list[int],
+        attention: BatchAttention,
     ) -> None:
         """One step of a request of each length, and of a chunk of half of one."""
         half = len(tokens) // 2
         ends = [half, *[len(tokens)] * len(lengths)]
         lengths = [lengths[0], *lengths]
         parts = [
-            _part(tokens, (0, end), probe_table(len(tokens), cache.block_size, place), length)
+            _part(tokens, (0, end), probe_table(len(tokens), attention.block_size, place), length)
             for place, (end, length) in enumerate(zip(ends, lengths, strict=True))
         ]
         expected = [plain[length][end - 1] for end, length in zip(ends, lengths, strict=True)]
-        logits = self._forward(StepBatch(tuple(parts)), cache)
+        logits = self._computed(attention, *parts)
         self._check_same(logits, torch.stack(expected))
 
     def _check_same(self, paged: Tensor, plain: Tensor) -> None:
         if self._gives_logits:
             check_same_logits(self._model, paged, plain, self._dtype)
-
-
-def _choose_attention(attention: str, dtype: str) -> CompiledAttention | None:
-    """`numba` reads float32 only; `auto` leaves other dtypes to torch."""
-    if attention not in ("auto", "numba", "torch"):
-        raise LocalFault(f"attention must be auto, numba or torch; got {attention}")
-    if attention == "torch" or (attention == "auto" and dtype != "float32"):
-        return None
-    if dtype != "float32":
-        raise LocalFault(f"numba attention reads float32 only; got {dtype}")
-    return compile_attention()
 
 
 def _probe_chunks(num_tokens: int) -> list[tuple[int, int]]:

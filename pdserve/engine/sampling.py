@@ -45,14 +45,21 @@ def _draw_guarded(
     row: Logits, best: int, step: SampleStep, eos_token_ids: Sequence[int], work: Work
 ) -> Drawn:
     if not np.isfinite(row[best]):
-        return _unusable(
-            f"the model's logits for output token {step.token_index} are NaN or infinite"
-        )
+        return token_or_failure(None, step)
     try:
         return _draw(row, best, step, eos_token_ids, work)
     except Exception as error:
         log.error("row.failed", token_index=step.token_index, exc_info=error)
         return Failed(reason=Reason.INTERNAL, message="the engine failed to draw a token")
+
+
+def token_or_failure(token_id: int | None, step: SampleStep) -> Drawn:
+    """What was drawn for `step`; None if its row has no usable logit."""
+    if token_id is None:
+        return _unusable(
+            f"the model's logits for output token {step.token_index} are NaN or infinite"
+        )
+    return SampledToken(token_id)
 
 
 def _unusable(message: str) -> Failed:

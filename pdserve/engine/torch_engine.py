@@ -1,17 +1,22 @@
-"""The engine that runs real models: `transformers` code over a paged KV cache, on CPU."""
+"""The engine that runs real models: `transformers` code over a paged KV cache, on any device."""
 
 import contextlib
 import ctypes
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from pdserve.domain.engine_spec import EngineSpec
+from pdserve.domain.engine_spec import EngineSpec, StepPath
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.layout import ShardedLayout
-from pdserve.engine.contract import Drawn, StepBatch, StepResult
+from pdserve.engine.contract import Drawn, StepBatch, StepLimits, StepResult
+from pdserve.engine.device.device_backend import bring_to
+from pdserve.engine.device.device_opening import DeviceRoom, open_on_device
+from pdserve.engine.device.opening import open_runtime
+from pdserve.engine.device.runtime import DeviceRuntime
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_shape import item_bytes
 from pdserve.engine.numba_draws import compile_draws
@@ -27,17 +32,54 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _KEPT_BYTES = 256 << 20
 
 
+class Stepper(Protocol):
+    """A loaded model, or a rank's part of one, where it computes. One call at a time."""
+
+    def run(self, batch: StepBatch) -> tuple[list[Drawn], StepPath]:
+        """Compute the batch; what was drawn for each sequence that samples, in order.
+
+        Nothing at a rank that does not draw.
+        """
+        ...
+
+    def close(self) -> None:
+        """Drop the model and its memory."""
+        ...
+
+
+class HostStepper:
+    """Satisfies `Stepper` on the CPU."""
+
+    def __init__(self, model: PagedModel, eos_token_ids: tuple[int, ...], *, draws: bool) -> None:
+        self._model, self._eos_token_ids = model, eos_token_ids
+        self._draws = draws
+
+    def run(self, batch: StepBatch) -> tuple[list[Drawn], StepPath]:
+        logits = self._model.forward(batch)
+        if not self._draws:
+            return [], StepPath.EAGER
+        steps = [each.sample for each in batch.sequences if each.sample is not None]
+        drawn = draw_tokens(logits.float().numpy(), steps, self._eos_token_ids)
+        return drawn, StepPath.EAGER
+
+    def close(self) -> None:
+        self._model.close()
+
+
 class TorchEngine:
     """Satisfies `Engine`. Computes in one thread of its own, with one torch thread.
 
-    Of a rank that does not draw, the tokens are all None.
+    On a device this thread packs and submits a step and then waits for an event, so that the event
+    loop plans, answers and sends while the device computes. Of a rank that does not draw, the
+    tokens are all None.
     """
 
-    def __init__(self, model: PagedModel, spec: EngineSpec, *, draws: bool = True) -> None:
+    def __init__(self, model: PagedModel, stepper: Stepper, spec: EngineSpec) -> None:
+        """Take over `stepper`, which has `model`."""
         self.spec = spec
-        self._draws = draws
         self.kv = model.kv
         self._model = model
+        self._stepper = stepper
         self._thread = ThreadPoolExecutor(1, "engine", initializer=_use_one_thread)
 
     @classmethod
@@ -46,30 +88,56 @@ class TorchEngine:
         files: ModelFiles | Path,
         *,
         block_size: int,
-        num_blocks: int,
+        num_blocks: int | None,
         dtype: str = "float32",
-        device: str = "cpu",
+        device: str | DeviceRuntime = "cpu",
         attention: str = "auto",
+        memory_fraction: float = 0.9,
+        limits: StepLimits = StepLimits(),  # noqa: B008  frozen
         group: RankGroup | None = None,
     ) -> "TorchEngine":
         """Load weights, and check that the model can be served; `LocalFault` says why if not.
 
         With `group` only the part of this rank: the other ranks load and compute theirs beside it.
-        `attention`: `numba` or `torch` (gather and SDPA); `auto` takes numba where it can be used.
+        `device`: cpu, cuda, cuda:N, or a runtime. `attention` on the CPU: `numba` or `torch`
+        (gather and SDPA); `auto` takes numba where it can be used. On a device: see
+        `DeviceBackend`. There, steps up to `limits` have room, and `num_blocks` None makes as many
+        as `memory_fraction` of the device's memory leaves.
         """
-        if device != "cpu":
-            raise LocalFault(f"device must be cpu; got {device}")
         item_bytes(dtype)
         _use_one_thread()
         keep_freed_memory()
         compile_draws()
         if isinstance(files, Path):
             files = ModelFiles.open(files)
+        runtime = open_runtime(device) if isinstance(device, str) else device
+        if num_blocks is None and (runtime is None or group is not None):
+            raise LocalFault(
+                "num_blocks must be given for the CPU, whose memory others share, and for workers "
+                "of several ranks, which must have equally many"
+            )
+        draws = group is None or group.place.draws
+        room = None if runtime is None else DeviceRoom.of(runtime, memory_fraction)
         loaded = (
             load_model(files, dtype)
             if group is None
-            else load_rank_model(files, dtype, group.place, group, device)
+            else load_rank_model(
+                files, dtype, group.place, group, str(runtime.device) if runtime else "cpu"
+            )
         )
+        if room is not None:
+            model, stepper = open_on_device(
+                bring_to(loaded, room.runtime),
+                files,
+                room,
+                block_size=block_size,
+                num_blocks=num_blocks,
+                dtype=dtype,
+                attention=attention,
+                limits=limits,
+                draws=draws,
+            )
+            return cls(model, stepper, _spec(files, model, share_of(loaded)))
         model = PagedModel(
             loaded,
             block_size=block_size,
@@ -79,7 +147,7 @@ class TorchEngine:
             max_context_tokens=files.max_context_tokens,
         )
         spec = _spec(files, model, share_of(loaded))
-        return cls(model, spec, draws=group is None or group.place.draws)
+        return cls(model, HostStepper(model, files.eos_token_ids, draws=draws), spec)
 
     async def step(self, batch: StepBatch) -> StepResult:
         """Run the batch in the engine's thread. A cancelled call raises once the step is over."""
@@ -90,19 +158,16 @@ class TorchEngine:
         began_s = time.perf_counter()
         if not batch.sequences:
             return StepResult((), 0.0)
-        logits = self._model.forward(batch)
-        if not self._draws:
-            return StepResult((None,) * len(batch.sequences), time.perf_counter() - began_s)
-        steps = [each.sample for each in batch.sequences if each.sample is not None]
-        drawn = iter(draw_tokens(logits.float().numpy(), steps, self.spec.eos_token_ids))
+        found, path = self._stepper.run(batch)
+        drawn = iter(found)
         sampled: list[Drawn | None] = [
-            None if each.sample is None else next(drawn) for each in batch.sequences
+            None if each.sample is None else next(drawn, None) for each in batch.sequences
         ]
-        return StepResult(tuple(sampled), time.perf_counter() - began_s)
+        return StepResult(tuple(sampled), time.perf_counter() - began_s, path)
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
-        self._model.close()
+        self._stepper.close()
 
 
 def _use_one_thread() -> None:

@@ -234,6 +234,13 @@ BATCH = _histogram(
     "Requests in one engine step: the batch size",
     buckets=BATCH_BUCKETS,
 )
+STEP_LAUNCHES = _counter(
+    "pdserve_step_launches_total",
+    WORKERS,
+    "Engine steps by how their operators were launched: one by one (eager), or as one that was "
+    "recorded (graph; decode steps on a GPU)",
+    "path",
+)
 STEP_FAILURES = _counter(
     "pdserve_engine_step_failures_total",
     WORKERS,

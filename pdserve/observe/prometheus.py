@@ -22,6 +22,7 @@ from prometheus_client.exposition import choose_encoder
 
 from pdserve import __version__
 from pdserve.config.processes import SloClass
+from pdserve.domain.engine_spec import StepPath
 from pdserve.domain.errors import Reason
 from pdserve.domain.ids import PROTOCOL_VERSION
 from pdserve.domain.latency import LiveSteps, StepCoefficients
@@ -194,6 +195,7 @@ class WorkerMetrics(ProcessMetrics, WorkerWatch):
         self.coefficients: StepCoefficients | None = None
         self._step = self._histogram(m.STEP)
         self._batch = self._histogram(m.BATCH)
+        self._launches = _children(self._counter(m.STEP_LAUNCHES), tuple(StepPath))
         self._step_failures = self._counter(m.STEP_FAILURES)
         self._row_failures = self._counter(m.ROW_FAILURES)
         for reason in (Reason.UNUSABLE_LOGITS, Reason.INTERNAL):
@@ -225,6 +227,9 @@ class WorkerMetrics(ProcessMetrics, WorkerWatch):
             self._prompt_tokens.inc(num_prompt_tokens)
         if num_output_tokens:
             self._output_tokens.inc(num_output_tokens)
+
+    def step_launched(self, path: str) -> None:
+        self._launches[path].inc()
 
     def step_failed(self) -> None:
         self._step_failures.inc()

@@ -44,6 +44,9 @@ class WorkerWatch:
     ) -> None:
         """One engine step: what it computed and sampled."""
 
+    def step_launched(self, path: str) -> None:
+        """How one engine step went to the device: a `StepPath`."""
+
     def step_failed(self) -> None:
         """One engine step raised; its sequences are run again one by one."""
 

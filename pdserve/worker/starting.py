@@ -11,7 +11,7 @@ import structlog
 from pdserve.config.processes import WorkerSettings
 from pdserve.domain.addresses import split_address
 from pdserve.domain.errors import LocalFault
-from pdserve.engine.contract import Engine
+from pdserve.engine.contract import Engine, StepLimits
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.opening import load_rank_part, open_engine
 from pdserve.engine.ranks.crew import PreparedRanks, gathered
@@ -106,7 +106,10 @@ async def opened_engine(
     """
     async with contextlib.AsyncExitStack() as stack:
         if prepared is None:
-            engine: Engine = open_engine(settings.engine)
+            limits = StepLimits(
+                max_num_requests=settings.max_num_requests, max_num_tokens=settings.max_step_tokens
+            )
+            engine: Engine = open_engine(settings.engine, limits)
             stack.callback(engine.close)
         else:
             crew = await stack.enter_async_context(gathered(settings, prepared, on_stop))

@@ -7,6 +7,7 @@ from pdserve.domain.errors import LocalFault
 from pdserve.domain.ids import BlockId
 from pdserve.domain.sampling import SamplingParams
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
+from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.paged_model import PagedModel
 from tests.support.greedy_runs import BLOCK_SIZE, NUM_BLOCKS, generated, random_prompts, run_all
 from tests.support.tiny_models import REFUSED, ROPES, SERVED, tiny_model
@@ -63,6 +64,7 @@ def test_rows_of_bad_numbers_stay_bad_and_leave_the_others_alone(name: str, atte
     alone = [paged.forward(StepBatch((step,)))[0].clone() for step in (prompt, token)]
     with torch.no_grad():
         paged._model.get_input_embeddings().weight[bad_id] = torch.nan
+    assert isinstance(paged.kv, KvMemory)
     paged.kv.bytes[:] = b"\xff" * paged.kv.num_bytes
     bad, worse = whole([5, 9, bad_id, 3], range(2, 3)), whole([bad_id] * 20, range(3, 6))
     read = paged.forward(StepBatch((bad, prompt, worse)))

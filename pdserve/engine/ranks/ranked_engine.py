@@ -75,9 +75,10 @@ class RankedEngine:
                 if not each.done():
                     self._crew.lose(rank, f"has been in a step for {self._step_s:g} s")
             elapsed_s = time.perf_counter() - began_s
+        result = own.result()
         if self._drawer == 0:
-            return StepResult(own.result().sampled, elapsed_s)
-        return StepResult(drawn_of(answers[self._drawer - 1].result()), elapsed_s)
+            return StepResult(result.sampled, elapsed_s, result.path)
+        return StepResult(drawn_of(answers[self._drawer - 1].result()), elapsed_s, result.path)
 
     def close(self) -> None:
         """The other ranks are ended by their crew."""

@@ -20,6 +20,7 @@ from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Failed, SampledToken
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
+from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.model_shape import kv_layout
 from pdserve.engine.paged_model import load_model
@@ -225,6 +226,7 @@ async def test_cancelled_step_returns_once_it_is_computed() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert isinstance(engine.kv, KvMemory)
     written = bytes(engine.kv.block(BlockId(24)))
     assert any(written)
     result = await engine.step(
@@ -265,7 +267,7 @@ def test_unknown_model_type_is_refused(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"dtype": "int8"}, "dtype must be one of"),
-        ({"device": "tpu"}, "device must be cpu; got tpu"),
+        ({"device": "tpu"}, "device must be cpu, cuda or cuda:N; got tpu"),
         ({"attention": "flash"}, "attention must be auto, numba or torch; got flash"),
         ({"attention": "numba", "dtype": "bfloat16"}, "reads float32 only"),
     ],
@@ -286,6 +288,7 @@ def test_prompt_of_bad_numbers_harms_neither_neighbours_nor_the_prefix_cache(
     """
     engine = open_demo(attention=attention)
     pool = BlockPool(96, are_sound=engine.kv.are_sound)
+    assert isinstance(engine.kv, KvMemory)
     engine.kv.bytes[:] = b"\xff" * engine.kv.num_bytes
     bad_id = 7
     assert bad_id not in PROMPTS[0]

@@ -1,0 +1,1 @@
+"""Models on devices other than the CPU: attention, memory, graphs, sampling."""
