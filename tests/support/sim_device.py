@@ -418,6 +418,10 @@ class SimRuntime:
         for stream in list(SIM.streams):
             stream.drain()
 
+    def trim(self) -> None:
+        self.synchronize()
+        SIM.memory.most = SIM.memory.used
+
     def free_bytes(self) -> int:
         return self._total_bytes - SIM.memory.most
 

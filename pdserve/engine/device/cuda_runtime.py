@@ -70,6 +70,9 @@ class CudaRuntime:
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
 
+    def trim(self) -> None:
+        torch.cuda.empty_cache()
+
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0]
 

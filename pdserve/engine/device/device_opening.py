@@ -154,12 +154,16 @@ def _largest_bytes(
     model.open_kv(1)
     sizes = batch_sizes(limits.max_num_requests)
     stepper.run(_largest_batch(model.layout, limits))
+    step_bytes = before - runtime.free_bytes()
+    runtime.trim()  # recording does it anyway: the two are measured apart
+    before = runtime.free_bytes()
     is_recorded = stepper.record(sizes[-1:], width)
     runtime.synchronize()
-    taken = before - runtime.free_bytes()
+    graph_bytes = before - runtime.free_bytes()
     stepper.forget()
     model.close_kv()
-    return taken + (_GRAPH_BYTES * (len(sizes) - 1) if is_recorded else 0)
+    runtime.trim()
+    return step_bytes + graph_bytes + (_GRAPH_BYTES * (len(sizes) - 1) if is_recorded else 0)
 
 
 def _largest_batch(layout: KvLayout, limits: StepLimits) -> StepBatch:

@@ -85,8 +85,12 @@ class DeviceRuntime(Protocol):
         """Wait for all streams."""
         ...
 
+    def trim(self) -> None:
+        """Give back what this process has used and freed again."""
+        ...
+
     def free_bytes(self) -> int:
-        """What nobody has; what this process has used and freed again is not among it."""
+        """What nobody has; until `trim`, what was used and freed again is not among it."""
         ...
 
     def total_bytes(self) -> int: ...
@@ -153,6 +157,9 @@ class HostRuntime:
         return _HostGraph(compute)
 
     def synchronize(self) -> None:
+        pass
+
+    def trim(self) -> None:
         pass
 
     def free_bytes(self) -> int:
