@@ -12,7 +12,7 @@ import pytest
 from tests.support.tiny_models import save_tiny_model
 
 PLANS = [(2, 1), (1, 2), (2, 2), (4, 1)]
-SLOW_PLANS = [(4, 2)]
+ALL_PLANS = [*PLANS, (4, 2)]
 SEED = 20261128
 WITHIN_S = 600
 
@@ -50,9 +50,14 @@ def answers(model: str, plans: list[tuple[int, int]], folder: Path) -> list[Any]
 
 
 @pytest.mark.parametrize(
-    "plans", [PLANS, pytest.param(SLOW_PLANS, marks=pytest.mark.slow)], ids=["usual", "eight"]
+    ("name", "plans"),
+    [
+        ("demo", PLANS),
+        ("one KV head", [(2, 1), (2, 2)]),
+        pytest.param("one KV head", ALL_PLANS, marks=pytest.mark.slow),
+        pytest.param("four KV heads", ALL_PLANS, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("name", ["demo", "one KV head", "four KV heads"])
 def test_tokens_of_rank_processes_equal_those_of_one_plain_process(
     name: str, plans: list[tuple[int, int]], tmp_path: Path
 ) -> None:

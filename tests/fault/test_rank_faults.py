@@ -141,7 +141,11 @@ async def lose_one(cluster: LocalCluster, rank: int, number: signal.Signals) -> 
 
 
 async def next_message(cluster: LocalCluster) -> str:
-    return (await asyncio.wait_for(cluster.next_event(), PATIENCE_S)).message
+    """What is said next of the victim."""
+    while True:
+        message = (await asyncio.wait_for(cluster.next_event(), PATIENCE_S)).message
+        if message.startswith(VICTIM):
+            return message
 
 
 async def check(ends: Sequence[Ended], client: InferenceClient) -> int:

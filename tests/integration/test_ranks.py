@@ -6,15 +6,17 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import AsyncIterator
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from deploy.forked import ForkedProcess, ForkServer
-from deploy.processes import LocalProcess
+from deploy.forked import ForkedProcess
+from deploy.processes import LocalProcess, environment
 from pdserve.cli.problems import ClusterFailed
 from pdserve.config.processes import WorkerSettings
 from pdserve.domain.messages import Role
@@ -23,6 +25,8 @@ from tests.support.tiny_models import save_tiny_model
 from tests.support.waiting import wait_until
 
 WITHIN_S = 120.0
+PAUSE_S = 4.0
+"""Longer than any silence, or stop, that is a death."""
 STEPS = {"fixed_s": 0.01, "prefill_token_s": 1e-4, "decode_token_s": 1e-4}
 TIMED = {"engine": "timed", "tp": 2, "num_blocks": 16, "coefficients": STEPS}
 TORCH = {"tp": 2, "num_blocks": 16, "coefficients": STEPS}
@@ -70,14 +74,16 @@ async def started(*processes: LocalProcess) -> AsyncIterator[list[asyncio.Task[i
             await each.wait()
 
 
-@contextlib.asynccontextmanager
-async def fork_server() -> AsyncIterator[str]:
-    server = ForkServer(f"pdserve-test-{secrets.token_hex(8)}")
-    await server.start()
-    try:
-        yield server.name
-    finally:
-        await server.close()
+@pytest.fixture(scope="module")
+def fork_server() -> Iterator[str]:
+    """The name of one that has imported what workers need."""
+    name = f"pdserve-test-{secrets.token_hex(8)}"
+    command = [sys.executable, "-m", "deploy.fork_server", name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"ready\n"
+        yield name
+        server.kill()
 
 
 async def codes_of(ends: list[asyncio.Task[int]]) -> list[int]:
@@ -133,38 +139,36 @@ async def test_model_that_cannot_be_divided_is_refused_with_the_reason(tmp_path:
     await worker.wait()
 
 
-async def test_ranks_of_two_hosts_compute_together_and_die_together(tmp_path: Path) -> None:
-    async with fork_server() as server:
-        port = free_port()
-        both = [process(each, tmp_path, server) for each in nodes(TORCH, port)]
-        async with started(*both) as ends:
-            [rank] = psutil.Process(both[1].pid).children()
-            assert rank.name() == "pdserve-rank1"
-            rank.kill()
-            assert await codes_of(ends) == [1, 1]
-        assert "rank 1 closed its connection" in both[0].last_words()
-        assert "rank 1 was killed by signal 9" in both[1].last_words()
-        # Neither ports nor anything else of the first life is in the way of the next.
-        again = [process(each, tmp_path, server) for each in nodes(TORCH, port)]
-        async with started(*again) as ends:
-            again[0].signal(signal.SIGTERM)
-            assert await codes_of(ends) == [0, 0]
+async def test_ranks_of_two_hosts_compute_together_and_die_together(
+    tmp_path: Path, fork_server: str
+) -> None:
+    port = free_port()
+    both = [process(each, tmp_path, fork_server) for each in nodes(TORCH, port)]
+    async with started(*both) as ends:
+        [rank] = psutil.Process(both[1].pid).children()
+        assert rank.name() == "pdserve-rank1"
+        rank.kill()
+        assert await codes_of(ends) == [1, 1]
+    assert "rank 1 closed its connection" in both[0].last_words()
+    assert "rank 1 was killed by signal 9" in both[1].last_words()
+    # Neither ports nor anything else of the first life is in the way of the next.
+    again = [process(each, tmp_path, fork_server) for each in nodes(TORCH, port)]
+    async with started(*again) as ends:
+        again[0].signal(signal.SIGTERM)
+        assert await codes_of(ends) == [0, 0]
 
 
-async def test_pause_of_a_whole_worker_is_no_death(tmp_path: Path) -> None:
-    async with fork_server() as server:
-        worker = process(settings(TORCH), tmp_path, server)
-        async with started(worker) as ends:
-            ranks = [worker.pid, *(each.pid for each in psutil.Process(worker.pid).children())]
-            for number in (signal.SIGSTOP, signal.SIGCONT):
-                for pid in ranks:
-                    os.kill(pid, number)
-                if number is signal.SIGSTOP:
-                    await wait_until(
-                        lambda: all(map(is_stopped, ranks)), within_s=10, what="all are stopped"
-                    )
-                    await asyncio.sleep(4.0)  # longer than any silence that is death
-            done, _ = await asyncio.wait(ends, timeout=3.0)
-            assert not done, worker.last_words()
-            worker.signal(signal.SIGTERM)
-            assert await codes_of(ends) == [0]
+async def test_pause_of_a_whole_worker_is_no_death(tmp_path: Path, fork_server: str) -> None:
+    worker = process(settings(TORCH), tmp_path, fork_server)
+    async with started(worker) as ends:
+        ranks = [worker.pid, *(each.pid for each in psutil.Process(worker.pid).children())]
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        await wait_until(lambda: all(map(is_stopped, ranks)), within_s=10, what="all are stopped")
+        await asyncio.sleep(PAUSE_S)
+        for pid in ranks:
+            os.kill(pid, signal.SIGCONT)
+        done, _ = await asyncio.wait(ends, timeout=3.0)
+        assert not done, worker.last_words()
+        worker.signal(signal.SIGTERM)
+        assert await codes_of(ends) == [0]
