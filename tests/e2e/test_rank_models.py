@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pdserve.domain.errors import LocalFault
+from pdserve.domain.ids import BlockId
+from pdserve.domain.sampling import SamplingParams
+from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.paged_model import PagedModel
 from pdserve.engine.sharding import check_divisible, load_rank_model
-from pdserve.engine.sharding.thread_group import ThreadGroup
+from pdserve.engine.sharding.thread_group import ThreadGroup, thread_groups
 from tests.support.greedy_runs import BLOCK_SIZE, NUM_BLOCKS, generated, random_prompts, run_all
 from tests.support.rank_threads import rank_threads
 from tests.support.tiny_models import ROPES, SERVED, save_tiny_model, tiny_model
@@ -86,7 +90,7 @@ def check_equal(name: str, tp: int, pp: int, model_dir: Path, **changes: Any) ->
         assert difference < MAX_DIFFERENCE
 
 
-@pytest.mark.parametrize("name", sorted(SERVED))
+@pytest.mark.parametrize("name", [*sorted(SERVED), "phi3/longrope", "gemma3_text/two-switches"])
 def test_tokens_and_logits_equal_those_of_one_process(name: str, tmp_path: Path) -> None:
     check_equal(name, 2 if is_divided(name) else 1, 2, tmp_path)
 
@@ -122,6 +126,78 @@ def test_models_that_cannot_be_cut_are_refused_with_what_can_serve_them(
     assert UNDIVIDED[name] in refusal.value.message
     assert "whole layers (tp 1, pp up to 3), or serve it on one rank" in refusal.value.message
     check_divisible(files, 1, 2)
+
+
+def test_ranks_compute_in_bfloat16_as_one_process_does(tmp_path: Path) -> None:
+    files = files_of("llama", tmp_path)
+    with rank_threads(1, 1, lambda group: load(files, group, "bfloat16")) as whole:
+        expected = torch.stack(run_all(whole, random_prompts(), 1)[0].logits)
+    with rank_threads(2, 2, lambda group: load(files, group, "bfloat16")) as ranks:
+        logits = torch.stack(run_all(ranks, random_prompts(), 1)[0].logits)
+    assert logits.dtype is torch.bfloat16
+    assert float((logits - expected).abs().max()) < 0.1 * float(expected.std())
+
+
+def test_bad_numbers_of_one_token_do_not_reach_others(tmp_path: Path) -> None:
+    """A shard that has not the token looks another one up in its place."""
+    files = files_of("llama", tmp_path, tie_word_embeddings=False)
+    with rank_threads(2, 1, lambda group: load(files, group)) as ranks:
+        prompt = [5, 9, 33, 77, 2, 100, 31, 8]
+        [alone] = ranks.forward(StepBatch((whole_prompt(prompt, 0),)))
+        for rank in ranks.ranks:
+            rank._model.get_input_embeddings().weight[0] = torch.nan
+        good = whole_prompt([token for token in prompt if token], 2)
+        [logits] = ranks.forward(StepBatch((good,)))
+        assert torch.equal(logits, alone)
+
+
+def whole_prompt(token_ids: list[int], block: int) -> SequenceStep:
+    return SequenceStep(
+        token_ids=tuple(token_ids),
+        start=0,
+        block_table=(BlockId(block),),
+        sample=SampleStep(params=SamplingParams(), token_index=0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "tp", "pp", "message"),
+    [
+        ({"hidden_size": 96, "num_attention_heads": 6}, 4, 1, "its num_attention_heads 6 does not"),
+        (
+            {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3},
+            2,
+            1,
+            "3 KV heads",
+        ),
+        ({"intermediate_size": 90}, 4, 1, "its intermediate_size 90 does not divide by it"),
+        ({}, 1, 4, "pp must be at most 3, the number of layers of .*; got 4"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_named(
+    changes: dict[str, Any], tp: int, pp: int, message: str, tmp_path: Path
+) -> None:
+    files = files_of("llama", tmp_path, **changes)
+    with pytest.raises(LocalFault, match=message):
+        check_divisible(files, tp, pp)
+
+
+def test_ranks_refuse_files_that_do_not_fit_the_config(tmp_path: Path) -> None:
+    files_of("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.2.mlp.up_proj.weight"
+    group = thread_groups(2, 2)[1]
+    for changed, message in (
+        ({name: tensors[name][:-1].clone()}, f"{name} is 95 x 64 in the weights, and 96 x 64"),
+        ({f"{name}_more": torch.ones(1)}, f"does not use: {name}_more"),
+    ):
+        save_file({**tensors, **changed}, tmp_path / "model.safetensors")
+        with pytest.raises(LocalFault, match=message):
+            load_rank_model(ModelFiles.open(tmp_path), "float32", group.place, group)
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(LocalFault, match=f"lacks weights of the model: {name}"):
+        load_rank_model(ModelFiles.open(tmp_path), "float32", group.place, group)
 
 
 def test_docs_say_which_models_are_divided() -> None:

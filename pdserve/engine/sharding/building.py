@@ -1,5 +1,6 @@
 """Modules of the library without their weights."""
 
+import copy
 import threading
 from typing import Any
 
@@ -18,7 +19,7 @@ def build_empty(config: Any, dtype: torch.dtype) -> Any:
 
     loader: Any = transformers.AutoModelForCausalLM
     with _BUILDING, no_init_weights():
-        model = loader.from_config(config, dtype=dtype)
+        model = loader.from_config(copy.deepcopy(config), dtype=dtype)
     return model.requires_grad_(False).eval()
 
 
@@ -28,5 +29,5 @@ def build_random(config: Any) -> Any:
 
     loader: Any = transformers.AutoModelForCausalLM
     with _BUILDING:
-        model = loader.from_config(config, dtype=torch.float32)
+        model = loader.from_config(copy.deepcopy(config), dtype=torch.float32)
     return model.requires_grad_(False).eval()

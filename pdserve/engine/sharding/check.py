@@ -44,7 +44,7 @@ def check_divisible(files: ModelFiles, tp: int, pp: int) -> None:
             f"pp must be at most {num_layers}, the number of layers of {files.name}; got {pp}"
         )
     _check_sizes(config, tp=tp, pp=pp, limit=files.max_context_tokens)
-    _check_twin(config, tp=tp, pp=pp)
+    check_twin(config, tp=tp, pp=pp)
 
 
 def _check_sizes(config: Any, *, tp: int, pp: int, limit: int) -> None:
@@ -73,22 +73,32 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _check_twin(config: Any, *, tp: int, pp: int) -> None:
+def check_twin(config: Any, *, tp: int, pp: int) -> None:
+    """Raise `LocalFault` unless a small model like that of `config` can be divided so."""
+    problem = _problem_of_twin(config, tp=tp, pp=pp)
+    if problem is None:
+        return
+    if tp > 1 and pp > 1 and _problem_of_twin(config, tp=tp, pp=1) is None:
+        tp = 1  # the stages are what does not work
+    raise unfit(config, tp, problem, pp=pp)
+
+
+def _problem_of_twin(config: Any, *, tp: int, pp: int) -> str | None:
+    """What a small model that was divided so does wrong, as a clause."""
     try:
         small = twin_config(config, tp=tp, pp=pp)
         is_same = any(_gives_same_logits(small, seed, tp=tp, pp=pp) for seed in _SEEDS)
-    except Exception as error:  # any model code may run here
+    except Exception as error:  # noqa: BLE001 - any model code may run here
         log.warning(
             "model.not_divided",
             model_type=config.model_type,
             error=repr(error),
             cause=repr(error.__cause__),
         )
-        reason = f"a small model of its kind that was divided so fails ({type(error).__name__})"
-        raise unfit(config, tp, reason, pp=pp) from error
-    if not is_same:
-        reason = "a small model of its kind that was divided so computes other logits than whole"
-        raise unfit(config, tp, reason, pp=pp)
+        return f"a small model of its kind that was divided so fails ({type(error).__name__})"
+    if is_same:
+        return None
+    return "a small model of its kind that was divided so computes other logits than whole"
 
 
 def _gives_same_logits(config: Any, seed: int, *, tp: int, pp: int) -> bool:

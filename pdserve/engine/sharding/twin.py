@@ -63,11 +63,14 @@ def _small_values(
     kv_heads = values.get("num_key_value_heads") or heads
     few, few_kv = _few_heads(heads, kv_heads, tp)
     head_dim = values.get("head_dim")
-    if head_dim or "qk_nope_head_dim" in values:
-        width = few * -(-_LEAST_WIDTH // few)
-    else:
-        width = few * (values[width_name] // heads)
-    small: dict[str, Any] = {
+    own_dim = values[width_name] // heads
+    width = few * -(-_LEAST_WIDTH // few)
+    small: dict[str, Any] = {}
+    if tp == 1 and head_dim in (None, own_dim):
+        width = few * own_dim  # which the code of some kinds takes for granted
+    elif head_dim is None and "qk_nope_head_dim" not in values:
+        small["head_dim"] = own_dim  # as for a shard
+    small |= {
         heads_name: few,
         width_name: width,
         vocab_name: _VOCAB_SIZE,
