@@ -86,6 +86,13 @@ PARTS = (
         needs=(*_MODEL, "triton"),
     ),
     Part(
+        name="peers",
+        module="peers_part",
+        answers="the engine beside other engines",
+        most_s=200,
+        needs=(*_MODEL, "triton", "tokenizers"),
+    ),
+    Part(
         name="prefill",
         module="prefill_part",
         answers="attention of prompts against the matrix rate, beside torch's",
