@@ -110,8 +110,14 @@ class SimStream:
         if not SIM.is_late:
             work()
             return
+        mode = torch.is_inference_mode_enabled()
+
+        def late() -> None:
+            with torch.inference_mode(mode):
+                work()
+
         with SIM.lock:
-            self.todo.append(work)
+            self.todo.append(late)
 
     def drain(self, until: Callable[[], bool] = lambda: False) -> None:
         with SIM.lock:
@@ -361,6 +367,16 @@ class SimRuntime:
         SIM.memory.most = SIM.memory.used
         SIM.num_waits = 0
         return self
+
+    @contextlib.contextmanager
+    def lateness(self) -> Iterator[None]:
+        """Streams run late in the block alone: it takes long, and loading a model has its own."""
+        SIM.is_late = True
+        try:
+            yield
+            self.synchronize()
+        finally:
+            SIM.is_late = self._late
 
     def __exit__(self, *exc: object) -> None:
         self.synchronize()

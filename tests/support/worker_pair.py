@@ -396,8 +396,7 @@ class WorkerPair:
         for index in range(self.sizes.num_prefill):
             self.prefill.append(await self._start_prefill(f"prefill-{index}"))
         parts = self.parts(Role.DECODE, "decode-0", Epoch(1))
-        assert isinstance(parts.engine, TimedEngine)
-        self.engine = parts.engine
+        self.engine: Any = parts.engine  # a `TimedEngine`, unless a subclass has others
         self._stack.callback(parts.engine.close)
         self.worker = await self._stack.enter_async_context(
             open_decode_worker(

@@ -1,0 +1,84 @@
+"""A prefill and a decode worker whose KV lies on the simulated device, through their handoffs."""
+
+import dataclasses
+from random import Random
+from typing import Any
+
+from pdserve.config.timers import Timers
+from pdserve.domain.ids import BlockId, Epoch
+from pdserve.domain.messages import Role
+from pdserve.domain.sampling import SamplingParams
+from pdserve.domain.tokens import SampledToken
+from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch, StepLimits
+from pdserve.engine.device.device_kv import DeviceKv
+from pdserve.engine.torch_engine import TorchEngine
+from pdserve.worker.parts import WorkerParts
+from tests.support.sim_device import SIM, SimRuntime
+from tests.support.worker_pair import BLOCK_SIZE, Sizes, WorkerPair, demo_files
+
+PROMPTS = [tuple(Random(seed).randrange(2, 500) for _ in range(5 + 11 * seed)) for seed in range(3)]
+SAMPLING: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 0.9, "top_p": 0.8, "seed": 4},
+]
+
+
+class DevicePair(WorkerPair):
+    """Workers that compute, their weights and KV on the device."""
+
+    def __init__(self, runtime: SimRuntime) -> None:
+        super().__init__(Sizes(max_step_tokens=16), timers=Timers())
+        self._runtime = runtime
+
+    def parts(self, role: Role, name: str, epoch: Epoch) -> WorkerParts:
+        parts = super().parts(role, name, epoch)
+        num_blocks = parts.engine.kv.num_blocks
+        parts.engine.close()
+        limits = StepLimits(max_num_requests=4, max_num_tokens=16)
+        engine = TorchEngine.load(
+            demo_files(),
+            block_size=BLOCK_SIZE,
+            num_blocks=num_blocks,
+            device=self._runtime,
+            limits=limits,
+        )
+        assert isinstance(engine.kv, DeviceKv)
+        return dataclasses.replace(parts, engine=engine)
+
+
+def alone(engine: TorchEngine, prompt: tuple[int, ...], params: SamplingParams) -> tuple[int, ...]:
+    """What one engine answers."""
+    known, start = list(prompt), 0
+    while len(known) < len(prompt) + params.max_tokens:
+        step = SequenceStep(
+            token_ids=tuple(known[start:]),
+            start=start,
+            block_table=tuple(BlockId(block) for block in range(32)),
+            sample=SampleStep(params=params, token_index=len(known) - len(prompt)),
+        )
+        [drawn] = engine.compute(StepBatch((step,))).sampled
+        assert isinstance(drawn, SampledToken)
+        start = len(known)
+        known.append(drawn.token_id)
+    return tuple(known[len(prompt) :])
+
+
+async def test_kv_of_a_device_goes_through_the_host_and_gives_the_tokens_of_the_cpu() -> None:
+    options = [{**each, "max_tokens": 6, "ignore_eos": True} for each in SAMPLING]
+    with SimRuntime() as runtime:
+        async with DevicePair(runtime) as pair:
+            SIM.num_waits = 0
+            with runtime.lateness():
+                calls = [
+                    pair.submit(prompt, **each)
+                    for prompt, each in zip(PROMPTS, options, strict=True)
+                ]
+                for call in calls:
+                    await call.completed()
+            assert SIM.num_waits == 0
+            assert pair.transport.num_reads > 0
+    on_cpu = TorchEngine.load(demo_files(), block_size=BLOCK_SIZE, num_blocks=64)
+    for call, prompt, each in zip(calls, PROMPTS, options, strict=True):
+        assert call.token_ids == alone(on_cpu, prompt, SamplingParams(**each))
+    on_cpu.close()
