@@ -44,9 +44,16 @@ class Running:
 class Scheduler:
     """Decode tokens first, then prompts in order of arrival within the step's token budget."""
 
-    def __init__(self, engine: TorchEngine) -> None:
+    def __init__(
+        self,
+        engine: TorchEngine,
+        *,
+        num_blocks: int = NUM_BLOCKS,
+        max_num_step_tokens: int = MAX_NUM_STEP_TOKENS,
+    ) -> None:
         self._engine = engine
-        self._pool = BlockPool(NUM_BLOCKS)
+        self._num_blocks, self._max_num_step_tokens = num_blocks, max_num_step_tokens
+        self._pool = BlockPool(num_blocks)
 
     def generate(self, prompts: Prompts, num_new_tokens: int) -> Sequence[Sequence[int]]:
         params = SamplingParams(max_tokens=num_new_tokens, ignore_eos=True)
@@ -54,7 +61,7 @@ class Scheduler:
         running: list[Running] = []
         outputs: list[list[int]] = [[] for _ in prompts]
         while waiting or running:
-            budget = MAX_NUM_STEP_TOKENS - len(running)
+            budget = self._max_num_step_tokens - len(running)
             while waiting and sum(len(each.prompt) for each in running if not each.output) < budget:
                 admitted = self._admit(waiting[0][1], params, outputs[waiting[0][0]])
                 if admitted is None:
@@ -67,7 +74,7 @@ class Scheduler:
                     asyncio.run(each.table.publish(self._names(each.prompt)))
                     each.table.release()
             running = [each for each in running if len(each.output) < num_new_tokens]
-        self._pool = BlockPool(NUM_BLOCKS)  # every repetition starts with a cold prefix cache
+        self._pool = BlockPool(self._num_blocks)  # every repetition starts with a cold prefix cache
         return outputs
 
     def _names(self, prompt: list[int]) -> tuple[bytes, ...]:
@@ -84,7 +91,7 @@ class Scheduler:
         return Running(prompt, params, table, table.num_cached_blocks * BLOCK_SIZE, output)
 
     def _step(self, running: list[Running]) -> None:
-        budget = MAX_NUM_STEP_TOKENS
+        budget = self._max_num_step_tokens
         chosen, sequences = [], []
         for each in sorted(running, key=lambda each: not each.output):
             if budget == 0:

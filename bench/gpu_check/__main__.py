@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu [cuda]")
     parser.add_argument("--only", nargs="*", choices=names, default=names, metavar="PART",
                         help=f"of {', '.join(names)}")  # fmt: skip
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds for all parts [540]")
+    parser.add_argument(
+        "--budget", type=float, help="seconds for all parts [540 on a GPU, an hour on a CPU]"
+    )
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder of results [out]")
     parser.add_argument("--part", choices=names, help=argparse.SUPPRESS)  # in its own process
     options = parser.parse_args()
@@ -38,7 +40,8 @@ def main() -> None:
         return
     began_s = time.monotonic()
     parts = [part_named(name) for name in names if name in options.only]
-    budget = Budget(total_s=options.budget)
+    default_s = 3600.0 if options.device == "cpu" else 540.0
+    budget = Budget(total_s=options.budget or default_s)
     outcomes = run_parts(parts, options.device, budget, lambda line: print(line, flush=True))
     elapsed_s = time.monotonic() - began_s
     date = datetime.datetime.now(datetime.UTC).date().isoformat()

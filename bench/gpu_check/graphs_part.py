@@ -11,7 +11,8 @@ import torch
 from bench.gpu_check.findings import Finding, must
 from bench.gpu_check.machine import Machine
 from bench.gpu_check.whole_models import OpenedModel, Requests, opened_model
-from pdserve.engine.contract import StepBatch, StepLimits, StepPath
+from pdserve.domain.engine_spec import StepPath
+from pdserve.engine.contract import StepBatch, StepLimits
 from pdserve.engine.device.decode_graphs import DecodeGraphs
 from pdserve.engine.device.device_attention import DeviceAttention
 from pdserve.engine.device.device_draws import DrawPlan

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 
 from bench.gpu_check.findings import Finding, must
 from bench.gpu_check.machine import Machine
@@ -19,14 +19,15 @@ _MOST_ABORT_S = 3.0
 
 
 def measure(machine: Machine) -> Iterator[Finding]:
-    options: Any = dist.ProcessGroupNCCL.Options()
+    dist: Any = torch.distributed
+    options = dist.ProcessGroupNCCL.Options()
     options.config.blocking = 0
     options.config.max_ctas = 4
     options._timeout = timedelta(seconds=20)
     torch.zeros(1, device=machine.device)
     before, _ = torch.cuda.mem_get_info(machine.device)
     began_s = time.perf_counter()
-    group: Any = dist.ProcessGroupNCCL(dist.HashStore(), 0, 1, options)
+    group = dist.ProcessGroupNCCL(dist.HashStore(), 0, 1, options)
     group.eager_connect_single_device(machine.device)
     ones = torch.ones(1 << 20, device=machine.device)
     group.allreduce([ones]).wait()

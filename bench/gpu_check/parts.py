@@ -8,10 +8,13 @@ from typing import Any
 
 from bench.gpu_check.findings import Finding
 
-_MODEL = ("torch", "transformers", "safetensors", "numba", "structlog", "xxhash")
+_MODEL = (
+    *("torch", "transformers", "safetensors", "tokenizers", "numba"),
+    *("structlog", "pydantic", "yaml", "rich"),
+)
 _SERVING = (
-    *_MODEL, "grpc", "grpc_health", "grpc_reflection", "google.protobuf", "google.rpc", "pydantic",
-    "prometheus_client", "typer", "tokenizers", "uvloop", "rich", "yaml",
+    *_MODEL, "grpc", "grpc_health", "grpc_reflection", "google.protobuf", "google.rpc",
+    "prometheus_client", "typer", "uvloop",
 )  # fmt: skip
 
 
@@ -98,6 +101,13 @@ PARTS = (
         answers="a communicator's memory, and how fast it is given up",
         most_s=40,
         needs_gpu=True,
+    ),
+    Part(
+        name="peers",
+        module="peers_part",
+        answers="the engine beside other engines",
+        most_s=200,
+        needs=(*_MODEL, "triton", "tokenizers"),
     ),
 )
 

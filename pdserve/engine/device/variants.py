@@ -178,7 +178,10 @@ def tile_size(variant: Variant) -> TileSize:
     num_warps = 8 if rows > 64 or rows * max(k_dim, v_dim) > 64 * 128 else 4
     room = _MAX_SHARED_BYTES - rows * k_dim * item_bytes
     choices = [(64, 3), (64, 2), (32, 3), (32, 2), (16, 2)]
-    if rows > _LEAST_TILE and max(k_dim, v_dim) > 128:
+    if kind.dtype == "float32":
+        choices = [(32, 3), (16, 3)]
+        room += min(room, 32 * (k_dim + v_dim) * item_bytes)  # one load is never in flight
+    elif rows > _LEAST_TILE and max(k_dim, v_dim) > 128:
         choices = [(16, 2)]
     elif rows >= 64:
         choices = [(32, 2), (16, 2)] if k_dim + v_dim > 128 else [(64, 2), (32, 2)]
