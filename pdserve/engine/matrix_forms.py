@@ -181,11 +181,9 @@ def _packs(dtype: torch.dtype) -> bool:
     if not onednn.is_available():
         return False
     operators: Any = torch.ops.mkldnn
-    return {
-        torch.float32: lambda: True,
-        torch.bfloat16: operators._is_mkldnn_bf16_supported,
-        torch.float16: operators._is_mkldnn_fp16_supported,
-    }[dtype]()
+    if dtype is torch.bfloat16:
+        return bool(operators._is_mkldnn_bf16_supported())
+    return dtype is torch.float32 or bool(operators._is_mkldnn_fp16_supported())
 
 
 def _as_given(weight: Tensor) -> Tensor:

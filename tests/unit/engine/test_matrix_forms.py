@@ -1,3 +1,4 @@
+import time
 from collections.abc import Iterator
 from random import Random
 
@@ -11,6 +12,8 @@ from pdserve.engine.matrix_forms import (
     TRIED_ROWS,
     Choice,
     Form,
+    Product,
+    Times,
     WeightShape,
     choose_forms,
     fastest,
@@ -67,16 +70,16 @@ def test_every_form_gives_the_product_rounded_once() -> None:
 
 
 def test_another_form_is_taken_only_if_it_is_clearly_faster() -> None:
-    usual = {("usual", first): (1.0, 1.0, 1.0)}
+    usual: Times = {("usual", first): (1.0, 1.0, 1.0)}
     for time_s, name in ((0.5, "other"), (0.9, "other"), (0.95, "usual"), (2.0, "usual")):
-        times = usual | {("other", first): (time_s,) * 3, ("other", second): (9.0,) * 3}
+        times: Times = {**usual, ("other", first): (time_s,) * 3, ("other", second): (9.0,) * 3}
         assert fastest((USUAL, OTHER), times).form.name == name
     assert fastest((USUAL, OTHER), {}) == Choice(USUAL, (first,) * 3)
 
 
 def test_many_rows_count_more_than_few() -> None:
-    times = {
-        ("usual", first): (1.3, 1.0, 1.0),
+    times: dict[tuple[str, Product], tuple[float, ...]] = {
+        ("usual", first): (1.7, 1.0, 1.0),
         ("other", first): (1.0, 1.0, 1.3),
         ("other", second): (9.0, 9.0, 9.0),
     }
@@ -87,7 +90,7 @@ def test_many_rows_count_more_than_few() -> None:
 
 @torch.inference_mode()
 def test_product_is_chosen_by_the_number_of_rows() -> None:
-    times = {("other", first): (1.0, 3.0, 1.0), ("other", second): (2.0, 1.0, 0.99)}
+    times: Times = {("other", first): (1.0, 3.0, 1.0), ("other", second): (2.0, 1.0, 0.99)}
     choice = fastest((OTHER,), times)
     assert choice.products == (first, second, first)
     forward = choice.bind(torch.zeros(2, 3), None)
@@ -103,7 +106,7 @@ def test_trials_end_with_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is large is tried first; the rest keeps the usual form."""
     tried: list[WeightShape] = []
 
-    def try_shape(shape: WeightShape) -> matrix_forms.Times:
+    def try_shape(shape: WeightShape) -> Times:
         tried.append(shape)
         clock[0] += 0.3
         return {
@@ -114,7 +117,7 @@ def test_trials_end_with_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 
     clock = [5.0]
     monkeypatch.setattr(matrix_forms, "_tried", try_shape)
-    monkeypatch.setattr(matrix_forms.time, "thread_time", lambda: clock[0])
+    monkeypatch.setattr(time, "thread_time", lambda: clock[0])
     sizes = [8, 32, 16]
     Random(0).shuffle(sizes)
     shapes = {WeightShape(size, size, torch.float32): 1 for size in sizes}
