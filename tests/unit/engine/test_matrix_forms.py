@@ -132,3 +132,23 @@ def test_trial_of_a_huge_weight_is_short_and_makes_no_such_weight() -> None:
     times = matrix_forms._tried(WeightShape(1 << 30, 64, torch.float32))
     assert {name for name, _ in times} == {form.name for form in forms_of(torch.float32)}
     assert all(len(taken) == len(TRIED_ROWS) and min(taken) > 0 for taken in times.values())
+
+
+def test_other_form_that_is_ahead_once_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = forms_of(torch.float32)
+    asked: list[WeightShape] = []
+
+    def trial(shape: WeightShape) -> Times:
+        """A busy moment in the first trial of the usual form."""
+        asked.append(shape)
+        usual_s = 2.0 if len(asked) == 1 else 0.9
+        return {
+            (form.name, product): (usual_s if form is forms[0] else 1.0,) * len(TRIED_ROWS)
+            for form in forms
+            for product in form.products
+        }
+
+    monkeypatch.setattr(matrix_forms, "_trial", trial)
+    shape = WeightShape(11, 13, torch.float32)
+    assert choose_forms({shape: 1})[shape].form is forms[0]
+    assert asked == [shape, shape]
