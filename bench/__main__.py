@@ -10,6 +10,7 @@ import sys
 MODULES = {
     "engine": "our engine beside transformers and vLLM (see docs/benchmarks.md for that peer)",
     "ranks": "workers of two ranks on two cores beside a worker of one rank",
+    "attention": "decode attention by dtype, compiled beside gathered",
     "sampling": "top-k, top-p and log-probabilities beside transformers' warpers",
     "kvtransfer": "KV transports beside memcpy and plain sockets",
     "decision": "choosing workers for a request, by each policy, beside choosing by chance",
