@@ -9,7 +9,7 @@ BlockId = NewType("BlockId", int)
 Epoch = NewType("Epoch", int)
 """One life of one process: a nonce drawn when it starts."""
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, order=True)

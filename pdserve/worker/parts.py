@@ -46,7 +46,7 @@ class WorkerParts:
             worker_id=WorkerId(settings.worker_id),
             role=settings.role,
             reads=settings.reads,
-            num_stages=settings.engine.pp,
+            num_stages=settings.engine.pp if spec.kind == "timed" else 1,  # one step at a time
             epoch=self.epoch,
             protocol_version=PROTOCOL_VERSION,
             address=address,

@@ -63,8 +63,8 @@ async def test_fork_serves_drains_and_tells_its_exit_code(name: str, tmp_path: P
 async def test_model_that_cannot_be_loaded_is_told_as_by_any_worker(
     name: str, tmp_path: Path
 ) -> None:
-    process = worker(name, tmp_path, engine=demo_engine(tp=2))
-    with pytest.raises(ClusterFailed, match="torch serves on one rank"):
+    process = worker(name, tmp_path, engine=demo_engine(tp=3))
+    with pytest.raises(ClusterFailed, match="tp 3"):
         await process.start()
 
 

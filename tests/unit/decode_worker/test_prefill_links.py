@@ -13,7 +13,7 @@ from decode_worker.prefill_links import PeerLink, PrefillLinks
 from deploy.simulated.virtual_time import virtual
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import PeerFault, Reason
-from pdserve.domain.ids import Epoch, HandoffId, RequestId, WorkerId
+from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, HandoffId, RequestId, WorkerId
 from pdserve.domain.layout import ShardedLayout
 from pdserve.domain.messages import (
     BlocksOffered,
@@ -95,7 +95,7 @@ async def test_closing_does_not_wait_for_timers_nor_for_links_being_opened() -> 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"protocol_version": 9}, "scripted: protocol version: 1 at the decode worker, 9"),
+        ({"protocol_version": 9}, "scripted: protocol version: 2 at the decode worker, 9"),
         ({"model_hash": b"another"}, "scripted: model: .* at the decode worker"),
         ({"layout": None}, "scripted: one of them is too old"),
         ({"layout": ShardedLayout(whole=LAYOUT, tp=1, pp=2)}, "scripted: no transport reaches it"),
@@ -237,7 +237,7 @@ async def test_messages_that_are_late_or_senseless_are_counted_and_end_no_other_
             HandoffHello(
                 worker_id=WorkerId("again"),
                 epoch=Epoch(1),
-                protocol_version=1,
+                protocol_version=PROTOCOL_VERSION,
                 model_hash=b"",
                 layout=None,
             ),
