@@ -36,7 +36,7 @@ def test_workers_that_say_the_same_of_their_one_rank_exchange_kv() -> None:
 @pytest.mark.parametrize(
     ("prefill", "why"),
     [
-        (peer(protocol_version=9), "protocol version: 1 at the decode worker, 9 at the prefill"),
+        (peer(protocol_version=9), "protocol version: 2 at the decode worker, 9 at the prefill"),
         (peer(model_hash=b"\xff"), "model: 0a0a.* at the decode worker, ff at the prefill worker"),
         (
             peer(layout=ShardedLayout(whole=replace(WHOLE, dtype="bfloat16", item_bytes=2))),

@@ -408,7 +408,7 @@ async def test_peer_that_says_nothing_is_not_served() -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"protocol_version": 9}, "protocol version: 9 at the decode worker, 1 at the prefill"),
+        ({"protocol_version": 9}, "protocol version: 9 at the decode worker, 2 at the prefill"),
         ({"model_hash": b"another"}, "model: .* at the decode worker"),
         ({"layout": None}, "too old"),
     ],
