@@ -180,14 +180,17 @@ class LocalProcess:
         )
 
 
+BY_SIGNAL = "was killed by"
+
+
 def describe_exit(code: int) -> str:
     """In words; negative codes are signals."""
     if code >= 0:
         return f"exited with code {code}"
     try:
-        return f"was killed by {signal.Signals(-code).name}"
+        return f"{BY_SIGNAL} {signal.Signals(-code).name}"
     except ValueError:
-        return f"was killed by signal {-code}"
+        return f"{BY_SIGNAL} signal {-code}"
 
 
 def environment() -> Mapping[str, str]:

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
-from deploy.processes import ProcessRole
+from deploy.processes import BY_SIGNAL, ProcessRole
 from deploy.ray.actors import NotStarted, RankActor, Site, Started
 from deploy.ray.placing import Need, RayNode
 from pdserve.cli.problems import ClusterFailed
@@ -26,6 +26,7 @@ from pdserve.domain.ids import PROTOCOL_VERSION
 RESERVE_S = 5.0
 OPEN_S = 60.0  # a node that has never run Ray work starts a Python first
 NODE_ID_LABEL = "ray.io/node-id"
+REASON_S = 0.5  # ranks that end together are heard of within this time
 
 T = TypeVar("T")
 
@@ -160,11 +161,17 @@ class HostedProcess:
             ended.cancel()
 
     async def ended(self) -> str:
-        """How the first of its ranks ended, once one has: all live and end together."""
+        """How it ended, once one of its ranks has: all live and end together.
+
+        A rank that a signal ended is the reason why the others did, whoever is heard of first.
+        """
         ends = [asyncio.create_task(self._ended(rank)) for rank in range(len(self._actors))]
         try:
-            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            return min(done, key=ends.index).result()
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, timeout=REASON_S)
+            told = [end.result() for end in ends if end.done()]
+            signalled = (each for each in told if BY_SIGNAL in each.partition(";")[0])
+            return next(signalled, told[0])
         finally:
             for end in ends:
                 end.cancel()
