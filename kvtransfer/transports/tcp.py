@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, check_read, ignore
-from kvtransfer.transports.sockets import Mover
+from kvtransfer.transports.sockets import recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
     MAX_BLOCKS_PER_REQUEST,
     REPLY_HEADER_BYTES,
@@ -30,8 +30,6 @@ log = structlog.get_logger(__name__)
 
 MAX_IDLE_S = KEEP_ALIVE_S / 2
 """A pooled connection is not used after this: below the server's keep-alive."""
-MAX_NUM_THREADS = 256
-"""One for each read that moves bytes, started when there is none left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +145,6 @@ class TcpTransport:
         self._end = end
         self._limits = limits
         self._peers: dict[_Address, _Connections] = {}
-        self._mover = Mover(limits.idle_timeout_s, MAX_NUM_THREADS)
 
     async def register(self, memory: KvStore) -> None:
         """What is not the host's memory goes through a copy."""
@@ -226,9 +223,9 @@ class TcpTransport:
             raise TransferFailed(f"the peer took no connection within {limit_s:g} s") from None
         try:
             request = encode_request(peer.address.token, self._end, remote_blocks)
-            await self._mover.send(sock, [request])
+            await send_all(sock, [request], self._limits.idle_timeout_s)
             header = bytearray(REPLY_HEADER_BYTES)
-            await self._mover.receive(sock, [header])
+            await recv_all(sock, [header], self._limits.idle_timeout_s)
             status = decode_reply(header, len(remote_blocks) * memory.layout.block_bytes)
             if status is Status.OK:
                 await self._recv_blocks(sock, memory, local_blocks)
@@ -244,11 +241,11 @@ class TcpTransport:
     ) -> None:
         if (targets := memory.host_blocks(local_blocks)) is None:
             staging = bytearray(len(local_blocks) * memory.layout.block_bytes)
-            await self._mover.receive(sock, [staging])
+            await recv_all(sock, [staging], self._limits.idle_timeout_s)
             runs = block_runs(range(len(local_blocks)), local_blocks)
             return await memory.copy_in(staging, list(runs))
         try:
-            await self._mover.receive(sock, targets)
+            await recv_all(sock, targets, self._limits.idle_timeout_s)
         finally:
             for target in targets:
                 target.release()
@@ -263,4 +260,3 @@ class TcpTransport:
         for peer in self._peers.values():
             peer.close()
         self._peers.clear()
-        self._mover.close()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from kvtransfer.transports.base import End, MayRead, OnRead, ReadEvent
-from kvtransfer.transports.sockets import Mover
+from kvtransfer.transports.sockets import BYTES_PER_CALL, recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
     REQUEST_HEADER_BYTES,
     TOKEN_BYTES,
@@ -29,8 +29,6 @@ from pdserve.engine.kv_store import KvStore, bytes_of
 log = structlog.get_logger()
 
 _ACCEPT_PAUSE_S = 0.1
-BYTES_PER_LOOK = 16 << 20
-"""Sent before the server looks again whether the blocks are still on offer."""
 KEEP_ALIVE_S = 60.0
 """Between the requests of one connection; readers take another one well before."""
 
@@ -85,7 +83,6 @@ class TcpRegionServer:
         self._num_connections = 0
         self._new: dict[asyncio.Task[None], None] = {}
         self._listener = _listen(host, port)
-        self._mover = Mover(limits.idle_timeout_s, limits.max_num_served_connections)
         self._listener.setblocking(False)
         self.region = RemoteRegion(
             transport="tcp",
@@ -104,7 +101,6 @@ class TcpRegionServer:
         self._task.cancel()
         await asyncio.wait([self._task])
         self._listener.close()
-        self._mover.close()
 
     async def _accept_all(self) -> None:
         loop = asyncio.get_running_loop()
@@ -169,18 +165,19 @@ class TcpRegionServer:
                 num_bytes = await asyncio.get_running_loop().sock_recv_into(sock, header)
         if num_bytes == 0:
             return None
-        async with asyncio.timeout(self._limits.idle_timeout_s):
-            await self._mover.receive(sock, [memoryview(header)[num_bytes:]])
+        idle_s = self._limits.idle_timeout_s
+        async with asyncio.timeout(idle_s):
+            await recv_all(sock, [memoryview(header)[num_bytes:]], idle_s)
             reader, num_blocks = decode_request_header(header, self._token)
             body = bytearray(4 * num_blocks)
-            await self._mover.receive(sock, [body])
+            await recv_all(sock, [body], idle_s)
         return reader, decode_block_ids(body, self._memory.num_blocks)
 
     async def _reply(self, sock: socket.socket, reader: End, block_ids: Sequence[BlockId]) -> None:
         if not await self._may_read(block_ids):
             self.num_refused_reads += 1
             refusal = encode_reply(Status.NOT_ON_OFFER, 0)
-            await self._mover.send(sock, [refusal])
+            await send_all(sock, [refusal], self._limits.idle_timeout_s)
             return
         self._on_read(ReadEvent(reader, tuple(block_ids), is_over=False))
         try:
@@ -190,7 +187,7 @@ class TcpRegionServer:
 
     async def _send_blocks(self, sock: socket.socket, block_ids: Sequence[BlockId]) -> None:
         block_bytes = self._memory.layout.block_bytes
-        batch_size = max(1, BYTES_PER_LOOK // block_bytes)
+        batch_size = max(1, BYTES_PER_CALL // block_bytes)
         async with asyncio.timeout(self._limits.total_timeout_s):
             head = encode_reply(Status.OK, len(block_ids) * block_bytes)
             for first in range(0, len(block_ids), batch_size):
@@ -198,8 +195,6 @@ class TcpRegionServer:
                 if first and not await self._may_read(batch):
                     raise BadFrame("the blocks were taken back while they were sent")
                 blocks = await bytes_of(self._memory, batch)
-                try:
-                    await self._mover.send(sock, blocks if first else [head, *blocks])
-                finally:
-                    for block in blocks:  # a thread may still hold what it failed with
-                        block.release()
+                await send_all(
+                    sock, [head, *blocks] if not first else blocks, self._limits.idle_timeout_s
+                )

@@ -11,15 +11,12 @@ T = TypeVar("T")
 
 
 async def run_to_end(
-    work: Callable[[Callable[[], bool]], T],
-    executor: Executor | None = None,
-    interrupt: Callable[[], object] = lambda: None,
+    work: Callable[[Callable[[], bool]], T], executor: Executor | None = None
 ) -> T:
     """Run `work` on a thread and wait until it is over, even when cancelled.
 
-    `work` is given a function that turns True on cancellation, so that it can stop early; then
-    `interrupt` is called, which may end what the thread waits for. `work` is never running any more
-    when this call has returned or raised.
+    `work` is given a function that turns True on cancellation, so that it can stop early. It is
+    never running any more when this call has returned or raised.
     """
     stop = threading.Event()
     future = asyncio.get_running_loop().run_in_executor(executor, work, stop.is_set)
@@ -27,8 +24,6 @@ async def run_to_end(
         return await asyncio.shield(future)
     except asyncio.CancelledError:
         stop.set()
-        with contextlib.suppress(OSError):  # what it waits for is over
-            interrupt()
         while not future.done():
             with contextlib.suppress(asyncio.CancelledError):  # raised again below
                 await asyncio.wait([future])

@@ -33,7 +33,7 @@ from kvtransfer.transports.tcp_frames import (
     encode_reply,
     encode_request,
 )
-from kvtransfer.transports.tcp_server import BYTES_PER_LOOK, TcpLimits, TcpRegionServer
+from kvtransfer.transports.tcp_server import TcpLimits, TcpRegionServer
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import Reason, TransferFailed
 from pdserve.domain.ids import BlockId, Epoch
@@ -816,11 +816,11 @@ async def test_blocks_taken_back_while_they_are_sent_end_the_reply() -> None:
         calls.append(block_ids)
         return len(calls) == 1
 
-    with kv_memory(2, BYTES_PER_LOOK, seed=1) as source, kv_memory(2, BYTES_PER_LOOK) as target:
+    with kv_memory(4, 4 << 20, seed=1) as source, kv_memory(4, 4 << 20) as target:
         transport = tcp_transport()
         server = await transport.serve(source, only_once)
         async with fails_within(NOTICE_S):
-            await transport.read(server.region, blocks(0, 1), target, blocks(0, 1))
+            await transport.read(server.region, blocks(0, 1, 2), target, blocks(0, 1, 2))
         assert len(calls) == 2
         await server.close()
         await transport.close()
