@@ -17,6 +17,7 @@ from kvtransfer.reading import BlockRead, BlockReader, DirectReader
 from kvtransfer.receiver import HandoffReceiver
 from kvtransfer.transports import worker_transports
 from kvtransfer.transports.base import End
+from kvtransfer.transports.nixl_agent import is_installed
 from pdserve.domain.errors import Reason, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import BlocksOffered, RemoteRegion, Role
@@ -162,6 +163,19 @@ async def test_every_rank_gets_its_part_and_nothing_else_is_touched(
                 assert set(memory.block(BlockId(block))) == {0xEE}
 
 
+@pytest.mark.skipif(not is_installed(), reason="needs nixl: pip install 'pdserve[nixl]'")
+@pytest.mark.parametrize(
+    ("source", "target"), [((2, 1), (1, 2)), ((1, 2), (2, 1)), ((2, 1), (2, 1))]
+)
+async def test_nixl_reads_between_divisions(
+    source: tuple[int, int], target: tuple[int, int]
+) -> None:
+    async with handed(source, target, "nixl") as both:
+        assert both.reader.transport_name == "nixl"
+        assert await both.reader.read(await both.wanted()) == set()
+        assert all(both.has_landed(place) for place in range(len(REMOTE)))
+
+
 async def test_a_digest_is_that_of_each_rank_in_their_order() -> None:
     async with handed((2, 2), (1, 1)) as both:
         memories, indices = both.source.memories, both.indices
@@ -193,6 +207,7 @@ class OnDevice:
     def __init__(self, memory: KvMemory) -> None:
         self.layout, self.num_blocks = memory.layout, memory.num_blocks
         self.copy_in, self.copy_out = memory.copy_in, memory.copy_out
+        self.copy_within = memory.copy_within
         self.digests, self.are_sound = memory.digests, memory.are_sound
         self.tensor, self.close = memory.tensor, memory.close
 
