@@ -146,10 +146,14 @@ async def ranks_of(
     role: Role,
     num_blocks: int = NUM_BLOCKS,
     whole: KvLayout = WHOLE,
+    memories: Sequence[KvMemory] = (),
     store_of: Callable[[KvMemory], KvStore] = lambda memory: memory,
     **settings: Any,
 ) -> AsyncIterator[Ranks]:
-    """Ranks that do what `open_service` says; rank 0 is the caller."""
+    """Ranks that do what `open_service` says; rank 0 is the caller.
+
+    Each has memory of its own, unless `memories` are given, which stay the caller's.
+    """
     layout = ShardedLayout(whole=whole, tp=tp, pp=pp)
     said = WorkerSettings(role=role, worker_id="w", **{"engine": {"tp": tp, "pp": pp}, **settings})
     spec = EngineSpec(
@@ -165,11 +169,15 @@ async def ranks_of(
         pp=pp,
     )
     async with contextlib.AsyncExitStack() as stack:
-        memories = []
-        for rank in range(layout.num_ranks):
-            memory = KvMemory(layout.rank(rank).layout, num_blocks)
-            stack.callback(memory.close)
-            memories.append(memory)
+        if not memories:
+            memories = [
+                KvMemory(layout.rank(rank).layout, num_blocks) for rank in range(layout.num_ranks)
+            ]
+            for memory in memories:
+                stack.callback(memory.close)
+        assert [each.layout for each in memories] == [
+            layout.rank(rank).layout for rank in range(layout.num_ranks)
+        ]
         stores = [store_of(memory) for memory in memories]
         ends = []
         for rank in range(1, layout.num_ranks):
