@@ -18,6 +18,7 @@ import pytest
 import structlog
 import uvloop
 
+from kvtransfer.landing import Landing
 from kvtransfer.receiver import HandoffReceiver
 from kvtransfer.transports import open_transports
 from kvtransfer.transports.base import End, MayRead, ReadEvent, Transport
@@ -40,6 +41,7 @@ from pdserve.domain.messages import BlocksOffered, RemoteRegion
 from pdserve.engine.digest import block_digest
 from pdserve.engine.kv_memory import KvMemory
 from tests.support.kv_handoff import (
+    BLOCK_SIZE,
     anyone,
     blocks,
     handoff_id,
@@ -708,8 +710,8 @@ def receiver_of(
     return HandoffReceiver(
         handoff_id(),
         reader=reader_of(transport, region, target),
-        local_blocks=wanted,
-        first_block=0,
+        landing=Landing(blocks=wanted, first_block=0, block_size=BLOCK_SIZE),
+        num_tokens=len(wanted) * BLOCK_SIZE,
         vocab_size=1,
         on_first_token=lambda done: True,
     )
