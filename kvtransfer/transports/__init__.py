@@ -18,21 +18,41 @@ from pdserve.domain.messages import RemoteRegion, Role
 
 log = structlog.get_logger(__name__)
 
+
+def _shm(host: str, port: int, timers: Timers, end: End) -> Transport:
+    return ShmTransport()
+
+
+def _tcp(host: str, port: int, timers: Timers, end: End) -> Transport:
+    limits = TcpLimits(
+        connect_timeout_s=timers.connect_s,
+        idle_timeout_s=timers.transfer_idle_s,
+        total_timeout_s=timers.transfer_s,
+    )
+    return TcpTransport(host, port=port, end=end, limits=limits)
+
+
+def _collective(host: str, port: int, timers: Timers, end: End) -> Transport:
+    from kvtransfer.transports.collective import CollectiveTransport  # torch: only who needs it
+    from kvtransfer.transports.collective_lane import LaneLimits
+
+    limits = LaneLimits(
+        connect_timeout_s=timers.connect_s,
+        idle_timeout_s=timers.transfer_idle_s,
+        total_timeout_s=timers.transfer_s,
+    )
+    return CollectiveTransport(host, end=end, limits=limits)
+
+
+def _nixl(host: str, port: int, timers: Timers, end: End) -> Transport:
+    return NixlTransport(idle_timeout_s=timers.transfer_idle_s, total_timeout_s=timers.transfer_s)
+
+
 _MAKERS: dict[str, Callable[[str, int, Timers, End], Transport]] = {
-    NixlTransport.name: lambda host, port, timers, end: NixlTransport(
-        idle_timeout_s=timers.transfer_idle_s, total_timeout_s=timers.transfer_s
-    ),
-    ShmTransport.name: lambda host, port, timers, end: ShmTransport(),
-    TcpTransport.name: lambda host, port, timers, end: TcpTransport(
-        host,
-        port=port,
-        end=end,
-        limits=TcpLimits(
-            connect_timeout_s=timers.connect_s,
-            idle_timeout_s=timers.transfer_idle_s,
-            total_timeout_s=timers.transfer_s,
-        ),
-    ),
+    "shm": _shm,
+    "tcp": _tcp,
+    "collective": _collective,
+    "nixl": _nixl,
 }
 
 

@@ -32,6 +32,7 @@ needs_nixl = pytest.mark.skipif(
     not is_installed(), reason="needs nixl: pip install 'pdserve[nixl]'"
 )
 SLOW = [((2, 1), (2, 1)), ((1, 1), (2, 1)), ((2, 1), (1, 1)), ((1, 2), (2, 1)), ((2, 2), (1, 1))]
+TRANSPORTS = ["shm", "tcp", "collective"]
 
 
 @cache
@@ -109,7 +110,7 @@ async def workers(admin: AdminClient) -> tuple[WorkerState, ...]:
         (*QUICK, "tcp"),
         *(
             pytest.param(*pair, transport, marks=pytest.mark.slow)
-            for pair, transport in itertools.product([QUICK, *SLOW], ["shm", "tcp"])
+            for pair, transport in itertools.product([QUICK, *SLOW], TRANSPORTS)
             if (pair, transport) != (QUICK, "tcp")
         ),
         *(

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kvtransfer.following import read_for_leader, serve_for_leader
+from kvtransfer.landing import Landing
 from kvtransfer.leading import reading, serving
 from kvtransfer.reading import BlockRead, BlockReader, DirectReader
 from kvtransfer.receiver import HandoffReceiver
@@ -25,11 +26,12 @@ from pdserve.engine.digest import DIGEST_BYTES, block_digest
 from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.kv_store import KvStore
 from tests.support.kv_handoff import blocks, handoff_id
-from tests.support.ranked_kv import EPOCH, NUM_BLOCKS, WHOLE, Ranks, ranks_of
+from tests.support.ranked_kv import EPOCH, NUM_BLOCKS, WHOLE, OnDevice, Ranks, ranks_of
 
 REMOTE = blocks(7, 3, 11, 0, 5, 6)
 LOCAL = blocks(2, 9, 4, 14, 6, 7)
 FIRST = 10
+LANDING = Landing(blocks=LOCAL, first_block=FIRST, block_size=WHOLE.block_size)
 NOTICE_S = 20.0
 DIVISIONS = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2)]
 
@@ -53,10 +55,11 @@ class Handed:
     async def wanted(self) -> BlockRead:
         return BlockRead(
             handoff=handoff_id(),
+            block_size=WHOLE.block_size,
             indices=self.indices,
             remote_blocks=REMOTE,
-            local_blocks=LOCAL,
             digests=await self.digests(),
+            landing=LANDING,
         )
 
     async def offer(self) -> BlocksOffered:
@@ -71,8 +74,8 @@ class Handed:
         return HandoffReceiver(
             handoff_id(),
             reader=self.reader,
-            local_blocks=LOCAL,
-            first_block=FIRST,
+            landing=LANDING,
+            num_tokens=LANDING.end_token,
             vocab_size=1,
             on_first_token=lambda done: True,
         )
@@ -199,20 +202,6 @@ async def test_equal_divisions_are_read_without_staging() -> None:
         own: Any = both.reader
         assert isinstance(own._ranks[0], DirectReader)
         assert both.reader.block_bytes == both.source.layout.block_bytes
-
-
-class OnDevice:
-    """Memory whose bytes nobody on the host sees in place. Satisfies `KvStore`."""
-
-    def __init__(self, memory: KvMemory) -> None:
-        self.layout, self.num_blocks = memory.layout, memory.num_blocks
-        self.copy_in, self.copy_out = memory.copy_in, memory.copy_out
-        self.copy_within = memory.copy_within
-        self.digests, self.are_sound = memory.digests, memory.are_sound
-        self.tensor, self.close = memory.tensor, memory.close
-
-    def host_blocks(self, block_ids: Sequence[BlockId]) -> None:
-        return None
 
 
 @pytest.mark.parametrize("source", DIVISIONS)

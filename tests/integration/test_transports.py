@@ -22,9 +22,12 @@ import pytest
 import structlog
 import uvloop
 
+from kvtransfer.landing import Landing
 from kvtransfer.receiver import HandoffReceiver
 from kvtransfer.transports import open_transports
 from kvtransfer.transports.base import End, MayRead, ReadEvent, Transport
+from kvtransfer.transports.collective import CollectiveTransport
+from kvtransfer.transports.collective_lane import LaneLimits
 from kvtransfer.transports.nixl import NixlTransport
 from kvtransfer.transports.nixl_agent import is_installed
 from kvtransfer.transports.shm import ShmTransport
@@ -43,8 +46,8 @@ from pdserve.domain.ids import BlockId, Epoch
 from pdserve.domain.messages import BlocksOffered, RemoteRegion
 from pdserve.engine.digest import block_digest
 from pdserve.engine.kv_memory import KvMemory
-from tests.support import nixl_over_tcp
 from tests.support.kv_handoff import (
+    BLOCK_SIZE,
     anyone,
     blocks,
     handoff_id,
@@ -53,7 +56,13 @@ from tests.support.kv_handoff import (
     only,
     reader_of,
 )
-from tests.support.kv_peer import BLOCK_BYTES, NUM_BLOCKS, SEED, peer_process
+from tests.support.kv_peer import (
+    BLOCK_BYTES,
+    NUM_BLOCKS,
+    SEED,
+    peer_process,
+    start_fork_server,
+)
 
 NOTICE_S = 3.0  # within which every fault of a peer shows
 END = End(Epoch(77), 3)
@@ -82,10 +91,25 @@ def nixl_transport() -> NixlTransport:
     return NixlTransport(idle_timeout_s=2.0, total_timeout_s=30.0)
 
 
+def collective_transport(
+    *, max_num_lanes: int = 16, max_num_served_lanes: int = 128, max_idle_s: float = 30.0
+) -> CollectiveTransport:
+    limits = LaneLimits(
+        connect_timeout_s=2.0,
+        idle_timeout_s=2.0,
+        total_timeout_s=30.0,
+        max_num_lanes=max_num_lanes,
+        max_num_served_lanes=max_num_served_lanes,
+        max_idle_s=max_idle_s,
+    )
+    return CollectiveTransport("127.0.0.1", limits=limits, end=END)
+
+
 MAKERS: dict[str, Callable[[], Transport]] = {
     "shm": ShmTransport,
     "tcp": tcp_transport,
     "nixl": nixl_transport,
+    "collective": collective_transport,
 }
 
 
@@ -119,10 +143,22 @@ def num_fds() -> int:
     return open_fds().total()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_checks() -> Iterator[None]:
+    """What is there before the first test is looked through by no `gc.collect`: torch is a lot."""
+    start_fork_server()
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 async def nothing_held(event_loop_policy: object) -> AsyncIterator[None]:
     """Every test ends with as many descriptors and tasks as it began with."""
     await asyncio.to_thread(bool)  # starts the loop's thread pool
+    server = await asyncio.get_running_loop().create_server(asyncio.Protocol, "127.0.0.1", 0)
+    server.close()  # uvloop keeps a descriptor for itself from its first one on
     gc.collect()
     before = open_fds()
     yield
@@ -665,8 +701,8 @@ def receiver_of(
     return HandoffReceiver(
         handoff_id(),
         reader=reader_of(transport, region, target),
-        local_blocks=wanted,
-        first_block=0,
+        landing=Landing(blocks=wanted, first_block=0, block_size=BLOCK_SIZE),
+        num_tokens=len(wanted) * BLOCK_SIZE,
         vocab_size=1,
         on_first_token=lambda done: True,
     )
@@ -991,16 +1027,15 @@ async def test_an_address_that_is_not_what_an_agent_said_is_refused_and_harms_no
 
 @needs_nixl
 @UVLOOP_ONLY
-@pytest.mark.parametrize("case", nixl_over_tcp.CASES)
-async def test_what_a_read_that_was_given_up_still_brings_lands_in_no_block(case: str) -> None:
-    """See `tests.support.nixl_over_tcp`. The process must also end well, which it might not."""
+async def test_what_a_read_that_was_given_up_still_brings_lands_in_no_block() -> None:
+    """Of peers that stop, go on sending, or die. The process must also end well."""
     process = await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, "-m", "tests.support.nixl_over_tcp", case],
+        [sys.executable, "-m", "tests.support.nixl_over_tcp"],
         env={**os.environ, "UCX_TLS": "tcp,self"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         cwd=Path(__file__).parents[2],
     )
     assert process.returncode == 0, process.stdout + process.stderr
