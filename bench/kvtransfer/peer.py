@@ -1,4 +1,4 @@
-"""The process that is read: serves one memory by shm, by tcp and by plain asyncio sockets."""
+"""The process that is read: one memory, served by our transports and by plain asyncio sockets."""
 
 import asyncio
 import json
@@ -46,7 +46,7 @@ async def serve_raw(listener: socket.socket, memory: KvMemory) -> None:
 async def main(num_blocks: int, block_bytes: int) -> None:
     memory = KvMemory(layout_of(block_bytes), num_blocks)
     memory.bytes[:] = b"\xaa" * memory.num_bytes
-    transports = open_transports(["shm", "tcp"], "127.0.0.1", timers=Timers())
+    transports = open_transports(["shm", "tcp", "nixl"], "127.0.0.1", timers=Timers())
 
     async def may_read(block_ids: Sequence[BlockId]) -> bool:
         return True
