@@ -6,9 +6,11 @@ import structlog
 
 from decode_worker.prefill_links import PeerLink, PrefillLinks
 from decode_worker.requests import Clock, DecodeRequest
+from kvtransfer.landing import Landing
 from kvtransfer.receiver import HandoffReceiver
 from pdserve.domain.errors import PeerFault, Reason, Refused
 from pdserve.domain.ids import HandoffId, WorkerId
+from pdserve.domain.kv_demand import num_blocks_for
 from pdserve.domain.messages import BlocksPulled, PrefillDone, PrefillTarget, StartHandoff
 from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
 
@@ -91,23 +93,29 @@ class Handoffs:
         assert request.table is not None
         link = await self._links.get(target)
         first_block = request.num_computed_tokens // self._block_size
-        num_blocks = -(-request.num_prompt_tokens // self._block_size)
+        num_blocks = num_blocks_for(request.num_prompt_tokens, self._block_size)
+        # What has landed of the next block comes again, so that no block is of two workers.
+        request.num_computed_tokens = first_block * self._block_size
+        receiver = HandoffReceiver(
+            handoff,
+            reader=link.reader,
+            landing=Landing(
+                blocks=request.table.block_ids[first_block:num_blocks],
+                first_block=first_block,
+                block_size=self._block_size,
+            ),
+            num_tokens=request.num_prompt_tokens,
+            vocab_size=self._vocab_size,
+            on_first_token=lambda done: _take_first_token(request, link.worker_id, done),
+        )
         await link.stream.send(
             StartHandoff(
                 handoff=handoff,
                 prompt_token_ids=request.submit.prompt_token_ids,
-                first_block=first_block,
+                first_block=receiver.first_block,
                 sampling=request.submit.sampling,
                 deadline_s=expires_at_s - self._clock(),
             )
-        )
-        receiver = HandoffReceiver(
-            handoff,
-            reader=link.reader,
-            local_blocks=request.table.block_ids[first_block:num_blocks],
-            first_block=first_block,
-            vocab_size=self._vocab_size,
-            on_first_token=lambda done: _take_first_token(request, link.worker_id, done),
         )
         link.open(receiver)
         try:
@@ -128,9 +136,8 @@ class Handoffs:
             pulled = await self._land(link, receiver)
             if pulled is None:
                 return
-            request.table.hold(pulled.first_block, pulled.num_blocks)
-            landed_tokens = (pulled.first_block + pulled.num_blocks) * self._block_size
-            request.num_computed_tokens = min(landed_tokens, request.num_prompt_tokens)
+            request.num_computed_tokens = receiver.num_landed_tokens
+            request.table.hold_until(num_blocks_for(receiver.num_landed_tokens, self._block_size))
             link.send(pulled)
             if receiver.is_complete:
                 request.times.landed_s = self._clock()

@@ -123,16 +123,17 @@ def _worker(
     limits = plan.limits
     role, reads = ROLES[pool.role]
     own = given.worker_data(role, only_given=True)
+    block_size = own["engine"].get("block_size") or pool.block_size or plan.block_size
     engine: dict[str, object] = {
         "model": plan.model,
         "device": "cuda" if is_on_gpus else "cpu",
         "dtype": "bfloat16" if is_on_gpus else "float32",
-        "block_size": plan.block_size,
+        "block_size": block_size,
         "tp": pool.tp,
         "pp": pool.pp,
     }
     if pool.kv_tokens:
-        engine["num_blocks"] = max(pool.kv_tokens // plan.block_size, 1)
+        engine["num_blocks"] = max(pool.kv_tokens // block_size, 1)
     if given.engine == "timed" and given.coefficients is None:
         if pool.step_times is None:
             raise LocalFault(

@@ -6,16 +6,18 @@ which blocks to read, and knows which blocks are on offer.
 
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
 import structlog
 
+from kvtransfer.landing import Landing
 from kvtransfer.reading import BlockRead, BlockReader, RankReaders
 from kvtransfer.transports import worker_transports
 from kvtransfer.transports.base import End
 from pdserve.domain.errors import RankLost, TransferFailed
 from pdserve.domain.ids import BlockId, Epoch
-from pdserve.domain.layout import ShardedLayout
+from pdserve.domain.layout import BlockOrder, ShardedLayout
 from pdserve.domain.messages import RemoteRegion
 from pdserve.engine.ranks.channel import Handler
 from pdserve.engine.ranks.frames import Message
@@ -57,7 +59,7 @@ async def read_for_leader(parts: RankParts) -> AsyncIterator[Mapping[str, Handle
 
         async def open_reader(message: Message) -> Message:
             fields = message.fields
-            source = ShardedLayout(whole=layout.whole, tp=fields["tp"], pp=fields["pp"])
+            source = peer_layout(fields, layout)
             regions = [RemoteRegion(**region) for region in fields["regions"]]
             reader = readers.open(source, regions) if readers else None
             if reader is None:
@@ -116,24 +118,57 @@ async def serve_for_leader(parts: RankParts) -> AsyncIterator[Mapping[str, Handl
         yield {**kv_handlers(memory), BEGIN: begin}
 
 
+def peer_fields(peer: ShardedLayout) -> dict[str, int | str]:
+    """What a peer's layout has of its own; the rest is as in that of any of its pairs."""
+    whole = peer.whole
+    return {"tp": peer.tp, "pp": peer.pp, "block_size": whole.block_size, "order": whole.order}
+
+
+def peer_layout(fields: Mapping[str, Any], own: ShardedLayout) -> ShardedLayout:
+    order = BlockOrder(fields["order"])
+    whole = replace(own.whole, block_size=fields["block_size"], order=order)
+    return ShardedLayout(whole=whole, tp=fields["tp"], pp=fields["pp"])
+
+
 def read_message(reader: int, blocks: BlockRead) -> Message:
-    ints = ints_to_bytes(blocks.indices, blocks.remote_blocks, blocks.local_blocks)
+    landing = blocks.landing.around(blocks.indices, blocks.block_size)
+    fields: dict[str, int | str] = {
+        "reader": reader,
+        "num_blocks": len(blocks),
+        "peer_block_size": blocks.block_size,
+        "block_size": landing.block_size,
+        "first_block": landing.first_block,
+        "num_own_blocks": len(landing.blocks),
+    }
     return Message(
-        {"reader": reader, "num_blocks": len(blocks), **handoff_fields(blocks.handoff)},
-        b"".join((ints, *blocks.digests)),
+        fields | handoff_fields(blocks.handoff),
+        b"".join(
+            (
+                ints_to_bytes(blocks.indices, blocks.remote_blocks),
+                ints_to_bytes(landing.blocks),
+                *blocks.digests,
+            )
+        ),
     )
 
 
 def read_of(message: Message) -> BlockRead:
-    count = int(message.fields["num_blocks"])
-    body = memoryview(message.body)
-    num_bytes = len(ints_to_bytes(range(3 * count)))
-    indices, remote_blocks, local_blocks = bytes_to_ints(body[:num_bytes], 3)
-    digests = body[num_bytes:]
+    fields, body = message.fields, memoryview(message.body)
+    count, num_own_blocks = int(fields["num_blocks"]), int(fields["num_own_blocks"])
+    listed = len(ints_to_bytes(range(2 * count)))
+    landed = listed + len(ints_to_bytes(range(num_own_blocks)))
+    indices, remote_blocks = bytes_to_ints(body[:listed], 2)
+    [own_blocks] = bytes_to_ints(body[listed:landed], 1)
+    digests = body[landed:]
     return BlockRead(
-        handoff=handoff_of(message.fields),
+        handoff=handoff_of(fields),
+        block_size=int(fields["peer_block_size"]),
         indices=indices,
         remote_blocks=[BlockId(block) for block in remote_blocks],
-        local_blocks=[BlockId(block) for block in local_blocks],
         digests=split(digests, len(digests) // max(1, count)),
+        landing=Landing(
+            blocks=[BlockId(block) for block in own_blocks],
+            first_block=int(fields["first_block"]),
+            block_size=int(fields["block_size"]),
+        ),
     )

@@ -14,6 +14,7 @@ from kvtransfer.following import (
     MAY_READ,
     OPEN,
     READ,
+    peer_fields,
     read_message,
 )
 from kvtransfer.reading import BlockRead, BlockReader, RankReaders
@@ -39,21 +40,24 @@ class FollowerReader:
 
     transport_name = ""  # rank 0 stands for all
 
-    def __init__(self, channel: RankChannel, number: int, num_ranks: int, *, read_s: float) -> None:
+    def __init__(
+        self, channel: RankChannel, number: int, source: ShardedLayout, *, read_s: float
+    ) -> None:
         self.num_blocks = 0
         self.block_bytes = 0
-        self.num_ranks = num_ranks
+        self.num_ranks = source.num_ranks
+        self.block_size = source.whole.block_size
+        self._source = source
         self._channel = channel
         self._number = number
         self._read_s = read_s
 
-    async def open(self, source: ShardedLayout, regions: Sequence[RemoteRegion]) -> bool:
+    async def open(self, regions: Sequence[RemoteRegion]) -> bool:
         """Have the rank reach the peer; False if none of its transports does."""
         fields = {
             "reader": self._number,
-            "tp": source.tp,
-            "pp": source.pp,
             "regions": [asdict(region) for region in regions],
+            **peer_fields(self._source),
         }
         answer = await self._channel.ask(OPEN, Message(fields), deadline_s=ANSWER_S)
         if not answer.fields["is_open"]:
@@ -79,6 +83,7 @@ class LeadingReader:
         self._ranks: list[BlockReader] = [own, *others]
         self.num_blocks = min(rank.num_blocks for rank in self._ranks)
         self.num_ranks = own.num_ranks
+        self.block_size = own.block_size
         self.block_bytes = sum(rank.block_bytes for rank in self._ranks)
         self.transport_name = own.transport_name
 
@@ -121,13 +126,12 @@ async def reading(
                 return own
             number = next(numbers)
             others = [
-                FollowerReader(channel, number, source.num_ranks, read_s=read_s)
-                for channel in channels
+                FollowerReader(channel, number, source, read_s=read_s) for channel in channels
             ]
             async with contextlib.AsyncExitStack() as undo:
                 for each in (own, *others):
                     undo.push_async_callback(each.close)
-                opened = await side_by_side([each.open(source, peer.regions) for each in others])
+                opened = await side_by_side([each.open(peer.regions) for each in others])
                 if not all(opened):
                     return None
                 undo.pop_all()

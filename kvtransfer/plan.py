@@ -4,7 +4,8 @@
     | L0 L1 L2 L3 | heads 0-1  ──▶   layers 2-3, heads 0-1 ┐
     | L0 L1 L2 L3 | heads 2-3  ──▶   layers 2-3, heads 2-3 ┴ | L2 L3 | heads 0-3
 
-Both sides divide the same whole layout. Everything here is arithmetic on layouts.
+Both sides divide the KV of the same layers; the sizes of their blocks and the order inside them may
+differ. Everything here is arithmetic on layouts.
 """
 
 import itertools
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pdserve.domain.invariants import check_invariant
-from pdserve.domain.layout import LayerKv, RankLayout, ShardedLayout
+from pdserve.domain.layout import BlockOrder, LayerKv, RankLayout, ShardedLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,38 +35,46 @@ class Share:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planes:
-    """Where `num_planes` planes lie in a block: each the K, or the V, of the wanted heads.
+    """Where planes lie in a block, each the K, or the V, of the wanted heads of one layer.
 
-    A plane has a row for each token of the block; offsets and steps are in bytes.
+    Offsets and steps are in bytes, from one plane, token or head to the next.
     """
 
     offset: int
     plane_step: int
-    row_step: int
+    token_step: int
+    head_step: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
-    """Planes of a source block that go to a target block: [num_planes, num_rows, row_bytes]."""
+    """Planes of a source block that go to a target block, for as many tokens as are asked for:
+    [num_planes, tokens, num_heads, head_bytes].
+    """
 
     source: Planes
     target: Planes
     num_planes: int
-    num_rows: int
-    row_bytes: int
+    num_heads: int
+    head_bytes: int
+
+    @property
+    def token_bytes(self) -> int:
+        return self.num_planes * self.num_heads * self.head_bytes
 
 
 def plan_shares(source: ShardedLayout, target: ShardedLayout, rank: int) -> list[Share]:
     """What `rank` of `target` reads, by source rank: all that it holds, and each byte once.
 
-    A source rank that holds exactly the same gives all. Of several that hold a head, target ranks
+    A source rank that holds the same heads gives all. Of several that hold a head, target ranks
     take different ones, so that the reads spread; but rather one that they read anyway, since
     whole blocks are read.
     """
-    check_invariant(source.whole == target.whole, "both divide one layout", source, target)
+    is_same_kv = source.whole.is_same_kv(target.whole)
+    check_invariant(is_same_kv, "both divide the KV of one model", source, target)
     mine = target.rank(rank)
     theirs = {each: source.rank(each) for each in range(source.num_ranks)}
-    theirs = {each: held for each, held in theirs.items() if held == mine} or theirs
+    theirs = {each: held for each, held in theirs.items() if held.has_heads_of(mine)} or theirs
     taken: dict[int, list[Piece]] = defaultdict(list)
     for layer, heads in zip(mine.layers, mine.heads, strict=True):
         held_heads = {
@@ -101,7 +110,6 @@ def _copies(
 ) -> list[Copy]:
     """Of layers that follow one another and are alike on either side."""
     kv = source.layout.layers[layer - source.layers.start]
-    item_bytes, num_rows = source.layout.item_bytes, source.layout.block_size
     if kv.k_head_dim == kv.v_head_dim:  # K and V are planes of one size, one after the other
         parts = [(kv.k_head_dim, True, 2)]
     else:
@@ -111,8 +119,8 @@ def _copies(
             source=_planes(source, layer, heads, is_k=is_k, num_parts=num_parts),
             target=_planes(target, layer, heads, is_k=is_k, num_parts=num_parts),
             num_planes=num_layers * num_parts,
-            num_rows=num_rows,
-            row_bytes=len(heads) * head_dim * item_bytes,
+            num_heads=len(heads),
+            head_bytes=head_dim * source.layout.item_bytes,
         )
         for head_dim, is_k, num_parts in parts
         if head_dim > 0
@@ -123,15 +131,19 @@ def _planes(held: RankLayout, layer: int, heads: range, *, is_k: bool, num_parts
     """Of one layer on, in blocks of `held`; `num_parts` planes of a layer are alike."""
     layout, place = held.layout, layer - held.layers.start
     kv = layout.layers[place]
-    head_dim = kv.k_head_dim if is_k else kv.v_head_dim
-    row_step = kv.num_kv_heads * head_dim * layout.item_bytes
+    head_bytes = (kv.k_head_dim if is_k else kv.v_head_dim) * layout.item_bytes
+    if layout.order is BlockOrder.TOKENS:
+        token_step, head_step = kv.num_kv_heads * head_bytes, head_bytes
+    else:
+        token_step, head_step = head_bytes, layout.block_size * head_bytes
     k_bytes = 0 if is_k else kv.num_kv_heads * kv.k_head_dim * layout.item_bytes * layout.block_size
-    skipped = (heads.start - held.heads[place].start) * head_dim * layout.item_bytes
+    skipped = (heads.start - held.heads[place].start) * head_step
     layer_bytes = kv.num_values_per_token * layout.item_bytes * layout.block_size
     return Planes(
         offset=layout.layer_offset_bytes(place) + k_bytes + skipped,
         plane_step=layer_bytes // num_parts,
-        row_step=row_step,
+        token_step=token_step,
+        head_step=head_step,
     )
 
 

@@ -4,11 +4,13 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from kvtransfer.landing import Landing
 from kvtransfer.reading import BlockRead, BlockReader
 from kvtransfer.session import Event, HandoffSession, Phase, ProtocolViolation
 from pdserve.domain.errors import PdserveError, PeerFault, Reason, Refused, TransferFailed
-from pdserve.domain.ids import BlockId, HandoffId
+from pdserve.domain.ids import HandoffId
 from pdserve.domain.invariants import check_invariant
+from pdserve.domain.kv_demand import num_blocks_for
 from pdserve.domain.messages import (
     BlocksOffered,
     BlocksPulled,
@@ -30,9 +32,11 @@ class HandoffReceiver:
     the one task that moves the blocks, and end as soon as the handoff does. `on_first_token` is
     called within `hear`, at most once, and returns whether the blocks are still needed.
 
-    `local_blocks` take the prompt's blocks from `first_block` on, in order; the caller has
-    reserved them and keeps them until no `land` is running. Local blocks below
-    `num_landed_blocks` are exactly what the prefill worker computed; the others hold anything.
+    `landing` takes the prompt's tokens, of which there are `num_tokens`, from the first one of its
+    blocks on; the caller has reserved the blocks and keeps them until no `land` is running. What
+    they have of tokens below `num_landed_tokens` is exactly what the prefill worker computed; the
+    rest is anything. Blocks that are asked for, offered and pulled are the prefill worker's, whose
+    size may be another.
     """
 
     def __init__(
@@ -40,22 +44,25 @@ class HandoffReceiver:
         handoff: HandoffId,
         *,
         reader: BlockReader,
-        local_blocks: Sequence[BlockId],
-        first_block: int,
+        landing: Landing,
+        num_tokens: int,
         vocab_size: int,
         on_first_token: Callable[[PrefillDone], bool],
     ) -> None:
-        check_invariant(len(local_blocks) > 0, "a handoff moves at least one block", handoff)
+        is_some = landing.first_token < num_tokens <= landing.end_token
+        check_invariant(is_some, "a handoff moves what is left of a prompt", handoff, landing)
         self.handoff = handoff
+        self.first_block = landing.first_token // reader.block_size  # that is asked for
         self.num_landed_blocks = 0
         self.num_corrupt_blocks = 0  # each time one did not match its digest
         self.num_bytes = 0  # read from the peer, second reads included
         self._reader = reader
-        self._local_blocks = tuple(local_blocks)
-        self._first_block = first_block
+        self._landing = landing
+        self._num_tokens = num_tokens
+        self._end_block = num_blocks_for(num_tokens, reader.block_size)
         self._vocab_size = vocab_size
         self._on_first_token = on_first_token
-        self._next_offer = first_block
+        self._next_offer = self.first_block
         self._offers: deque[BlocksOffered] = deque()
         self._done: PrefillDone | None = None
         self._fault: PdserveError | None = None
@@ -72,7 +79,13 @@ class HandoffReceiver:
     @property
     def is_complete(self) -> bool:
         """All blocks are there."""
-        return self.num_landed_blocks == len(self._local_blocks)
+        return self.first_block + self.num_landed_blocks == self._end_block
+
+    @property
+    def num_landed_tokens(self) -> int:
+        """Of the prompt, counted from its start."""
+        landed = (self.first_block + self.num_landed_blocks) * self._reader.block_size
+        return max(self._landing.first_token, min(landed, self._num_tokens))
 
     @property
     def _is_ready(self) -> bool:
@@ -104,7 +117,7 @@ class HandoffReceiver:
         if not self._is_going:
             return False
         first, end = offer.first_block, offer.first_block + len(offer.block_ids)
-        if not self._first_block <= first < end <= self._first_block + len(self._local_blocks):
+        if not self.first_block <= first < end <= self._end_block:
             raise ProtocolViolation(f"blocks {first} to {end} offered, which were not asked for")
         if end <= self._next_offer:
             return False
@@ -217,14 +230,14 @@ class HandoffReceiver:
 
     async def _read(self, offer: BlocksOffered, places: Sequence[int]) -> list[int]:
         """Read these places of the offer; returns those that do not match their digests."""
-        indices = [offer.first_block + place for place in places]
         corrupt = await self._reader.read(
             BlockRead(
                 handoff=self.handoff,
-                indices=indices,
+                block_size=self._reader.block_size,
+                indices=[offer.first_block + place for place in places],
                 remote_blocks=[offer.block_ids[place] for place in places],
-                local_blocks=[self._local_blocks[index - self._first_block] for index in indices],
                 digests=[offer.digests[place] for place in places],
+                landing=self._landing,
             )
         )
         self.num_bytes += len(places) * self._reader.block_bytes

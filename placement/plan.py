@@ -32,6 +32,9 @@ class PlanPool(Settings):
     ep: int = Field(1, ge=1)
     replicas: int = Field(ge=1)
     kv_tokens: int = Field(0, ge=0, description="KV memory of one worker; 0: not known")
+    block_size: BlockSize | None = Field(
+        None, description="tokens in its KV blocks; left out: the plan's"
+    )
     step_times: CoefficientSettings | None = Field(
         None, description="of one worker, seconds; what `up --engine timed` runs on"
     )

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from pdserve.config.base import Settings, lay_over, parse_settings
 from pdserve.config.processes import (
     MAX_PARALLEL,
+    BlockSize,
     DecodeLimits,
     EngineSettings,
     ProcessSettings,
@@ -38,6 +39,9 @@ class WorkerPool(Settings):
     replicas: int = Field(1, ge=0, description="worker processes")
     num_blocks: int | None = Field(
         None, ge=1, description="KV blocks of each worker; left out: num_blocks above"
+    )
+    block_size: BlockSize | None = Field(
+        None, description="tokens in a KV block; left out: block_size above"
     )
     tp: int | None = Field(
         None, ge=1, le=MAX_PARALLEL, description="tensor parallel ranks; left out: tp above"
@@ -109,7 +113,7 @@ class ClusterSettings(ProcessSettings, Transports, EngineSettings, ServedModel):
         pool = self.pool(role)
         reads_own = role is Role.DECODE and not self.prefill.replicas
         engine = _data_of(EngineSettings, self, only_given)
-        own = {"num_blocks": pool.num_blocks, "tp": pool.tp, "pp": pool.pp}
+        own = pool.model_dump(include={"num_blocks", "block_size", "tp", "pp"})
         engine |= {name: value for name, value in own.items() if value is not None}
         return {
             **_data_of(WorkerSettings, self, only_given),

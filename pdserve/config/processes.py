@@ -13,6 +13,7 @@ from pdserve.config.ranks import RankSettings, check_ranks
 from pdserve.config.timers import Timers
 from pdserve.domain.addresses import MAX_PORT
 from pdserve.domain.latency import StepCoefficients
+from pdserve.domain.layout import MAX_BLOCK_SIZE
 from pdserve.domain.messages import READS_OF_ROLE, Reads, Role
 from pdserve.domain.pair_cost import PolicyName
 from pdserve.domain.waiting import QueueOrder
@@ -20,12 +21,12 @@ from pdserve.domain.waiting import QueueOrder
 LogLevel = Literal["debug", "info", "warning", "error"]
 LOG_FILE = "where the process keeps its log, within the two limits below; empty: standard error"
 INSECURE = "listen on addresses that others can reach, without TLS and login"
-TransportName = Literal["shm", "tcp"]
+TransportName = Literal["shm", "tcp", "collective", "nixl"]
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_NUM_BLOCKS = 1024
 MAX_PARALLEL = 1024
 DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
-BlockSize = Annotated[int, Field(ge=1, le=1024, description="tokens in a KV block")]
+BlockSize = Annotated[int, Field(ge=1, le=MAX_BLOCK_SIZE, description="tokens in a KV block")]
 
 
 class ProcessSettings(Settings):
@@ -297,7 +298,9 @@ class Transports(Settings):
     """How KV travels."""
 
     transports: tuple[TransportName, ...] = Field(
-        ("shm", "tcp"), min_length=1, description="how KV may travel, best first"
+        ("shm", "tcp"),
+        min_length=1,
+        description="how KV may travel, best first: shm, tcp, collective",
     )
 
 

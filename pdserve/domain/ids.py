@@ -9,7 +9,7 @@ BlockId = NewType("BlockId", int)
 Epoch = NewType("Epoch", int)
 """One life of one process: a nonce drawn when it starts."""
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, order=True)

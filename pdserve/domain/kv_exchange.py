@@ -8,9 +8,9 @@ Hello = HandoffHello | WorkerHello
 def exchange_obstacle(decode: Hello, prefill: Hello) -> str | None:
     """Why KV cannot go from the prefill worker to the decode worker; None if it can.
 
-    They must speak one protocol, serve one model and mean the same by a block of it. Their ranks
-    may divide it in any two ways. Two workers of an older version compare their layouts when they
-    meet.
+    They must speak one protocol, serve one model and hold the same of each token. Their blocks may
+    be of any two sizes and orders, and their ranks may divide them in any two ways. Two workers of
+    an older version compare their layouts when they meet.
     """
     if decode.protocol_version != prefill.protocol_version:
         return _differ("protocol version", decode.protocol_version, prefill.protocol_version)
@@ -21,9 +21,7 @@ def exchange_obstacle(decode: Hello, prefill: Hello) -> str | None:
         return None if ours is theirs else "one of them is too old to describe its KV"
     if ours.whole.dtype != theirs.whole.dtype:
         return _differ("KV dtype", ours.whole.dtype, theirs.whole.dtype)
-    if ours.whole.block_size != theirs.whole.block_size:
-        return _differ("block size", ours.whole.block_size, theirs.whole.block_size)
-    if ours.whole != theirs.whole:
+    if not ours.whole.is_same_kv(theirs.whole):
         return "their layers differ in number, KV heads or head sizes"
     return None
 

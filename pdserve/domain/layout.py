@@ -1,12 +1,14 @@
 """The shape of KV memory: of a whole model, and of each rank of a worker that divides it."""
 
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from pdserve.domain.kv_demand import num_blocks_for
 
 MAX_NUM_LAYERS = 1024
 MAX_NUM_RANKS = 256
 MAX_DTYPE_CHARS = 16
+MAX_BLOCK_SIZE = 1024  # tokens; whoever reads blocks of a peer has room for at least one
 MAX_SIZE = 2**32 - 1
 
 
@@ -26,6 +28,13 @@ class LayerKv:
         return self.num_kv_heads * (self.k_head_dim + self.v_head_dim)
 
 
+class BlockOrder(StrEnum):
+    """What comes first in the K, and in the V, that a block has of one layer."""
+
+    TOKENS = "tokens"  # [block_size, kv_heads, head_dim]: what the CPU reads fastest
+    HEADS = "heads"  # [kv_heads, block_size, head_dim]: the tokens of one head are one piece
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvLayout:
     """Block-major, one contiguous piece a block: `[layers, 2, block_size, kv_heads, head_dim]`.
@@ -33,7 +42,7 @@ class KvLayout:
     Layer l starts at `layer_offset_bytes(l)` in its block; its K comes first, then its V:
 
         block b:  | L0 K | L0 V | L1 K | L1 V | ... |
-                    each  [block_size, kv_heads, head_dim] of `dtype`
+                    each  [block_size, kv_heads, head_dim] of `dtype`, or as `order` says
 
     Raises `ValueError` for sizes that no memory has.
     """
@@ -42,12 +51,14 @@ class KvLayout:
     block_size: int
     dtype: str  # numpy name: float32, float16, bfloat16, uint8
     item_bytes: int
+    order: BlockOrder = BlockOrder.TOKENS
     block_bytes: int = field(init=False, repr=False, compare=False)  # asked for at every block
 
     def __post_init__(self) -> None:
         _check(1, MAX_NUM_LAYERS, layers=len(self.layers))
         _check(1, MAX_DTYPE_CHARS, dtype=len(self.dtype))
-        _check(1, block_size=self.block_size, item_bytes=self.item_bytes)
+        _check(1, MAX_BLOCK_SIZE, block_size=self.block_size)
+        _check(1, item_bytes=self.item_bytes)
         for layer in set(self.layers):
             _check(1, num_kv_heads=layer.num_kv_heads, k_head_dim=layer.k_head_dim)
             _check(0, v_head_dim=layer.v_head_dim)
@@ -56,6 +67,11 @@ class KvLayout:
     def __hash__(self) -> int:
         """As much as tells most layouts apart: routers look them up for each request."""
         return hash((len(self.layers), self.block_size, self.dtype))
+
+    def is_same_kv(self, other: "KvLayout") -> bool:
+        """Whether both hold the same of each token, however they put tokens into blocks."""
+        mine, others = ((each.dtype, each.item_bytes, each.layers) for each in (self, other))
+        return mine == others
 
     def layer_offset_bytes(self, layer: int) -> int:
         values = sum(kv.num_values_per_token for kv in self.layers[:layer])
@@ -72,6 +88,10 @@ class RankLayout:
     layers: range  # of the model's layers
     heads: tuple[range, ...]  # of each of these layers' KV heads
     layout: KvLayout  # of this rank's blocks
+
+    def has_heads_of(self, other: "RankLayout") -> bool:
+        """Whether both hold the same heads of the same layers, however they put them in blocks."""
+        return (self.layers, self.heads) == (other.layers, other.heads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,6 +76,9 @@ class KvMemory:
         spans = [(run.local, run.remote, run.count) for run in runs]
         await self._copy(self.bytes, source, spans)
 
+    async def copy_within(self, source: "Tensor", runs: Sequence[BlockRun]) -> None:
+        await self.copy_in(source.numpy().data, runs)
+
     async def copy_out(self, target: HostBuffer, runs: Sequence[BlockRun]) -> None:
         spans = [(run.remote, run.local, run.count) for run in runs]
         await self._copy(target, self.bytes, spans)

@@ -38,6 +38,11 @@ class StepTable:
         self._table.hold(first, count)
         self._num_held += count
 
+    def hold_until(self, end: int) -> None:
+        """All below `end` are held, or get their content; harmless for those that are held."""
+        if end > self._num_held:
+            self.hold(self._num_held, end - self._num_held)
+
     def hold_rest(self) -> None:
         """Whatever is not held yet will be computed here."""
         self.hold(self._num_held, len(self._table.block_ids) - self._num_held)

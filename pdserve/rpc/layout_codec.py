@@ -3,7 +3,7 @@
 import functools
 import itertools
 
-from pdserve.domain.layout import MAX_NUM_LAYERS, KvLayout, LayerKv, ShardedLayout
+from pdserve.domain.layout import MAX_NUM_LAYERS, BlockOrder, KvLayout, LayerKv, ShardedLayout
 from pdserve.rpc.alike import message_of, value_of
 from pdserve.v1 import layout_pb2 as pb
 from pdserve.v1.membership_pb2 import WorkerHello
@@ -44,5 +44,7 @@ def _layout_of(data: bytes) -> ShardedLayout:
         raise ValueError(f"a KV layout may have {MAX_NUM_LAYERS} layers; got {num_layers}")
     runs = ([value_of(LayerKv, run)] * run.num_layers for run in message.layers)
     layers = tuple(itertools.chain.from_iterable(runs))
-    whole = value_of(KvLayout, message, layers=layers)
+    if message.order not in set(BlockOrder):
+        raise ValueError(f"order of a KV layout: must be tokens or heads; got {message.order!r}")
+    whole = value_of(KvLayout, message, layers=layers, order=BlockOrder(message.order))
     return ShardedLayout(whole=whole, tp=message.tp, pp=message.pp)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17pdserve/v1/layout.proto\x12\npdserve.v1\"\x83\x01\n\rShardedLayout\x12#\n\x06layers\x18\x01 \x03(\x0b\x32\x13.pdserve.v1.LayerKv\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nitem_bytes\x18\x04 \x01(\r\x12\n\n\x02tp\x18\x05 \x01(\r\x12\n\n\x02pp\x18\x06 \x01(\r\"[\n\x07LayerKv\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x12\n\nk_head_dim\x18\x03 \x01(\r\x12\x12\n\nv_head_dim\x18\x04 \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17pdserve/v1/layout.proto\x12\npdserve.v1\"\x92\x01\n\rShardedLayout\x12#\n\x06layers\x18\x01 \x03(\x0b\x32\x13.pdserve.v1.LayerKv\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nitem_bytes\x18\x04 \x01(\r\x12\n\n\x02tp\x18\x05 \x01(\r\x12\n\n\x02pp\x18\x06 \x01(\r\x12\r\n\x05order\x18\x07 \x01(\t\"[\n\x07LayerKv\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x12\n\nk_head_dim\x18\x03 \x01(\r\x12\x12\n\nv_head_dim\x18\x04 \x01(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pdserve.v1.layout_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SHARDEDLAYOUT']._serialized_start=40
-  _globals['_SHARDEDLAYOUT']._serialized_end=171
-  _globals['_LAYERKV']._serialized_start=173
-  _globals['_LAYERKV']._serialized_end=264
+  _globals['_SHARDEDLAYOUT']._serialized_end=186
+  _globals['_LAYERKV']._serialized_start=188
+  _globals['_LAYERKV']._serialized_end=279
 # @@protoc_insertion_point(module_scope)

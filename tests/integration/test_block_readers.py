@@ -12,11 +12,13 @@ import pytest
 from numpy.typing import NDArray
 
 from kvtransfer.following import read_for_leader, serve_for_leader
+from kvtransfer.landing import Landing
 from kvtransfer.leading import reading, serving
 from kvtransfer.reading import BlockRead, BlockReader, DirectReader
 from kvtransfer.receiver import HandoffReceiver
 from kvtransfer.transports import worker_transports
 from kvtransfer.transports.base import End
+from kvtransfer.transports.nixl_agent import is_installed
 from pdserve.domain.errors import Reason, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import BlocksOffered, RemoteRegion, Role
@@ -24,11 +26,12 @@ from pdserve.engine.digest import DIGEST_BYTES, block_digest
 from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.kv_store import KvStore
 from tests.support.kv_handoff import blocks, handoff_id
-from tests.support.ranked_kv import EPOCH, NUM_BLOCKS, WHOLE, Ranks, ranks_of
+from tests.support.ranked_kv import EPOCH, NUM_BLOCKS, WHOLE, OnDevice, Ranks, ranks_of
 
 REMOTE = blocks(7, 3, 11, 0, 5, 6)
 LOCAL = blocks(2, 9, 4, 14, 6, 7)
 FIRST = 10
+LANDING = Landing(blocks=LOCAL, first_block=FIRST, block_size=WHOLE.block_size)
 NOTICE_S = 20.0
 DIVISIONS = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2)]
 
@@ -52,10 +55,11 @@ class Handed:
     async def wanted(self) -> BlockRead:
         return BlockRead(
             handoff=handoff_id(),
+            block_size=WHOLE.block_size,
             indices=self.indices,
             remote_blocks=REMOTE,
-            local_blocks=LOCAL,
             digests=await self.digests(),
+            landing=LANDING,
         )
 
     async def offer(self) -> BlocksOffered:
@@ -70,8 +74,8 @@ class Handed:
         return HandoffReceiver(
             handoff_id(),
             reader=self.reader,
-            local_blocks=LOCAL,
-            first_block=FIRST,
+            landing=LANDING,
+            num_tokens=LANDING.end_token,
             vocab_size=1,
             on_first_token=lambda done: True,
         )
@@ -162,6 +166,19 @@ async def test_every_rank_gets_its_part_and_nothing_else_is_touched(
                 assert set(memory.block(BlockId(block))) == {0xEE}
 
 
+@pytest.mark.skipif(not is_installed(), reason="needs nixl: pip install 'pdserve[nixl]'")
+@pytest.mark.parametrize(
+    ("source", "target"), [((2, 1), (1, 2)), ((1, 2), (2, 1)), ((2, 1), (2, 1))]
+)
+async def test_nixl_reads_between_divisions(
+    source: tuple[int, int], target: tuple[int, int]
+) -> None:
+    async with handed(source, target, "nixl") as both:
+        assert both.reader.transport_name == "nixl"
+        assert await both.reader.read(await both.wanted()) == set()
+        assert all(both.has_landed(place) for place in range(len(REMOTE)))
+
+
 async def test_a_digest_is_that_of_each_rank_in_their_order() -> None:
     async with handed((2, 2), (1, 1)) as both:
         memories, indices = both.source.memories, both.indices
@@ -185,19 +202,6 @@ async def test_equal_divisions_are_read_without_staging() -> None:
         own: Any = both.reader
         assert isinstance(own._ranks[0], DirectReader)
         assert both.reader.block_bytes == both.source.layout.block_bytes
-
-
-class OnDevice:
-    """Memory whose bytes nobody on the host sees in place. Satisfies `KvStore`."""
-
-    def __init__(self, memory: KvMemory) -> None:
-        self.layout, self.num_blocks = memory.layout, memory.num_blocks
-        self.copy_in, self.copy_out = memory.copy_in, memory.copy_out
-        self.digests, self.are_sound = memory.digests, memory.are_sound
-        self.tensor, self.close = memory.tensor, memory.close
-
-    def host_blocks(self, block_ids: Sequence[BlockId]) -> None:
-        return None
 
 
 @pytest.mark.parametrize("source", DIVISIONS)

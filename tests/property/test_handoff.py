@@ -38,7 +38,7 @@ from pdserve.engine.contract import StepBatch, StepResult
 from pdserve.engine.kv_memory import KvMemory
 from pdserve.rpc.memory_network import Wire
 from pdserve.rpc.streams import MemoryStream, iterate
-from tests.support.worker_pair import Call, Sizes, WorkerPair, oracle
+from tests.support.worker_pair import BLOCK_SIZE, Call, Sizes, WorkerPair, oracle
 
 AGREE: dict[Phase, set[Phase | None]] = {
     Phase.COMPLETED: {Phase.COMPLETED, Phase.FAILED, Phase.EXPIRED, Phase.LOST},
@@ -185,12 +185,18 @@ class Run:
         self.lease_s = rng.choice([0.2, 10.0])
         self.cut_share = rng.choice([0.0, 0.3])
         self.calls: list[Call] = []
+        # By themselves: workers whose blocks are alike move none through staging.
+        blocks = Random(f"blocks {seed}")
+        alike = (BLOCK_SIZE,)
+        unequal = tuple(blocks.choice([3, 4, 6, 8, 16]) for _ in range(2))
+        self.prefill_block_sizes = blocks.choice([alike, unequal])
 
     async def play(self) -> None:
         rng = self.rng
         sizes = Sizes(
             num_prefill=rng.randint(1, 2),
             prefill_blocks=rng.randint(8, 24),
+            prefill_block_sizes=self.prefill_block_sizes,
             decode_blocks=rng.randint(12, 48),
             max_step_tokens=rng.randint(1, 24),
             max_num_waiting=rng.randint(1, 8),

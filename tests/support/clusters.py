@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -73,21 +73,25 @@ async def task_cluster(
     engine: EngineSettings | None = None,
     prefill_changes: dict[str, Any] | None = None,
     decode_changes: dict[str, Any] | None = None,
+    engines: Sequence[EngineSettings] = (),
     log_level: LogLevel = "error",
 ) -> AsyncIterator[TaskCluster]:
-    """Run `prefill` and `decode` workers and a router; all drained when the block ends."""
+    """Run `prefill` and `decode` workers and a router; all drained when the block ends.
+
+    The workers of a pool have `engines` in turn, if any are given, else all have `engine`.
+    """
     # Here, so that tests of torch-free parts can import this module.
     from decode_worker.app import serve as serve_decode
     from prefill_worker.app import serve as serve_prefill
     from router.app import serve as serve_router
 
-    engine = engine or demo_engine()
+    engines = engines or [engine or demo_engine()]
     configure_logging(level=log_level)
     async with contextlib.AsyncExitStack() as stack:
         router = RouterSettings(
             port=0,
             internal_port=0,
-            model=engine.model,
+            model=engines[0].model,
             timers=QUICK_TIMERS,
             log_level=log_level,
         )
@@ -102,7 +106,7 @@ async def task_cluster(
                     "role": role,
                     "worker_id": f"{role}-{index}",
                     "routers": (addresses["internal_address"],),
-                    "engine": engine,
+                    "engine": engines[index % len(engines)],
                     "timers": QUICK_TIMERS,
                     "log_level": log_level,
                 }

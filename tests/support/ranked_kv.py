@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pdserve.config.processes import WorkerSettings
 from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.ids import PROTOCOL_VERSION, BlockId, Epoch, WorkerId
-from pdserve.domain.layout import KvLayout, LayerKv, RankLayout, ShardedLayout
+from pdserve.domain.layout import BlockOrder, KvLayout, LayerKv, RankLayout, ShardedLayout
 from pdserve.domain.messages import HandoffHello, RemoteRegion, Role
 from pdserve.domain.rank_place import RankPlace
 from pdserve.engine.contract import Engine, StepBatch, StepResult
@@ -32,18 +32,60 @@ EPOCH = Epoch(7)
 NUM_BLOCKS = 16
 
 
-def cut(block: npt.NDArray[np.uint8], whole: KvLayout, held: RankLayout) -> npt.NDArray[np.uint8]:
-    """What a rank holds of a block of the whole model, said the plain way."""
+Planes = list[npt.NDArray[np.uint8]]
+"""K and V of a prompt, layer after layer: each [tokens, kv_heads, bytes of a head]."""
+
+
+def prompt_kv(whole: KvLayout, num_tokens: int, rng: np.random.Generator) -> Planes:
+    """Of random bytes."""
+    return [
+        rng.integers(
+            0, 256, (num_tokens, kv.num_kv_heads, head_dim * whole.item_bytes), dtype=np.uint8
+        )
+        for kv in whole.layers
+        for head_dim in (kv.k_head_dim, kv.v_head_dim)
+    ]
+
+
+def block_of(planes: Planes, held: RankLayout, index: int) -> npt.NDArray[np.uint8]:
+    """What a rank holds of block `index` of a prompt, said the plain way."""
+    size = held.layout.block_size
     parts = []
     for layer, heads in zip(held.layers, held.heads, strict=True):
-        kv, start = whole.layers[layer], whole.layer_offset_bytes(layer)
+        for plane in planes[2 * layer : 2 * layer + 2]:
+            part = plane[index * size : (index + 1) * size, heads.start : heads.stop]
+            if held.layout.order is BlockOrder.HEADS:
+                part = part.transpose(1, 0, 2)
+            parts.append(part.reshape(-1))
+    return np.concatenate(parts)
+
+
+def cut(block: npt.NDArray[np.uint8], whole: KvLayout, held: RankLayout) -> npt.NDArray[np.uint8]:
+    """What a rank holds of a block of the whole model, whose tokens come first."""
+    planes: Planes = []
+    for layer, kv in enumerate(whole.layers):
+        start = whole.layer_offset_bytes(layer)
         for head_dim in (kv.k_head_dim, kv.v_head_dim):
             row = head_dim * whole.item_bytes
             size = whole.block_size * kv.num_kv_heads * row
-            plane = block[start : start + size].reshape(whole.block_size, kv.num_kv_heads, row)
-            parts.append(plane[:, heads.start : heads.stop].reshape(-1))
+            plane = block[start : start + size]
+            planes.append(plane.reshape(whole.block_size, kv.num_kv_heads, row))
             start += size
-    return np.concatenate(parts)
+    return block_of(planes, held, 0)
+
+
+class OnDevice:
+    """Memory whose bytes nobody on the host sees in place. Satisfies `KvStore`."""
+
+    def __init__(self, memory: KvMemory) -> None:
+        self.layout, self.num_blocks = memory.layout, memory.num_blocks
+        self.copy_in, self.copy_out = memory.copy_in, memory.copy_out
+        self.copy_within = memory.copy_within
+        self.digests, self.are_sound = memory.digests, memory.are_sound
+        self.tensor, self.close = memory.tensor, memory.close
+
+    def host_blocks(self, block_ids: Sequence[BlockId]) -> None:
+        return None
 
 
 @dataclass
@@ -105,10 +147,14 @@ async def ranks_of(
     role: Role,
     num_blocks: int = NUM_BLOCKS,
     whole: KvLayout = WHOLE,
+    memories: Sequence[KvMemory] = (),
     store_of: Callable[[KvMemory], KvStore] = lambda memory: memory,
     **settings: Any,
 ) -> AsyncIterator[Ranks]:
-    """Ranks that do what `open_service` says; rank 0 is the caller."""
+    """Ranks that do what `open_service` says; rank 0 is the caller.
+
+    Each has memory of its own, unless `memories` are given, which stay the caller's.
+    """
     layout = ShardedLayout(whole=whole, tp=tp, pp=pp)
     said = WorkerSettings(role=role, worker_id="w", **{"engine": {"tp": tp, "pp": pp}, **settings})
     spec = EngineSpec(
@@ -124,11 +170,15 @@ async def ranks_of(
         pp=pp,
     )
     async with contextlib.AsyncExitStack() as stack:
-        memories = []
-        for rank in range(layout.num_ranks):
-            memory = KvMemory(layout.rank(rank).layout, num_blocks)
-            stack.callback(memory.close)
-            memories.append(memory)
+        if not memories:
+            memories = [
+                KvMemory(layout.rank(rank).layout, num_blocks) for rank in range(layout.num_ranks)
+            ]
+            for memory in memories:
+                stack.callback(memory.close)
+        assert [each.layout for each in memories] == [
+            layout.rank(rank).layout for rank in range(layout.num_ranks)
+        ]
         stores = [store_of(memory) for memory in memories]
         ends = []
         for rank in range(1, layout.num_ranks):

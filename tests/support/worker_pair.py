@@ -83,7 +83,7 @@ def demo_tokenizer() -> Tokenizer:
     return Tokenizer.load(resolve_model_dir("demo"))
 
 
-_SPARE_ENGINES: dict[int, list[TimedEngine]] = {}
+_SPARE_ENGINES: dict[tuple[int, int], list[TimedEngine]] = {}
 
 
 def steps_of(fixed_s: float) -> StepCoefficients:
@@ -91,10 +91,12 @@ def steps_of(fixed_s: float) -> StepCoefficients:
     return replace(COEFFICIENTS, fixed_s=fixed_s)
 
 
-def borrow_engine(num_blocks: int, coefficients: StepCoefficients = COEFFICIENTS) -> TimedEngine:
+def borrow_engine(
+    num_blocks: int, coefficients: StepCoefficients = COEFFICIENTS, block_size: int = BLOCK_SIZE
+) -> TimedEngine:
     """An engine for one event loop; close it. Its KV is whatever the last user left there."""
-    spare = _SPARE_ENGINES.setdefault(num_blocks, [])
-    engine = spare.pop() if spare else _open_engine(num_blocks)
+    spare = _SPARE_ENGINES.setdefault((num_blocks, block_size), [])
+    engine = spare.pop() if spare else _open_engine(num_blocks, block_size)
     engine.coefficients = coefficients
     engine._free_at_s = 0.0  # a time of its last event loop
     engine.kv.thread_above_bytes = KvMemory.thread_above_bytes  # its last user may have changed it
@@ -105,16 +107,17 @@ class SpareEngine(TimedEngine):
     """Used again by other tests: its memory takes longer to make than a test."""
 
     def close(self) -> None:
-        _SPARE_ENGINES.setdefault(self.kv.num_blocks, []).append(self)
+        sizes = (self.kv.num_blocks, self.kv.layout.block_size)
+        _SPARE_ENGINES.setdefault(sizes, []).append(self)
 
 
-def _open_engine(num_blocks: int) -> TimedEngine:
+def _open_engine(num_blocks: int, block_size: int = BLOCK_SIZE) -> TimedEngine:
     return SpareEngine(
         demo_files(),
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         num_blocks=num_blocks,
         coefficients=COEFFICIENTS,
-        layout=LAYOUT,
+        layout=replace(LAYOUT, block_size=block_size),
     )
 
 
@@ -288,6 +291,7 @@ class Sizes:
 
     num_prefill: int = 1
     prefill_blocks: int = 64
+    prefill_block_sizes: tuple[int, ...] = (BLOCK_SIZE,)  # of the prefill workers in turn
     decode_blocks: int = 64
     max_step_tokens: int = 8
     max_num_requests: int = 8
@@ -367,12 +371,16 @@ class WorkerPair:
         sizes = self.sizes
         coefficients = sizes.prefill_steps if role is Role.PREFILL else sizes.decode_steps
         num_blocks = sizes.prefill_blocks if role is Role.PREFILL else sizes.decode_blocks
+        block_size = BLOCK_SIZE
+        if role is Role.PREFILL:
+            place = int(name.rpartition("-")[2])
+            block_size = sizes.prefill_block_sizes[place % len(sizes.prefill_block_sizes)]
         settings = WorkerSettings(
             worker_id=name,
             role=role,
             engine=EngineSettings(
                 engine="timed",
-                block_size=BLOCK_SIZE,
+                block_size=block_size,
                 num_blocks=num_blocks,
                 prefix_reuse=sizes.reuses_prefixes,
                 coefficients=CoefficientSettings(**dataclasses.asdict(coefficients)),
@@ -385,7 +393,7 @@ class WorkerPair:
         )
         return WorkerParts(
             settings=settings,
-            engine=borrow_engine(num_blocks, coefficients),
+            engine=borrow_engine(num_blocks, coefficients, block_size),
             coefficients=coefficients,
             epoch=epoch,
             clock=asyncio.get_running_loop().time,

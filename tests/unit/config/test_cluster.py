@@ -49,6 +49,10 @@ def problem(data: object) -> str:
         ({"transports": []}, "transports: "),
         ({"memory_fraction": 1.1}, "memory_fraction: Input should be less than or equal to 1"),
         ({"decode": {"tp": 0}}, "decode.tp: Input should be greater than or equal to 1"),
+        (
+            {"prefill": {"block_size": 1025}},
+            "prefill.block_size: Input should be less than or equal to 1024",
+        ),
         ({"transports": ["rdma"]}, "transports.0: "),
         ({"timers": {"drain_s": float("nan")}}, "timers.drain_s: "),
         ({"engine": "timed"}, "engine: timed needs coefficients"),
@@ -145,6 +149,11 @@ def test_blocks_of_a_pool_are_those_of_the_cluster_unless_it_has_its_own() -> No
         ("prefill", 30),
         ("decode", 20),
     ]
+
+
+def test_a_pool_has_blocks_of_its_own_size_or_that_of_the_cluster() -> None:
+    settings = ClusterSettings.model_validate({"block_size": 24, "decode": {"block_size": 32}})
+    assert [each.engine.block_size for each in settings.worker_settings("")] == [24, 32]
 
 
 def test_a_pool_has_ranks_of_its_own_or_those_of_the_cluster() -> None:

@@ -22,7 +22,7 @@ from pdserve.domain.messages import (
 )
 from pdserve.domain.tokens import Completed, Failed, SampledToken
 from tests.support.kv_handoff import reader_of
-from tests.support.worker_pair import Call, PairTransport, Sizes, WorkerPair, oracle
+from tests.support.worker_pair import BLOCK_SIZE, Call, PairTransport, Sizes, WorkerPair, oracle
 
 PROMPT = tuple(range(10, 40))
 ALONE = Sizes(num_prefill=0)
@@ -319,3 +319,24 @@ async def test_handoff_whose_lease_ran_out_is_told_and_read_elsewhere() -> None:
         end = await call.completed()
         assert_right(call)
         assert end.timeline.total_s < 10
+
+
+@virtual
+async def test_what_landed_of_a_block_that_another_worker_then_spoils_is_not_relied_on() -> None:
+    """Six tokens of the first worker end within a block, which the second damages and is lost."""
+    sizes = Sizes(num_prefill=2, prefill_block_sizes=(6, BLOCK_SIZE), max_step_tokens=6)
+    async with WorkerPair(sizes) as pair:
+        num_reads = 0
+
+        def is_corrupt() -> bool:
+            nonlocal num_reads
+            num_reads += 1
+            pair.prefill[min(num_reads, 2) - 1].cut()
+            return num_reads > 1
+
+        pair.transport.is_corrupt = is_corrupt
+        call = pair.submit(PROMPT, max_tokens=6)
+        end = await call.completed()
+        assert_right(call)
+        assert num_reads >= 2
+        assert end.timeline.prefill_worker == ""

@@ -95,7 +95,7 @@ async def test_closing_does_not_wait_for_timers_nor_for_links_being_opened() -> 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"protocol_version": 9}, "scripted: protocol version: 2 at the decode worker, 9"),
+        ({"protocol_version": 9}, f"protocol version: {PROTOCOL_VERSION} at the decode worker, 9"),
         ({"model_hash": b"another"}, "scripted: model: .* at the decode worker"),
         ({"layout": None}, "scripted: one of them is too old"),
         ({"layout": ShardedLayout(whole=LAYOUT, tp=1, pp=2)}, "scripted: no transport reaches it"),

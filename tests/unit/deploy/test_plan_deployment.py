@@ -135,6 +135,24 @@ def test_scaling_keeps_one_of_each_and_says_so(tmp_path: Path) -> None:
     assert "2 of the plan's 5 workers" in deployment.notes[0]
 
 
+def test_a_pool_may_have_blocks_of_its_own_size(tmp_path: Path) -> None:
+    data = plan()
+    data["pools"][1]["block_size"] = 32
+
+    def blocks(*assignments: str) -> set[tuple[str, int, int | None]]:
+        return {
+            (each.settings.role, each.settings.engine.block_size, each.settings.engine.num_blocks)
+            for each in opened(tmp_path, data, *assignments).workers
+        }
+
+    assert blocks() == {("prefill", 8, 500), ("decode", 32, 250)}
+    assert blocks("decode.block_size=20") == {("prefill", 8, 500), ("decode", 20, 400)}
+    assert blocks("block_size=40") == {("prefill", 40, 100), ("decode", 40, 200)}
+    data["pools"][0]["block_size"] = 1025
+    with pytest.raises(LocalFault, match=r"pools.0.block_size.*less than or equal to 1024"):
+        blocks()
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, 1.5])
 def test_scale_is_a_share(tmp_path: Path, scale: float) -> None:
     with pytest.raises(LocalFault, match="scale must be above 0 and at most 1"):

@@ -8,7 +8,7 @@ import pytest
 
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, WorkerId
 from pdserve.domain.kv_exchange import exchange_obstacle
-from pdserve.domain.layout import KvLayout, LayerKv, ShardedLayout
+from pdserve.domain.layout import BlockOrder, KvLayout, LayerKv, ShardedLayout
 from pdserve.domain.messages import HandoffHello
 
 LAYER = LayerKv(num_kv_heads=4, k_head_dim=32, v_head_dim=16)
@@ -36,15 +36,14 @@ def test_workers_that_say_the_same_of_their_one_rank_exchange_kv() -> None:
 @pytest.mark.parametrize(
     ("prefill", "why"),
     [
-        (peer(protocol_version=9), "protocol version: 2 at the decode worker, 9 at the prefill"),
+        (
+            peer(protocol_version=9),
+            f"version: {PROTOCOL_VERSION} at the decode worker, 9 at",
+        ),
         (peer(model_hash=b"\xff"), "model: 0a0a.* at the decode worker, ff at the prefill worker"),
         (
             peer(layout=ShardedLayout(whole=replace(WHOLE, dtype="bfloat16", item_bytes=2))),
             "KV dtype: float32 at the decode worker, bfloat16 at the prefill worker",
-        ),
-        (
-            peer(layout=ShardedLayout(whole=replace(WHOLE, block_size=32))),
-            "block size: 16 at the decode worker, 32 at the prefill worker",
         ),
         (peer(layout=ShardedLayout(whole=replace(WHOLE, layers=(LAYER,)))), "layers differ"),
         (peer(layout=None), "too old to describe its KV"),
@@ -63,6 +62,16 @@ def test_workers_exchange_kv_however_their_ranks_divide_it(tp: int, pp: int) -> 
     assert exchange_obstacle(several, several) is None
     assert exchange_obstacle(several, peer()) is None
     assert exchange_obstacle(peer(), several) is None
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [replace(WHOLE, block_size=1), replace(WHOLE, block_size=24, order=BlockOrder.HEADS)],
+)
+def test_workers_exchange_kv_whatever_their_blocks_are_like(whole: KvLayout) -> None:
+    other = peer(layout=ShardedLayout(whole=whole, tp=2))
+    assert exchange_obstacle(other, peer()) is None
+    assert exchange_obstacle(peer(), other) is None
 
 
 def test_workers_of_an_older_version_are_left_to_each_other() -> None:

@@ -97,3 +97,12 @@ def test_rest_is_what_is_neither_cached_nor_landed() -> None:
     table.hold_rest()
     table.hold_rest()
     assert pool.usage().held == 4
+
+
+def test_blocks_that_are_held_already_may_be_held_again() -> None:
+    pool = BlockPool(4)
+    table = table_of(pool, 4)
+    for end in (2, 2, 1, 3):
+        table.hold_until(end)
+    assert (pool.usage().held, pool.usage().reserved) == (3, 1)
+    table.release()

@@ -5,6 +5,7 @@ from typing import Literal
 
 import pytest
 
+from kvtransfer.landing import Landing
 from kvtransfer.receiver import HandoffReceiver
 from kvtransfer.session import Phase, ProtocolViolation
 from kvtransfer.transports.base import Transport
@@ -30,6 +31,7 @@ from pdserve.domain.tokens import Failed, SampledToken
 from pdserve.engine.digest import block_digest
 from pdserve.engine.kv_memory import KvMemory
 from tests.support.kv_handoff import (
+    BLOCK_SIZE,
     DirectTransport,
     anyone,
     blocks,
@@ -65,8 +67,8 @@ class Pair:
         return HandoffReceiver(
             handoff_id(),
             reader=reader_of(transport, self.region, self.target),
-            local_blocks=LOCAL,
-            first_block=FIRST,
+            landing=Landing(blocks=LOCAL, first_block=FIRST, block_size=BLOCK_SIZE),
+            num_tokens=(FIRST + len(LOCAL)) * BLOCK_SIZE,
             vocab_size=VOCAB_SIZE,
             on_first_token=self.take,
         )

@@ -20,6 +20,18 @@ async def test_memory_holds_as_many_blocks_as_fit_and_at_least_one() -> None:
     staging.close()
 
 
+async def test_memory_holds_the_blocks_that_are_asked_for_whatever_fits() -> None:
+    staging = Staging(slot_bytes=1024, num_slots=2)
+    async with staging.lend(LARGE) as small:
+        pass
+    async with staging.lend(LARGE, 3) as large:
+        assert large is not small
+        assert large.num_blocks == 3
+    async with staging.lend(LARGE, 2) as again:
+        assert again is large
+    staging.close()
+
+
 async def test_memory_of_a_layout_is_used_again_and_that_of_others_makes_room() -> None:
     staging = Staging(slot_bytes=1024, num_slots=2)
     seen: list[KvMemory] = []

@@ -14,7 +14,7 @@ import structlog
 from deploy.simulated.virtual_time import virtual
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import PeerFault, Reason, WorkerLost
-from pdserve.domain.ids import HandoffId, RequestId
+from pdserve.domain.ids import PROTOCOL_VERSION, HandoffId, RequestId
 from pdserve.domain.messages import (
     BlocksOffered,
     BlocksPulled,
@@ -408,7 +408,10 @@ async def test_peer_that_says_nothing_is_not_served() -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"protocol_version": 9}, "protocol version: 9 at the decode worker, 2 at the prefill"),
+        (
+            {"protocol_version": 9},
+            f"version: 9 at the decode worker, {PROTOCOL_VERSION} at",
+        ),
         ({"model_hash": b"another"}, "model: .* at the decode worker"),
         ({"layout": None}, "too old"),
     ],

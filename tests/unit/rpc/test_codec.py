@@ -12,7 +12,7 @@ from pdserve.domain.errors import Reason
 from pdserve.domain.ids import Epoch, HandoffId, WorkerId
 from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import LiveSteps, StepCoefficients, StepShape
-from pdserve.domain.layout import MAX_NUM_LAYERS, KvLayout, LayerKv, ShardedLayout
+from pdserve.domain.layout import MAX_NUM_LAYERS, BlockOrder, KvLayout, LayerKv, ShardedLayout
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, PhaseTimeline, SampledToken
 from pdserve.rpc import codec, membership_codec
@@ -65,6 +65,7 @@ layout = st.builds(
             lambda runs: tuple(kv for kv, num_layers in runs for _ in range(num_layers))
         ),
         block_size=st.integers(1, 2**10),
+        order=st.sampled_from(BlockOrder),
         dtype=st.text(min_size=1, max_size=8),
         item_bytes=st.integers(1, 8),
     ),
@@ -315,7 +316,14 @@ def test_unset_sampling_fields_take_the_documented_defaults() -> None:
 
 
 LAYER = {"num_layers": 2, "num_kv_heads": 4, "k_head_dim": 8, "v_head_dim": 8}
-LAYOUT = {"block_size": 16, "dtype": "float32", "item_bytes": 4, "tp": 2, "pp": 1}
+LAYOUT = {
+    "block_size": 16,
+    "dtype": "float32",
+    "item_bytes": 4,
+    "tp": 2,
+    "pp": 1,
+    "order": "tokens",
+}
 
 
 def hello_with_layout(
@@ -360,6 +368,9 @@ def test_layout_of_more_bytes_than_any_valid_one_is_an_error() -> None:
     ("change", "why"),
     [
         ({"block_size": 0}, "block_size"),
+        ({"block_size": 1025}, "block_size of a KV layout: must be 1 to 1024; got 1025"),
+        ({"order": ""}, "order of a KV layout: must be tokens or heads; got ''"),
+        ({"order": "layers"}, "order of a KV layout: must be tokens or heads; got 'layers'"),
         ({"item_bytes": 0}, "item_bytes"),
         ({"dtype": ""}, "dtype"),
         ({"dtype": "x" * 100}, "dtype"),

@@ -4,7 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import structlog
 
+from kvtransfer import transports
 from kvtransfer.transports import choose, open_transports, worker_transports
 from kvtransfer.transports.base import End, Transport
 from kvtransfer.transports.faulty import FaultyTransport
@@ -30,8 +32,8 @@ SHM_ELSEWHERE = RemoteRegion(
 
 
 def test_transports_open_in_the_order_they_are_named() -> None:
-    transports = open_transports(["tcp", "shm"], "127.0.0.1", timers=Timers())
-    assert [transport.name for transport in transports] == ["tcp", "shm"]
+    opened = open_transports(["tcp", "shm"], "127.0.0.1", timers=Timers())
+    assert [transport.name for transport in opened] == ["tcp", "shm"]
 
 
 def test_an_unknown_transport_is_a_fault_of_the_settings() -> None:
@@ -39,17 +41,31 @@ def test_an_unknown_transport_is_a_fault_of_the_settings() -> None:
         open_transports(["shm", "pigeon"], "127.0.0.1", timers=Timers())
 
 
+def test_a_transport_without_its_extra_is_left_out_and_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transports, "is_installed", lambda: False)
+    with structlog.testing.capture_logs() as logs:
+        opened = open_transports(["nixl", "tcp"], "127.0.0.1", timers=Timers())
+    assert [transport.name for transport in opened] == ["tcp"]
+    [entry] = logs
+    assert entry["transport"] == "nixl"
+    assert "pip install 'pdserve[nixl]'" in entry["why"]
+    with pytest.raises(LocalFault, match=r"pip install 'pdserve\[nixl\]'"):
+        open_transports(["nixl"], "127.0.0.1", timers=Timers())
+
+
 def test_the_first_transport_that_reaches_the_peer_is_chosen() -> None:
-    transports = open_transports(["shm", "tcp"], "127.0.0.1", timers=Timers())
-    chosen = choose(transports, [TCP, SHM_ELSEWHERE])
+    opened = open_transports(["shm", "tcp"], "127.0.0.1", timers=Timers())
+    chosen = choose(opened, [TCP, SHM_ELSEWHERE])
     assert chosen is not None
     assert (chosen[0].name, chosen[1]) == ("tcp", TCP)
 
 
 def test_no_transport_is_chosen_where_none_reaches() -> None:
-    transports = open_transports(["shm", "tcp"], "127.0.0.1", timers=Timers())
-    assert choose(transports, [SHM_ELSEWHERE]) is None
-    assert choose(transports, []) is None
+    opened = open_transports(["shm", "tcp"], "127.0.0.1", timers=Timers())
+    assert choose(opened, [SHM_ELSEWHERE]) is None
+    assert choose(opened, []) is None
     assert choose([], [TCP]) is None
 
 
