@@ -105,6 +105,13 @@ def profile(
             f"--device {settings.device} needs --gpu TYPE, a type of `pdserve gpus`: plans from "
             "this profile start their workers where such GPUs are"
         )
+    if settings is not None and sim is not None:
+        for worker in settings.worker_settings(""):
+            if worker.engine.pp > 1:
+                raise LocalFault(
+                    f"--sim: {worker.role} workers have pp {worker.engine.pp}, and a profile of "
+                    "several stages is not simulated; leave --sim out, or profile pp 1"
+                )
     for path in (output, sim):
         _check_writable(path)
     plan = ProbePlan(num_rounds=rounds, max_batch=max_batch)
