@@ -1,7 +1,10 @@
 """`pdserve profile` on a real cluster whose steps take a known time."""
 
 import asyncio
+import contextlib
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,20 @@ async def test_profile_finds_the_times_that_the_engine_takes(tmp_path: Path) -> 
     (tmp_path / "sim.yaml").write_text(simulation_yaml(profile, "p.json"))
     config = read_config(tmp_path / "sim.yaml")
     assert config.pdserve == profile.options()
+
+
+async def test_loss_of_a_worker_meanwhile_is_told() -> None:
+    plan = ProbePlan(num_rounds=1, max_batch=4)
+    async with LocalCluster.start(settings()) as cluster, asyncio.timeout(120):
+
+        def kill_decode(text: str) -> None:
+            if "prompts of" in text:
+                worker = cluster.process("decode-0")
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.pid, signal.SIGKILL)
+
+        with pytest.raises(LocalFault, match="a request of the profile"):
+            await profile_cluster(cluster.internal_address, plan, kill_decode)
 
 
 @pytest.mark.slow
