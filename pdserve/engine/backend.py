@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pdserve.domain.errors import LocalFault
+from pdserve.domain.invariants import check_invariant
 from pdserve.domain.layout import KvLayout
 from pdserve.engine.attention import AttentionTarget
 from pdserve.engine.fused_layer import fuse_layers
@@ -23,7 +24,7 @@ from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.kv_store import KvStore
 from pdserve.engine.numba_attention import CompiledAttention, compile_attention
 from pdserve.engine.packed_linear import pack_linears
-from pdserve.engine.packing import PackedBatch
+from pdserve.engine.packing import NO_SOURCE, PackedBatch
 from pdserve.engine.paged_cache import PagedCache, PagedStep
 
 
@@ -71,6 +72,8 @@ class DenseAttention:
         self.block_size = cache.block_size
 
     def inputs(self, batch: PackedBatch, spare_position: int | None) -> StepInputs:
+        is_known = bool((batch.sources == NO_SOURCE).all())
+        check_invariant(is_known, "dense attention follows no draw", batch.sources)
         token_ids, positions = batch.token_ids, batch.positions
         if spare_position is not None:
             token_ids, positions = np.append(token_ids, 0), np.append(positions, spare_position)

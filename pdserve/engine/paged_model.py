@@ -77,6 +77,7 @@ class PagedModel:
 
     kv: KvStore
     attention: BatchAttention
+    is_whole: bool  # and not one rank's part
 
     def __init__(
         self,
@@ -117,6 +118,7 @@ class PagedModel:
         self._dtype = dtype
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.length_rule = find_length_rule(model, limit) if share is None else share.length_rule
+        self.is_whole = share is None
         self._gives_logits = share is None or share.place.is_last_stage
         self._check_against(plain, tokens, layout)
         self.layout = layout

@@ -42,6 +42,8 @@ WEIGHTS = 1_000_003
 class ToyPart:
     """Satisfies `Engine`, for one rank."""
 
+    looks_ahead = False
+
     def __init__(self, files: ModelFiles, settings: EngineSettings, group: RankGroup) -> None:
         place = group.place
         whole = kv_layout(files.config, block_size=settings.block_size, dtype="float32")

@@ -11,12 +11,14 @@ from pdserve.domain.errors import LocalFault
 from pdserve.domain.layout import KvLayout
 from pdserve.engine.attention import AttentionCall, attending
 from pdserve.engine.backend import BatchAttention, DenseAttention
+from pdserve.engine.contract import StepLimits
 from pdserve.engine.device.device_attention import DeviceAttention
 from pdserve.engine.device.device_kv import DeviceKv
 from pdserve.engine.device.op import AUTO, TORCH, TRITON, triton_obstacle
 from pdserve.engine.device.request import AttentionRequest
 from pdserve.engine.device.runtime import DeviceRuntime
 from pdserve.engine.device.staging import Stager
+from pdserve.engine.device.token_feed import TokenFeed
 from pdserve.engine.device.variants import AttentionKind, chunk_rows_per_tile
 from pdserve.engine.kv_store import KvStore
 from pdserve.engine.model_probe import run_probe
@@ -71,9 +73,16 @@ def gib(num_bytes: int) -> str:
 class DeviceBackend:
     """Satisfies `ModelBackend` on a device."""
 
-    def __init__(self, runtime: DeviceRuntime, attention: str = AUTO) -> None:
+    def __init__(
+        self,
+        runtime: DeviceRuntime,
+        attention: str = AUTO,
+        *,
+        max_num_requests: int = StepLimits().max_num_requests,
+    ) -> None:
         """`attention`: `triton`, `torch` (one operator either way), `dense` (request by request,
-        as on the host), or `auto`: Triton where it can be used, else torch.
+        as on the host), or `auto`: Triton where it can be used, else torch. A step draws for
+        `max_num_requests` at most if another one follows it.
         """
         if attention not in KERNELS:
             known = ", ".join(KERNELS)
@@ -83,6 +92,7 @@ class DeviceBackend:
             log.warning("attention.without_kernels", device=str(runtime.device), reason=obstacle)
         self.runtime = runtime
         self.stager = Stager(runtime)
+        self.feed = TokenFeed(runtime, max_num_requests)
         self._kernels = attention
         self._uses_triton = attention == TRITON or (attention == AUTO and not obstacle)
         self._calls: Sequence[AttentionCall] = ()
@@ -115,6 +125,7 @@ class DeviceBackend:
             self.stager,
             kernels=self._kernels,
             chunk_rows_per_tile=rows_per_tile,
+            feed=self.feed,
         )
 
     def close(self) -> None:

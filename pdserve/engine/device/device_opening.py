@@ -62,7 +62,7 @@ def open_on_device(
 
     A rank that does not draw gives no tokens.
     """
-    backend = DeviceBackend(room.runtime, attention)
+    backend = DeviceBackend(room.runtime, attention, max_num_requests=limits.max_num_requests)
     try:
         model = PagedModel(
             module,

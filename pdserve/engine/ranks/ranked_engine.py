@@ -25,8 +25,10 @@ class RankedEngine:
     """Satisfies `Engine`. Every rank computes the same batch; a step is over when it is on each.
 
     `part` is what rank 0 computes itself. An error in a step, on any rank, ends this process: see
-    `Crew.wait_for_end`.
+    `Crew.wait_for_end`. It does not look ahead: the draws are known to one rank only.
     """
+
+    looks_ahead = False
 
     def __init__(self, part: Engine, place: RankPlace, crew: Crew, *, step_s: float) -> None:
         self.spec = part.spec
