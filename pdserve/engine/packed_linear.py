@@ -35,7 +35,7 @@ def pack_linears(model: Module) -> int:
         for parameter in module._parameters.values()
         if parameter is not None
     )
-    groups = _joinable(model, linears)
+    groups = joinable(model, linears)
     alone = [linear for linear in linears if not any(linear in group for group in groups)]
     groups += [[linear] for linear in alone]
     choices = choose_forms(Counter(_shape(group) for group in groups))
@@ -55,7 +55,10 @@ def _replace(group: list[Linear], choice: Choice, users: Counter[int]) -> None:
     if len(group) == 1:
         forwards: list[Forward] = [choice.bind(group[0].weight, group[0].bias)]
     else:
-        product = JoinedLinears(group, choice)
+        weight = torch.cat([linear.weight.detach() for linear in group])
+        biases = [linear.bias.detach() for linear in group if linear.bias is not None]
+        run = choice.bind(weight, torch.cat(biases) if biases else None)
+        product = JoinedLinears(run, [linear.out_features for linear in group])
         forwards = [JoinedPart(product, place) for place in range(len(group))]
     for linear, forward in zip(group, forwards, strict=True):
         is_shared = users[id(linear.weight)] > 1
@@ -66,8 +69,8 @@ def _replace(group: list[Linear], choice: Choice, users: Counter[int]) -> None:
             linear.weight = Parameter(hollow.expand(linear.weight.shape), requires_grad=False)
 
 
-def _joinable(model: Module, linears: list[Linear]) -> list[list[Linear]]:
-    """Projections of the same rows, which can be one product."""
+def joinable(model: Module, linears: list[Linear]) -> list[list[Linear]]:
+    """Projections of the same rows among `linears`, which can be one product."""
     packed = set(linears)
     groups = []
     for module in model.modules():
@@ -84,11 +87,8 @@ def _joinable(model: Module, linears: list[Linear]) -> list[list[Linear]]:
 class JoinedLinears:
     """Several linear layers of the same rows as one product: `run` gives them side by side."""
 
-    def __init__(self, linears: list[Linear], choice: Choice) -> None:
-        weight = torch.cat([linear.weight.detach() for linear in linears])
-        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-        self.run = choice.bind(weight, torch.cat(biases) if biases else None)
-        self.sizes = [linear.out_features for linear in linears]
+    def __init__(self, run: Forward, sizes: list[int]) -> None:
+        self.run, self.sizes = run, sizes
         self._rows: Tensor | None = None
         self._results: tuple[Tensor, ...] = ()
 

@@ -135,7 +135,7 @@ class TorchEngine:
         `device`: cpu, cuda, cuda:N, or a runtime. `attention` on the CPU: `numba` or `torch`
         (gather and SDPA); `auto` takes numba where it can be used. On a device: see
         `DeviceBackend`. There, steps up to `limits` have room, and `num_blocks` None makes as many
-        as `memory_fraction` of the device's memory leaves.
+        as `memory_fraction` of the device's memory leaves, with a group that of the fullest rank.
         """
         item_bytes(dtype)
         _use_one_thread()
@@ -144,11 +144,8 @@ class TorchEngine:
         if isinstance(files, Path):
             files = ModelFiles.open(files)
         runtime = open_runtime(device) if isinstance(device, str) else device
-        if num_blocks is None and (runtime is None or group is not None):
-            raise LocalFault(
-                "num_blocks must be given for the CPU, whose memory others share, and for workers "
-                "of several ranks, which must have equally many"
-            )
+        if num_blocks is None and runtime is None:
+            raise LocalFault("num_blocks must be given for the CPU, whose memory others share")
         draws = group is None or group.place.draws
         room = None if runtime is None else DeviceRoom.of(runtime, memory_fraction)
         loaded = (
@@ -169,6 +166,7 @@ class TorchEngine:
                 attention=attention,
                 limits=limits,
                 draws=draws,
+                group=group,
             )
             return cls(model, stepper, _spec(files, model, share_of(loaded)))
         model = PagedModel(

@@ -14,6 +14,7 @@ from pdserve.engine.backend import BatchAttention, DenseAttention
 from pdserve.engine.contract import StepLimits
 from pdserve.engine.device.device_attention import DeviceAttention
 from pdserve.engine.device.device_kv import DeviceKv
+from pdserve.engine.device.joined_weights import join_linears
 from pdserve.engine.device.op import AUTO, TORCH, TRITON, triton_obstacle
 from pdserve.engine.device.request import AttentionRequest
 from pdserve.engine.device.runtime import DeviceRuntime
@@ -98,7 +99,9 @@ class DeviceBackend:
         self._calls: Sequence[AttentionCall] = ()
 
     def prepare(self, model: Any) -> None:
-        """Find out what its layers ask of attention."""
+        """Join what can be one product, and find out what its layers ask of attention."""
+        join_linears(model)
+        self.runtime.trim()  # of what was joined the parts are free
         recorder = _Recorder()
         with attending(recorder), torch.inference_mode():
             run_probe(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
