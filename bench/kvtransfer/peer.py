@@ -78,7 +78,8 @@ async def main(num_blocks: int, block_bytes: int, num_moved: int) -> None:
     async def may_read(block_ids: Sequence[BlockId]) -> bool:
         return True
 
-    store = torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    dist: Any = torch.distributed
+    store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     arguments = (store, memory, num_moved)
     threading.Thread(target=serve_gloo, args=arguments, daemon=True).start()
     servers = [await transport.serve(memory, may_read) for transport in transports]

@@ -115,6 +115,7 @@ async def lose_owner(
     owner = KvPeer(name, NUM_BLOCKS, BLOCK_BYTES, SEED)
     region = await asyncio.to_thread(owner.region)
     wanted = blocks(*range(NUM_READ))
+    await transport.read(region, wanted[:1], target, wanted[:1])  # connects the two
     reading = asyncio.create_task(transport.read(region, wanted, target, wanted))
     await asyncio.sleep(moment_s)
     owner.send_signal(number)
