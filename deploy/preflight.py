@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deploy.deployment import Deployment
 from deploy.gpus import assign_gpus, visible_gpus
+from kvtransfer.transports import installed_transports
 from pdserve.config.binding import explain_listening, listen
 from pdserve.config.processes import EngineSettings
 from pdserve.domain.addresses import MAX_PORT
@@ -36,8 +37,13 @@ class Footprint:
 
 
 def check_deployment(deployment: Deployment) -> Footprint:
-    """Raise `LocalFault` for a model, a port, ranks, GPUs or memory that cannot work here."""
+    """Raise `LocalFault` for what cannot work here.
+
+    That is a model, a port, ranks, GPUs or memory, or transports of which none is installed.
+    """
     router = deployment.router
+    for worker in deployment.workers:
+        installed_transports(worker.settings.transports)
     engines = [worker.settings.engine for worker in deployment.workers]
     files = ModelFiles.open(router.model, engines[0].override_config)
     if any(engine.engine == "torch" for engine in engines):

@@ -6,6 +6,8 @@ import structlog
 
 from kvtransfer.transports.base import NOBODY, End, Transport
 from kvtransfer.transports.faulty import FaultyTransport
+from kvtransfer.transports.nixl import NixlTransport
+from kvtransfer.transports.nixl_agent import is_installed
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
 from kvtransfer.transports.tcp_server import TcpLimits
@@ -42,10 +44,15 @@ def _collective(host: str, port: int, timers: Timers, end: End) -> Transport:
     return CollectiveTransport(host, end=end, limits=limits)
 
 
+def _nixl(host: str, port: int, timers: Timers, end: End) -> Transport:
+    return NixlTransport(idle_timeout_s=timers.transfer_idle_s, total_timeout_s=timers.transfer_s)
+
+
 _MAKERS: dict[str, Callable[[str, int, Timers, End], Transport]] = {
     "shm": _shm,
     "tcp": _tcp,
     "collective": _collective,
+    "nixl": _nixl,
 }
 
 
@@ -55,14 +62,31 @@ def open_transports(
     """The named transports, in order of preference; `host` and `port` are where tcp listens.
     `end` is this process, as those will know it whom it reads from.
 
-    Timers are for tcp: shm copies from memory, where nobody can keep it waiting.
+    Timers are for the others: shm copies from memory, where nobody can keep it waiting. What is not
+    installed is left out, and told.
 
-    Raises `LocalFault` for a name that there is no transport of.
+    Raises `LocalFault` for a name that there is no transport of, and if none is left.
     """
     unknown = [name for name in names if name not in _MAKERS]
     if unknown:
         raise LocalFault(f"no transport {unknown[0]!r}; there are {', '.join(_MAKERS)}")
-    return tuple(_MAKERS[name](host, port, timers, end) for name in names)
+    installed = installed_transports(names)
+    for name in names:
+        if name not in installed:
+            log.warning("transport.left_out", transport=name, why=_missing(name))
+    return tuple(_MAKERS[name](host, port, timers, end) for name in installed)
+
+
+def installed_transports(names: Sequence[str]) -> list[str]:
+    """Those that can be used here, in order; raises `LocalFault` if there are none."""
+    installed = [name for name in names if name != NixlTransport.name or is_installed()]
+    if not installed:
+        raise LocalFault(_missing(names[0]))
+    return installed
+
+
+def _missing(name: str) -> str:
+    return f"transport {name} needs its extra: pip install 'pdserve[{name}]'"
 
 
 def worker_transports(settings: WorkerSettings, end: End) -> tuple[Transport, ...]:

@@ -107,11 +107,11 @@ def check_read(
     """Raises `TransferFailed` if the peer's side makes no sense; ours is an invariant."""
     num_remote, num_local = len(remote_blocks), len(local_blocks)
     check_invariant(num_remote == num_local, "blocks come in pairs", num_remote, num_local)
-    are_ours = all(0 <= block < memory.num_blocks for block in local_blocks)
+    are_ours = not local_blocks or 0 <= min(local_blocks) <= max(local_blocks) < memory.num_blocks
     check_invariant(are_ours, "blocks land in our memory", local_blocks, memory.num_blocks)
     if region.block_bytes != memory.layout.block_bytes:
         raise TransferFailed(
             f"the peer's blocks have {region.block_bytes} bytes, ours {memory.layout.block_bytes}"
         )
-    if not all(0 <= block < region.num_blocks for block in remote_blocks):
+    if remote_blocks and not 0 <= min(remote_blocks) <= max(remote_blocks) < region.num_blocks:
         raise TransferFailed(f"a block beyond the peer's {region.num_blocks} asked for")

@@ -21,7 +21,7 @@ from pdserve.domain.waiting import QueueOrder
 LogLevel = Literal["debug", "info", "warning", "error"]
 LOG_FILE = "where the process keeps its log, within the two limits below; empty: standard error"
 INSECURE = "listen on addresses that others can reach, without TLS and login"
-TransportName = Literal["shm", "tcp", "collective"]
+TransportName = Literal["shm", "tcp", "collective", "nixl"]
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_NUM_BLOCKS = 1024
 MAX_PARALLEL = 1024

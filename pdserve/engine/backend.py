@@ -15,6 +15,7 @@ from torch import Tensor
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.layout import KvLayout
 from pdserve.engine.attention import AttentionTarget
+from pdserve.engine.fused_layer import fuse_layers
 from pdserve.engine.fused_mlp import fuse_mlps
 from pdserve.engine.fused_norm import fuse_norms
 from pdserve.engine.fused_rotary import fuse_rotary
@@ -93,6 +94,7 @@ class HostBackend:
         fuse_norms(model)
         fuse_mlps(model)
         fuse_rotary(model)
+        fuse_layers(model)
 
     def open_kv(self, layout: KvLayout, num_blocks: int) -> KvMemory:
         return KvMemory(layout, num_blocks)

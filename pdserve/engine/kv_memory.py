@@ -64,7 +64,8 @@ class KvMemory:
         return self.bytes[start : start + self.layout.block_bytes]
 
     def host_blocks(self, block_ids: Sequence[BlockId]) -> list[memoryview]:
-        return [self.block(block_id) for block_id in block_ids]
+        size = self.layout.block_bytes
+        return [self.bytes[block * size : (block + 1) * size] for block in block_ids]
 
     def tensor(self) -> "Tensor":
         import torch  # an engine does; who only moves blocks must not need to
@@ -74,6 +75,9 @@ class KvMemory:
     async def copy_in(self, source: HostBuffer, runs: Sequence[BlockRun]) -> None:
         spans = [(run.local, run.remote, run.count) for run in runs]
         await self._copy(self.bytes, source, spans)
+
+    async def copy_within(self, source: "Tensor", runs: Sequence[BlockRun]) -> None:
+        await self.copy_in(source.numpy().data, runs)
 
     async def copy_out(self, target: HostBuffer, runs: Sequence[BlockRun]) -> None:
         spans = [(run.remote, run.local, run.count) for run in runs]

@@ -76,6 +76,10 @@ class KvStore(KvBlocks, Protocol):
         """Write `local` blocks from `remote` blocks of `source`, host memory of the same layout."""
         ...
 
+    async def copy_within(self, source: "Tensor", runs: Sequence[BlockRun]) -> None:
+        """Like `copy_in`, from bytes that lie where the blocks do."""
+        ...
+
     async def copy_out(self, target: HostBuffer, runs: Sequence[BlockRun]) -> None:
         """Write `remote` blocks of `target` from `local` blocks."""
         ...

@@ -1,6 +1,7 @@
 """Linear layers with weights laid out once, in the form that is the fastest on this machine."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -110,9 +111,20 @@ class JoinedLinears:
 class JoinedPart:
     """The forward of one layer of a joined product."""
 
-    def __init__(self, product: JoinedLinears, index: int) -> None:
+    def __init__(self, product: JoinedLinears, place: int) -> None:
         self.product = product
-        self._index = index
+        self.place = place
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return self.product.part(self._index, rows)
+        return self.product.part(self.place, rows)
+
+
+def joined_by(linears: Sequence[Module | None]) -> JoinedLinears | None:
+    """The product that is these layers in this order, if there is one."""
+    parts = [vars(linear).get("forward") for linear in linears if linear is not None]
+    products = {id(part.product): part.product for part in parts if isinstance(part, JoinedPart)}
+    places = [part.place for part in parts if isinstance(part, JoinedPart)]
+    product = next(iter(products.values()), None)
+    if product is None or len(products) != 1 or places != list(range(len(linears))):
+        return None
+    return product if len(product.sizes) == len(linears) else None

@@ -11,6 +11,7 @@ from random import Random
 import pytest
 
 from deploy.local import LocalCluster
+from kvtransfer.transports.nixl_agent import is_installed
 from pdserve.client.admin import AdminClient
 from pdserve.client.inference import InferenceClient
 from pdserve.client.values import Answer, Sampling
@@ -27,6 +28,9 @@ Request = tuple[tuple[int, ...], Sampling]
 
 # (tp, pp) of prefill and of decode
 QUICK = ((2, 1), (1, 2))
+needs_nixl = pytest.mark.skipif(
+    not is_installed(), reason="needs nixl: pip install 'pdserve[nixl]'"
+)
 SLOW = [((2, 1), (2, 1)), ((1, 1), (2, 1)), ((2, 1), (1, 1)), ((1, 2), (2, 1)), ((2, 2), (1, 1))]
 TRANSPORTS = ["shm", "tcp", "collective"]
 
@@ -108,6 +112,10 @@ async def workers(admin: AdminClient) -> tuple[WorkerState, ...]:
             pytest.param(*pair, transport, marks=pytest.mark.slow)
             for pair, transport in itertools.product([QUICK, *SLOW], TRANSPORTS)
             if (pair, transport) != (QUICK, "tcp")
+        ),
+        *(
+            pytest.param(*pair, "nixl", marks=[pytest.mark.slow, needs_nixl])
+            for pair in (QUICK, ((1, 1), (1, 1)))
         ),
     ],
 )

@@ -18,6 +18,7 @@ from kvtransfer.reading import BlockRead, BlockReader, DirectReader
 from kvtransfer.receiver import HandoffReceiver
 from kvtransfer.transports import worker_transports
 from kvtransfer.transports.base import End
+from kvtransfer.transports.nixl_agent import is_installed
 from pdserve.domain.errors import Reason, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import BlocksOffered, RemoteRegion, Role
@@ -163,6 +164,19 @@ async def test_every_rank_gets_its_part_and_nothing_else_is_touched(
         for memory in both.target.memories:
             for block in set(range(NUM_BLOCKS)) - set(LOCAL):
                 assert set(memory.block(BlockId(block))) == {0xEE}
+
+
+@pytest.mark.skipif(not is_installed(), reason="needs nixl: pip install 'pdserve[nixl]'")
+@pytest.mark.parametrize(
+    ("source", "target"), [((2, 1), (1, 2)), ((1, 2), (2, 1)), ((2, 1), (2, 1))]
+)
+async def test_nixl_reads_between_divisions(
+    source: tuple[int, int], target: tuple[int, int]
+) -> None:
+    async with handed(source, target, "nixl") as both:
+        assert both.reader.path.transport_name == "nixl"
+        assert await both.reader.read(await both.wanted()) == set()
+        assert all(both.has_landed(place) for place in range(len(REMOTE)))
 
 
 async def test_a_digest_is_that_of_each_rank_in_their_order() -> None:

@@ -1,16 +1,20 @@
 """What every transport promises, on each of them, against a real process and a real network."""
 
 import asyncio
+import base64
 import contextlib
 import gc
+import hashlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -24,6 +28,8 @@ from kvtransfer.transports import open_transports
 from kvtransfer.transports.base import End, MayRead, ReadEvent, Transport
 from kvtransfer.transports.collective import CollectiveTransport
 from kvtransfer.transports.collective_lane import LaneLimits
+from kvtransfer.transports.nixl import NixlTransport
+from kvtransfer.transports.nixl_agent import is_installed
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
 from kvtransfer.transports.tcp_frames import (
@@ -50,11 +56,14 @@ from tests.support.kv_handoff import (
     only,
     reader_of,
 )
-from tests.support.kv_peer import KvPeer, start_fork_server
+from tests.support.kv_peer import (
+    BLOCK_BYTES,
+    NUM_BLOCKS,
+    SEED,
+    peer_process,
+    start_fork_server,
+)
 
-SEED = 20
-BLOCK_BYTES = 4096
-NUM_BLOCKS = 64  # of which the first 48 are on offer at a peer process
 NOTICE_S = 3.0  # within which every fault of a peer shows
 END = End(Epoch(77), 3)
 SHORT_NOTICE_S = 1.5  # and this where timers are set far below their defaults
@@ -78,6 +87,10 @@ def tcp_transport(
     return TcpTransport(limits=limits, end=end)
 
 
+def nixl_transport() -> NixlTransport:
+    return NixlTransport(idle_timeout_s=2.0, total_timeout_s=30.0)
+
+
 def collective_transport(
     *, max_num_lanes: int = 16, max_num_served_lanes: int = 128, max_idle_s: float = 30.0
 ) -> CollectiveTransport:
@@ -95,6 +108,7 @@ def collective_transport(
 MAKERS: dict[str, Callable[[], Transport]] = {
     "shm": ShmTransport,
     "tcp": tcp_transport,
+    "nixl": nixl_transport,
     "collective": collective_transport,
 }
 
@@ -109,8 +123,13 @@ def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLo
 
 
 @pytest.fixture(params=MAKERS)
-def name(request: pytest.FixtureRequest) -> str:
+def name(request: pytest.FixtureRequest, event_loop_policy: object) -> str:
     chosen: str = request.param
+    if chosen == "nixl":
+        if not is_installed():
+            pytest.skip("needs nixl: pip install 'pdserve[nixl]'")
+        if not isinstance(event_loop_policy, uvloop.EventLoopPolicy):
+            pytest.skip("its thread touches no loop, so one kind is enough")
     return chosen
 
 
@@ -146,34 +165,6 @@ async def nothing_held(event_loop_policy: object) -> AsyncIterator[None]:
     gc.collect()
     assert open_fds() == before
     assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-@dataclass
-class Peer:
-    """A process that serves `NUM_BLOCKS` blocks of what `seed` says."""
-
-    process: KvPeer
-    region: RemoteRegion
-    content: bytes
-
-    def block(self, block_id: int) -> bytes:
-        size = self.region.block_bytes
-        return self.content[block_id * size : (block_id + 1) * size]
-
-    async def kill(self) -> None:
-        await asyncio.to_thread(self.process.kill)
-
-
-@asynccontextmanager
-async def peer_process(
-    name: str, num_blocks: int = NUM_BLOCKS, block_bytes: int = BLOCK_BYTES
-) -> AsyncIterator[Peer]:
-    process = KvPeer(name, num_blocks, block_bytes, SEED)
-    try:
-        content = Random(SEED).randbytes(num_blocks * block_bytes)
-        yield Peer(process, await asyncio.to_thread(process.region), content)
-    finally:
-        process.close()
 
 
 @asynccontextmanager
@@ -981,6 +972,75 @@ async def test_a_connection_that_the_server_closed_is_replaced(target: KvMemory)
     await transport.close()
 
 
+# An agent of nixl ---------------------------------------------------------------------------------
+
+needs_nixl = pytest.mark.skipif(
+    not is_installed(), reason="needs nixl: pip install 'pdserve[nixl]'"
+)
+UVLOOP_ONLY = pytest.mark.parametrize(
+    "event_loop_policy", [uvloop.EventLoopPolicy], indirect=True, ids=["uvloop"]
+)
+
+
+@needs_nixl
+@UVLOOP_ONLY
+async def test_an_address_that_is_not_what_an_agent_said_is_refused_and_harms_no_other(
+    target: KvMemory,
+) -> None:
+    with kv_memory(NUM_BLOCKS, BLOCK_BYTES, seed=SEED) as source:
+        async with transport_of("nixl") as transport:
+            server = await transport.serve(source, anyone)
+            region, other = server.region, Random(3).randbytes(400)
+            wrong: dict[str, list[str]] = {
+                "version": ["1.4.0", ""],
+                "agent": ["", "somebody"],
+                "metadata": ["", "x", "A" * (1 << 20), region.address["metadata"][:-4]],
+                "sum": ["", "00" * 16],
+                "kind": ["FILE", ""],
+                "device": ["-1", "x", "9" * 30],
+                "start": ["-1", "x", "9" * 30, "0", str(int(region.address["start"]) + 4096)],
+            }
+            addresses = [
+                {**region.address, field: value} for field in wrong for value in wrong[field]
+            ]
+            addresses += [
+                {key: value for key, value in region.address.items() if key != field}
+                for field in wrong
+            ]
+            garbage = base64.b64encode(other).decode(), hashlib.blake2b(other, digest_size=16)
+            addresses.append(
+                {**region.address, "metadata": garbage[0], "sum": garbage[1].hexdigest()}
+            )
+            for address in addresses:
+                with pytest.raises(TransferFailed):
+                    await transport.read(
+                        replace(region, address=address), blocks(0), target, blocks(0)
+                    )
+            longer = replace(region, num_blocks=NUM_BLOCKS + 1)
+            with pytest.raises(TransferFailed):
+                await transport.read(longer, blocks(0), target, blocks(0))
+            assert target.bytes == bytes(target.num_bytes)
+            await transport.read(region, blocks(5), target, blocks(0))
+            assert target.block(BlockId(0)) == source.block(BlockId(5))
+            await server.close()
+
+
+@needs_nixl
+@UVLOOP_ONLY
+async def test_what_a_read_that_was_given_up_still_brings_lands_in_no_block() -> None:
+    """Of peers that stop, go on sending, or die. The process must also end well."""
+    process = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "tests.support.nixl_over_tcp"],
+        env={**os.environ, "UCX_TLS": "tcp,self"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
 # Letting go ---------------------------------------------------------------------------------------
 
 
@@ -988,9 +1048,11 @@ async def test_closing_a_peer_forgets_it_and_it_can_be_read_again(
     name: str, target: KvMemory
 ) -> None:
     async with peer_process(name) as peer, transport_of(name) as transport:
+        await transport.read(peer.region, blocks(0), target, blocks(0))
+        await transport.close_peer(peer.region)
         before = num_fds()
         await transport.read(peer.region, blocks(0), target, blocks(0))
-        assert num_fds() > before
+        assert num_fds() > before or name == "nixl", "its agent keeps some for the next peer"
         await transport.close_peer(peer.region)
         await transport.close_peer(peer.region)
         assert num_fds() == before

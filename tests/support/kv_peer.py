@@ -7,8 +7,11 @@ import asyncio
 import multiprocessing
 import os
 import signal
-from dataclasses import asdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
+from random import Random
 from typing import Any
 
 from kvtransfer.transports import open_transports
@@ -16,6 +19,10 @@ from pdserve.config.timers import Timers
 from pdserve.domain.messages import RemoteRegion
 from pdserve.engine.digest import word_sums
 from tests.support.kv_handoff import blocks, kv_memory, only
+
+SEED = 20
+BLOCK_BYTES = 4096
+NUM_BLOCKS = 64  # of which the first 48 are on offer at a peer process
 
 word_sums()  # compiled once, before the forks
 _context = multiprocessing.get_context("forkserver")
@@ -112,3 +119,31 @@ def start_fork_server() -> None:
     process.start()
     process.join()
     process.close()
+
+
+@dataclass
+class Peer:
+    """A process that serves `NUM_BLOCKS` blocks of what `seed` says."""
+
+    process: KvPeer
+    region: RemoteRegion
+    content: bytes
+
+    def block(self, block_id: int) -> bytes:
+        size = self.region.block_bytes
+        return self.content[block_id * size : (block_id + 1) * size]
+
+    async def kill(self) -> None:
+        await asyncio.to_thread(self.process.kill)
+
+
+@asynccontextmanager
+async def peer_process(
+    name: str, num_blocks: int = NUM_BLOCKS, block_bytes: int = BLOCK_BYTES
+) -> AsyncIterator[Peer]:
+    process = KvPeer(name, num_blocks, block_bytes, SEED)
+    try:
+        content = Random(SEED).randbytes(num_blocks * block_bytes)
+        yield Peer(process, await asyncio.to_thread(process.region), content)
+    finally:
+        process.close()

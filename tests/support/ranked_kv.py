@@ -80,6 +80,7 @@ class OnDevice:
     def __init__(self, memory: KvMemory) -> None:
         self.layout, self.num_blocks = memory.layout, memory.num_blocks
         self.copy_in, self.copy_out = memory.copy_in, memory.copy_out
+        self.copy_within = memory.copy_within
         self.digests, self.are_sound = memory.digests, memory.are_sound
         self.tensor, self.close = memory.tensor, memory.close
 

@@ -73,6 +73,20 @@ class DeviceKv:
 
         await self._work(copy)
 
+    async def copy_within(self, source: Tensor, runs: Sequence[BlockRun]) -> None:
+        def copy(is_cancelled: Callable[[], bool]) -> None:
+            size = self.layout.block_bytes
+            for batch in _batches(runs, self._blocks_at_once):
+                if is_cancelled():
+                    return
+                for run in batch:
+                    given = source[run.remote * size : (run.remote + run.count) * size]
+                    target = self._memory[run.local : run.local + run.count].view(-1)
+                    self._runtime.copy(target, given)
+                self._runtime.record().wait()
+
+        await self._work(copy)
+
     async def copy_out(self, target: HostBuffer, runs: Sequence[BlockRun]) -> None:
         def copy(is_cancelled: Callable[[], bool]) -> None:
             size, wanted = self.layout.block_bytes, np.frombuffer(target, np.uint8)

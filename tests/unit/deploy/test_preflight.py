@@ -9,6 +9,7 @@ from deploy import preflight
 from deploy.deployment import deployment_of_cluster
 from deploy.opening import read_deployment
 from deploy.preflight import Footprint, available_bytes, check_deployment
+from kvtransfer import transports
 from pdserve.config.cluster import ClusterSettings
 from pdserve.domain.errors import LocalFault
 from pdserve.models import DEMO_MODEL_DIR
@@ -48,6 +49,15 @@ def test_memory_of_workers_that_compute_nothing_is_their_kv() -> None:
     one = check_cluster(settings())
     timed = check_cluster(settings(engine="timed", coefficients=nothing, tp=8, pp=4))
     assert (timed.kv_bytes, timed.weight_bytes) == (one.kv_bytes, 0)
+
+
+def test_transport_whose_extra_is_missing_is_refused_unless_there_is_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transports, "is_installed", lambda: False)
+    with pytest.raises(LocalFault, match=r"nixl needs its extra: pip install 'pdserve\[nixl\]'"):
+        check_cluster(settings(transports=["nixl"]))
+    check_cluster(settings(transports=["nixl", "tcp"]))
 
 
 def test_model_that_cannot_be_divided_among_the_ranks_is_refused() -> None:

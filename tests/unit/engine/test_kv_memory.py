@@ -98,6 +98,9 @@ async def test_runs_are_copied_in_and_out_and_nothing_else(filled: KvMemory) -> 
     after = bytearray(before)
     after[5 * size : 7 * size], after[size : 2 * size] = content[: 2 * size], content[3 * size :]
     assert filled.bytes == after
+    await filled.copy_in(bytearray(4 * size), RUNS)
+    await filled.copy_within(torch.frombuffer(bytearray(content), dtype=torch.uint8), RUNS)
+    assert filled.bytes == after
 
 
 async def test_digests_are_those_of_the_blocks_at_their_places(filled: KvMemory) -> None:

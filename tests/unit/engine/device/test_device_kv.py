@@ -56,6 +56,23 @@ async def test_blocks_start_zeroed(runtime: DeviceRuntime) -> None:
     memory.close()
 
 
+async def test_copies_within_the_device_move_the_blocks_that_they_name(
+    filled: tuple[DeviceKv, bytes], runtime: DeviceRuntime
+) -> None:
+    memory, content = filled
+    size, given = memory.layout.block_bytes, Random(6).randbytes(memory.num_bytes)
+    other = DeviceKv(memory.layout, NUM_BLOCKS, runtime)
+    await other.copy_in(bytearray(given), [BlockRun(0, 0, NUM_BLOCKS)])
+    await memory.copy_within(other.tensor().view(-1), [BlockRun(2, 5, 4), BlockRun(0, 1, 1)])
+    target = bytearray(memory.num_bytes)
+    await memory.copy_out(target, [BlockRun(0, 0, NUM_BLOCKS)])
+    expected = bytearray(content)
+    expected[5 * size : 9 * size] = given[2 * size : 6 * size]
+    expected[size : 2 * size] = given[:size]
+    assert target == expected
+    other.close()
+
+
 async def test_copies_move_the_blocks_that_they_name(filled: tuple[DeviceKv, bytes]) -> None:
     memory, content = filled
     size = memory.layout.block_bytes

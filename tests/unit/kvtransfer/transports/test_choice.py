@@ -4,7 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import structlog
 
+from kvtransfer import transports
 from kvtransfer.transports import open_transports, worker_transports
 from kvtransfer.transports.base import End, Transport
 from kvtransfer.transports.faulty import FaultyTransport
@@ -24,13 +26,27 @@ TCP = RemoteRegion(
 
 
 def test_transports_open_in_the_order_they_are_named() -> None:
-    transports = open_transports(["tcp", "shm"], "127.0.0.1", timers=Timers())
-    assert [transport.name for transport in transports] == ["tcp", "shm"]
+    opened = open_transports(["tcp", "shm"], "127.0.0.1", timers=Timers())
+    assert [transport.name for transport in opened] == ["tcp", "shm"]
 
 
 def test_an_unknown_transport_is_a_fault_of_the_settings() -> None:
     with pytest.raises(LocalFault, match="pigeon"):
         open_transports(["shm", "pigeon"], "127.0.0.1", timers=Timers())
+
+
+def test_a_transport_without_its_extra_is_left_out_and_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transports, "is_installed", lambda: False)
+    with structlog.testing.capture_logs() as logs:
+        opened = open_transports(["nixl", "tcp"], "127.0.0.1", timers=Timers())
+    assert [transport.name for transport in opened] == ["tcp"]
+    [entry] = logs
+    assert entry["transport"] == "nixl"
+    assert "pip install 'pdserve[nixl]'" in entry["why"]
+    with pytest.raises(LocalFault, match=r"pip install 'pdserve\[nixl\]'"):
+        open_transports(["nixl"], "127.0.0.1", timers=Timers())
 
 
 @pytest.mark.parametrize(
