@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, check_read, ignore
+from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, ReadRefused, check_read, ignore
 from kvtransfer.transports.sockets import recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
     MAX_BLOCKS_PER_REQUEST,
@@ -266,7 +266,7 @@ class TcpTransport:
             raise
         peer.put(sock)
         if not has_blocks:
-            raise TransferFailed("the peer refuses: the blocks are not on offer")
+            raise ReadRefused("the peer refuses: the blocks are not on offer")
 
     async def close_peer(self, region: RemoteRegion) -> None:
         peer = self._peers.pop(_Address.of(region), None)
