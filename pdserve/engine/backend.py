@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pdserve.domain.errors import LocalFault
-from pdserve.domain.layout import KvLayout
+from pdserve.domain.layout import BlockOrder, KvLayout
 from pdserve.engine.attention import AttentionTarget
 from pdserve.engine.fused_mlp import fuse_mlps
 from pdserve.engine.fused_norm import fuse_norms
@@ -49,6 +49,9 @@ class BatchAttention(Protocol):
 class ModelBackend(Protocol):
     """Where a model computes, and how."""
 
+    order: BlockOrder
+    """Of the blocks that its attention reads."""
+
     def prepare(self, model: Any) -> None:
         """Make the layers of a loaded model faster; it computes the same."""
         ...
@@ -83,6 +86,8 @@ class DenseAttention:
 
 class HostBackend:
     """Satisfies `ModelBackend` on the CPU."""
+
+    order = BlockOrder.TOKENS
 
     def __init__(self, attention: str, dtype: str) -> None:
         """`attention`: see `TorchEngine.load`; `LocalFault` if it cannot be had for `dtype`."""

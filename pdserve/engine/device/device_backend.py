@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pdserve.domain.errors import LocalFault
-from pdserve.domain.layout import KvLayout
+from pdserve.domain.layout import BlockOrder, KvLayout
 from pdserve.engine.attention import AttentionCall, attending
 from pdserve.engine.backend import BatchAttention, DenseAttention
 from pdserve.engine.device.device_attention import DeviceAttention
@@ -71,7 +71,12 @@ def gib(num_bytes: int) -> str:
 class DeviceBackend:
     """Satisfies `ModelBackend` on a device."""
 
-    def __init__(self, runtime: DeviceRuntime, attention: str = AUTO) -> None:
+    def __init__(
+        self,
+        runtime: DeviceRuntime,
+        attention: str = AUTO,
+        order: BlockOrder = BlockOrder.TOKENS,
+    ) -> None:
         """`attention`: `triton`, `torch` (one operator either way), `dense` (request by request,
         as on the host), or `auto`: Triton where it can be used, else torch.
         """
@@ -82,6 +87,7 @@ class DeviceBackend:
         if obstacle and attention == AUTO:
             log.warning("attention.without_kernels", device=str(runtime.device), reason=obstacle)
         self.runtime = runtime
+        self.order = order
         self.stager = Stager(runtime)
         self._kernels = attention
         self._uses_triton = attention == TRITON or (attention == AUTO and not obstacle)

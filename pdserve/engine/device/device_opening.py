@@ -12,7 +12,7 @@ import torch
 
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.ids import BlockId
-from pdserve.domain.layout import KvLayout
+from pdserve.domain.layout import BlockOrder, KvLayout
 from pdserve.domain.sampling import SamplingParams
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch, StepLimits
 from pdserve.engine.device.decode_graphs import batch_sizes
@@ -55,6 +55,7 @@ def open_on_device(
     num_blocks: int | None,
     dtype: str,
     attention: str,
+    order: BlockOrder,
     limits: StepLimits,
     draws: bool = True,
 ) -> tuple[PagedModel, DeviceStepper]:
@@ -62,7 +63,7 @@ def open_on_device(
 
     A rank that does not draw gives no tokens.
     """
-    backend = DeviceBackend(room.runtime, attention)
+    backend = DeviceBackend(room.runtime, attention, order)
     try:
         model = PagedModel(
             module,
