@@ -18,6 +18,7 @@ from pdserve.domain.kv_exchange import exchange_obstacle
 from pdserve.domain.messages import (
     DecodeToPrefill,
     HandoffHello,
+    KvPath,
     PrefillTarget,
     PrefillToDecode,
     RenewLeases,
@@ -181,7 +182,8 @@ class PrefillLinks:
         log.info(
             "prefill_worker.linked",
             worker_id=target.worker_id,
-            transport=link.reader.transport_name,
+            transport=link.reader.path.transport_name,
+            why=link.reader.path.why,
         )
         return link
 
@@ -204,6 +206,19 @@ class PrefillLinks:
                 reason=Reason.INCOMPATIBLE_PEER,
             )
         return PeerLink(stream, target.worker_id, reader, self._watch)
+
+    def kv_paths(self) -> tuple[KvPath, ...]:
+        """Of the links that are open."""
+        return tuple(
+            KvPath(
+                worker_id=link.worker_id,
+                transport=link.reader.path.transport_name,
+                why=link.reader.path.why,
+                num_fallbacks=link.reader.path.num_fallbacks,
+            )
+            for link in self._links.values()
+            if not link.is_lost
+        )
 
     def _forget_lost(self) -> None:
         self._links = {target: link for target, link in self._links.items() if not link.is_lost}

@@ -131,8 +131,8 @@ async def timed_reads(reader: BlockReader, blocks: BlockRead) -> dict[str, Any]:
         num_rounds += 1
     elapsed_s = clock() - started_s
     answer = {
-        "transport": reader.transport_name,
-        "why": "",
+        "transport": reader.path.transport_name,
+        "why": reader.path.why,
         "latency_s": statistics.median(single_s),
         "num_bytes": num_rounds * len(blocks) * reader.block_bytes,
         "elapsed_s": elapsed_s,

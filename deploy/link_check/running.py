@@ -21,7 +21,6 @@ from pdserve.domain.errors import LocalFault, PdserveError, PeerFault, Reason
 from pdserve.domain.ids import PROTOCOL_VERSION, Epoch, RequestId
 from pdserve.domain.kv_exchange import exchange_obstacle
 from pdserve.domain.messages import (
-    ClusterState,
     PeerHello,
     PrefillTarget,
     Reads,
@@ -38,6 +37,7 @@ from pdserve.rpc.streams import DecodeLink
 
 PROBE_S = 30.0
 NUM_PROBES = 5  # of either kind for a pair
+REPORT_S, POLL_S = 10.0, 0.1  # until every worker has reported again
 MAX_TOKENS = 2  # an answer of one token needs no KV
 USABLE = ("alive", "suspect")
 
@@ -49,18 +49,18 @@ class ProbeFailed(PdserveError):
 async def measure_cluster(address: str) -> list[Link]:
     """Of the router at `address`, its internal one; raises `PdserveError` if it cannot be asked."""
     async with AdminClient(address) as admin:
-        state = await admin.cluster_state()
-    prefill = [each for each in state.workers if each.hello.role is Role.PREFILL]
-    decode = [each for each in state.workers if each.hello.reads is Reads.NONE]
-    if not (prefill and decode):
-        raise LocalFault(
-            f"nothing hands KV on at {address}: {len(prefill)} prefill workers and {len(decode)} "
-            "decode workers that take from them"
-        )
-    links = []
-    for target in decode:
-        links += await _measure_worker(target, prefill)
-    return links
+        workers = await _workers(admin)
+        prefill = [each for each in workers if each.hello.role is Role.PREFILL]
+        decode = [each for each in workers if each.hello.reads is Reads.NONE]
+        if not (prefill and decode):
+            raise LocalFault(
+                f"nothing hands KV on at {address}: it has {len(prefill)} prefill workers, and "
+                f"{len(decode)} decode workers that take from them"
+            )
+        links = []
+        for target in decode:
+            links += await _measure_worker(target, prefill)
+        return await _with_paths(admin, links)
 
 
 async def _measure_worker(target: WorkerState, prefill: list[WorkerState]) -> list[Link]:
@@ -173,6 +173,32 @@ async def _end_of(stream: DecodeLink, request_id: RequestId) -> Completed | Fail
                     return output.end
 
 
-def paths_of(state: ClusterState) -> dict[tuple[str, str], tuple[str, str]]:
-    """The transport and its reason, by prefill and decode worker, as workers reported them."""
-    return {}
+async def _with_paths(admin: AdminClient, links: list[Link]) -> list[Link]:
+    """How each was read, as the decode worker says in a report that is newer than the reads."""
+    before = {each.hello.worker_id: each.load.sequence for each in await _workers(admin)}
+    deadline_s = asyncio.get_running_loop().time() + REPORT_S
+    while True:
+        workers = {each.hello.worker_id: each for each in await _workers(admin)}
+        is_fresh = all(
+            workers[name].load.sequence >= sequence + 2
+            for name, sequence in before.items()
+            if name in workers and workers[name].health in USABLE
+        )
+        if is_fresh or asyncio.get_running_loop().time() > deadline_s:
+            break
+        await asyncio.sleep(POLL_S)
+    paths = {
+        (str(path.worker_id), str(each.hello.worker_id)): path
+        for each in workers.values()
+        for path in each.load.kv_paths
+    }
+    return [
+        replace(link, transport=path.transport, why=path.why)
+        if (path := paths.get((link.prefill.name, link.decode.name)))
+        else link
+        for link in links
+    ]
+
+
+async def _workers(admin: AdminClient) -> tuple[WorkerState, ...]:
+    return (await admin.cluster_state()).workers

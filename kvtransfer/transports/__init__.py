@@ -12,22 +12,40 @@ from kvtransfer.transports.tcp_server import TcpLimits
 from pdserve.config.processes import WorkerSettings
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import LocalFault
-from pdserve.domain.messages import RemoteRegion, Role
+from pdserve.domain.messages import Role
 
 log = structlog.get_logger(__name__)
 
+
+def _shm(host: str, port: int, timers: Timers, end: End) -> Transport:
+    return ShmTransport()
+
+
+def _tcp(host: str, port: int, timers: Timers, end: End) -> Transport:
+    limits = TcpLimits(
+        connect_timeout_s=timers.connect_s,
+        idle_timeout_s=timers.transfer_idle_s,
+        total_timeout_s=timers.transfer_s,
+    )
+    return TcpTransport(host, port=port, end=end, limits=limits)
+
+
+def _collective(host: str, port: int, timers: Timers, end: End) -> Transport:
+    from kvtransfer.transports.collective import CollectiveTransport  # torch: only who needs it
+    from kvtransfer.transports.collective_lane import LaneLimits
+
+    limits = LaneLimits(
+        connect_timeout_s=timers.connect_s,
+        idle_timeout_s=timers.transfer_idle_s,
+        total_timeout_s=timers.transfer_s,
+    )
+    return CollectiveTransport(host, end=end, limits=limits)
+
+
 _MAKERS: dict[str, Callable[[str, int, Timers, End], Transport]] = {
-    ShmTransport.name: lambda host, port, timers, end: ShmTransport(),
-    TcpTransport.name: lambda host, port, timers, end: TcpTransport(
-        host,
-        port=port,
-        end=end,
-        limits=TcpLimits(
-            connect_timeout_s=timers.connect_s,
-            idle_timeout_s=timers.transfer_idle_s,
-            total_timeout_s=timers.transfer_s,
-        ),
-    ),
+    "shm": _shm,
+    "tcp": _tcp,
+    "collective": _collective,
 }
 
 
@@ -56,14 +74,3 @@ def worker_transports(settings: WorkerSettings, end: End) -> tuple[Transport, ..
         return transports
     log.warning("drill.enabled", corrupt_kv_blocks=settings.corrupt_kv_blocks)
     return tuple(FaultyTransport(each, settings.corrupt_kv_blocks) for each in transports)
-
-
-def choose(
-    transports: Sequence[Transport], regions: Sequence[RemoteRegion]
-) -> tuple[Transport, RemoteRegion] | None:
-    """The first of our transports that reaches one of the peer's regions; None if none does."""
-    for transport in transports:
-        for region in regions:
-            if transport.can_reach(region):
-                return transport, region
-    return None

@@ -45,6 +45,10 @@ def ignore(event: ReadEvent) -> None:
     """For a serving side that need not know."""
 
 
+class ReadRefused(TransferFailed):
+    """The peer lives and does not let these blocks be read: no other transport helps."""
+
+
 class RegionServer(Protocol):
     """The side whose memory is read. Peers never write into it."""
 
@@ -82,8 +86,8 @@ class Transport(Protocol):
     ) -> None:
         """Copy each remote block over the local block of the same place in the list.
 
-        Raises `TransferFailed` if the peer is gone, refuses, or is silent for too long. After a
-        cancelled call nothing is written any more.
+        Raises `TransferFailed` if the peer is gone or is silent for too long, `ReadRefused` if it
+        refuses. After a cancelled call nothing is written any more.
         """
         ...
 

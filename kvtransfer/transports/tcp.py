@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, check_read, ignore
+from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, ReadRefused, check_read, ignore
 from kvtransfer.transports.sockets import recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
     MAX_BLOCKS_PER_REQUEST,
@@ -234,7 +234,7 @@ class TcpTransport:
             raise
         peer.put(sock)
         if status is Status.NOT_ON_OFFER:
-            raise TransferFailed("the peer refuses: the blocks are not on offer")
+            raise ReadRefused("the peer refuses: the blocks are not on offer")
 
     async def _recv_blocks(
         self, sock: socket.socket, memory: KvStore, local_blocks: Sequence[BlockId]

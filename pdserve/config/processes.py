@@ -21,7 +21,7 @@ from pdserve.domain.waiting import QueueOrder
 LogLevel = Literal["debug", "info", "warning", "error"]
 LOG_FILE = "where the process keeps its log, within the two limits below; empty: standard error"
 INSECURE = "listen on addresses that others can reach, without TLS and login"
-TransportName = Literal["shm", "tcp"]
+TransportName = Literal["shm", "tcp", "collective"]
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_NUM_BLOCKS = 1024
 MAX_PARALLEL = 1024
@@ -309,7 +309,9 @@ class Transports(Settings):
     """How KV travels."""
 
     transports: tuple[TransportName, ...] = Field(
-        ("shm", "tcp"), min_length=1, description="how KV may travel, best first"
+        ("shm", "tcp"),
+        min_length=1,
+        description="how KV may travel, best first: shm, tcp, collective",
     )
 
 

@@ -200,6 +200,16 @@ class WorkerHello:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvPath:
+    """How a decode worker reads a prefill worker's KV."""
+
+    worker_id: WorkerId
+    transport: str
+    why: str
+    num_fallbacks: int  # reads that another transport than this took over from one that failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLoad:
     sequence: int
     num_waiting: int
@@ -214,6 +224,7 @@ class WorkerLoad:
     num_corrupt_blocks: int = 0
     prefill_steps: LiveSteps | None = None  # steps with prompt tokens
     decode_steps: LiveSteps | None = None  # steps without
+    kv_paths: tuple[KvPath, ...] = ()  # of a decode worker, to those that it has read from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -345,6 +345,12 @@ TRANSFER_SECONDS = _histogram(
     "transport",
     buckets=TRANSFER_BUCKETS,
 )
+TRANSPORT_FALLBACKS = _counter(
+    "pdserve_kv_transport_fallbacks_total",
+    DECODE,
+    "Reads by rank 0 that this transport failed and the next one took over",
+    "transport",
+)
 CORRUPT_BLOCKS = _counter(
     "pdserve_kv_corrupt_blocks_total", DECODE, "Blocks read that did not match their digest"
 )

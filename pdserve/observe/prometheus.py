@@ -306,11 +306,15 @@ class DecodeMetrics(WorkerMetrics, DecodeWatch):
         self._retries = self._counter(m.HANDOFF_RETRIES)
         self._bytes = _children(self._counter(m.TRANSFER_BYTES), transports)
         self._seconds = _children(self._histogram(m.TRANSFER_SECONDS), transports)
+        self._fallbacks = _children(self._counter(m.TRANSPORT_FALLBACKS), transports)
         self._corrupt_blocks = self._counter(m.CORRUPT_BLOCKS)
 
     def blocks_read(self, transport: str, num_bytes: int, elapsed_s: float) -> None:
         self._bytes[transport].inc(num_bytes)
         self._seconds[transport].observe(elapsed_s)
+
+    def transport_failed(self, transport: str) -> None:
+        self._fallbacks[transport].inc()
 
     def blocks_corrupt(self, num_blocks: int) -> None:
         self._corrupt_blocks.inc(num_blocks)

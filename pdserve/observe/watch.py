@@ -78,6 +78,9 @@ class DecodeWatch(WorkerWatch):
     def blocks_read(self, transport: str, num_bytes: int, elapsed_s: float) -> None:
         """Blocks of one offer were read from a peer and checked, right or not."""
 
+    def transport_failed(self, transport: str) -> None:
+        """A read by this transport failed, and the next one took it over."""
+
     def blocks_corrupt(self, num_blocks: int) -> None:
         """These did not match their digests."""
 

@@ -26,7 +26,10 @@ QUICK = [
     (False, 64, 16, "tcp", 16),
     (True, 1024, 32, "tcp", 1),
 ]
-ALL = list(itertools.product([True, False], [16, 64, 1024], [8, 16, 32], ["shm", "tcp"], [1, 16]))
+ALL = [
+    *itertools.product([True, False], [16, 64, 1024], [8, 16, 32], ["shm", "tcp"], [1, 16]),
+    *itertools.product([True, False], [16, 1024], [16], ["collective"], [16]),
+]
 
 
 @cache

@@ -28,6 +28,7 @@ Request = tuple[tuple[int, ...], Sampling]
 # (tp, pp) of prefill and of decode
 QUICK = ((2, 1), (1, 2))
 SLOW = [((2, 1), (2, 1)), ((1, 1), (2, 1)), ((2, 1), (1, 1)), ((1, 2), (2, 1)), ((2, 2), (1, 1))]
+TRANSPORTS = ["shm", "tcp", "collective"]
 
 
 @cache
@@ -105,7 +106,7 @@ async def workers(admin: AdminClient) -> tuple[WorkerState, ...]:
         (*QUICK, "tcp"),
         *(
             pytest.param(*pair, transport, marks=pytest.mark.slow)
-            for pair, transport in itertools.product([QUICK, *SLOW], ["shm", "tcp"])
+            for pair, transport in itertools.product([QUICK, *SLOW], TRANSPORTS)
             if (pair, transport) != (QUICK, "tcp")
         ),
     ],

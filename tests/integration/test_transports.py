@@ -3,12 +3,9 @@
 import asyncio
 import contextlib
 import gc
-import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -25,6 +22,8 @@ from kvtransfer.landing import Landing
 from kvtransfer.receiver import HandoffReceiver
 from kvtransfer.transports import open_transports
 from kvtransfer.transports.base import End, MayRead, ReadEvent, Transport
+from kvtransfer.transports.collective import CollectiveTransport
+from kvtransfer.transports.collective_lane import LaneLimits
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
 from kvtransfer.transports.tcp_frames import (
@@ -51,6 +50,7 @@ from tests.support.kv_handoff import (
     only,
     reader_of,
 )
+from tests.support.kv_peer import KvPeer, start_fork_server
 
 SEED = 20
 BLOCK_BYTES = 4096
@@ -78,7 +78,25 @@ def tcp_transport(
     return TcpTransport(limits=limits, end=end)
 
 
-MAKERS: dict[str, Callable[[], Transport]] = {"shm": ShmTransport, "tcp": tcp_transport}
+def collective_transport(
+    *, max_num_lanes: int = 16, max_num_served_lanes: int = 128, max_idle_s: float = 30.0
+) -> CollectiveTransport:
+    limits = LaneLimits(
+        connect_timeout_s=2.0,
+        idle_timeout_s=2.0,
+        total_timeout_s=30.0,
+        max_num_lanes=max_num_lanes,
+        max_num_served_lanes=max_num_served_lanes,
+        max_idle_s=max_idle_s,
+    )
+    return CollectiveTransport("127.0.0.1", limits=limits, end=END)
+
+
+MAKERS: dict[str, Callable[[], Transport]] = {
+    "shm": ShmTransport,
+    "tcp": tcp_transport,
+    "collective": collective_transport,
+}
 
 
 pytestmark = pytest.mark.filterwarnings('ignore:Overriding the "event_loop_policy"')
@@ -106,10 +124,22 @@ def num_fds() -> int:
     return open_fds().total()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_checks() -> Iterator[None]:
+    """What is there before the first test is looked through by no `gc.collect`: torch is a lot."""
+    start_fork_server()
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 async def nothing_held(event_loop_policy: object) -> AsyncIterator[None]:
     """Every test ends with as many descriptors and tasks as it began with."""
     await asyncio.to_thread(bool)  # starts the loop's thread pool
+    server = await asyncio.get_running_loop().create_server(asyncio.Protocol, "127.0.0.1", 0)
+    server.close()  # uvloop keeps a descriptor for itself from its first one on
     gc.collect()
     before = open_fds()
     yield
@@ -122,7 +152,7 @@ async def nothing_held(event_loop_policy: object) -> AsyncIterator[None]:
 class Peer:
     """A process that serves `NUM_BLOCKS` blocks of what `seed` says."""
 
-    process: subprocess.Popen[bytes]
+    process: KvPeer
     region: RemoteRegion
     content: bytes
 
@@ -131,31 +161,19 @@ class Peer:
         return self.content[block_id * size : (block_id + 1) * size]
 
     async def kill(self) -> None:
-        self.process.kill()
-        await asyncio.to_thread(self.process.wait)
+        await asyncio.to_thread(self.process.kill)
 
 
 @asynccontextmanager
 async def peer_process(
     name: str, num_blocks: int = NUM_BLOCKS, block_bytes: int = BLOCK_BYTES
 ) -> AsyncIterator[Peer]:
-    process = subprocess.Popen(  # not asyncio's: the loop would keep descriptors of its own
-        [
-            *(sys.executable, "-m", "tests.support.kv_peer"),
-            *(name, str(num_blocks), str(block_bytes), str(SEED)),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
-    )
-    with process:
-        assert process.stdout is not None
-        try:
-            line = await asyncio.to_thread(process.stdout.readline)
-            content = Random(SEED).randbytes(num_blocks * block_bytes)
-            yield Peer(process, RemoteRegion(**json.loads(line)), content)
-        finally:
-            process.kill()
+    process = KvPeer(name, num_blocks, block_bytes, SEED)
+    try:
+        content = Random(SEED).randbytes(num_blocks * block_bytes)
+        yield Peer(process, await asyncio.to_thread(process.region), content)
+    finally:
+        process.close()
 
 
 @asynccontextmanager

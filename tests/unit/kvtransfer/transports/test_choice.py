@@ -1,11 +1,11 @@
-"""`open_transports`, `worker_transports` and `choose`."""
+"""`open_transports` and `worker_transports`."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from kvtransfer.transports import choose, open_transports, worker_transports
+from kvtransfer.transports import open_transports, worker_transports
 from kvtransfer.transports.base import End, Transport
 from kvtransfer.transports.faulty import FaultyTransport
 from kvtransfer.transports.tcp import TcpTransport
@@ -21,12 +21,6 @@ TCP = RemoteRegion(
     num_blocks=1,
     block_bytes=8,
 )
-SHM_ELSEWHERE = RemoteRegion(
-    transport="shm",
-    address={"host": "another", "pid": "1", "fd": "3", "start": "1"},
-    num_blocks=1,
-    block_bytes=8,
-)
 
 
 def test_transports_open_in_the_order_they_are_named() -> None:
@@ -37,20 +31,6 @@ def test_transports_open_in_the_order_they_are_named() -> None:
 def test_an_unknown_transport_is_a_fault_of_the_settings() -> None:
     with pytest.raises(LocalFault, match="pigeon"):
         open_transports(["shm", "pigeon"], "127.0.0.1", timers=Timers())
-
-
-def test_the_first_transport_that_reaches_the_peer_is_chosen() -> None:
-    transports = open_transports(["shm", "tcp"], "127.0.0.1", timers=Timers())
-    chosen = choose(transports, [TCP, SHM_ELSEWHERE])
-    assert chosen is not None
-    assert (chosen[0].name, chosen[1]) == ("tcp", TCP)
-
-
-def test_no_transport_is_chosen_where_none_reaches() -> None:
-    transports = open_transports(["shm", "tcp"], "127.0.0.1", timers=Timers())
-    assert choose(transports, [SHM_ELSEWHERE]) is None
-    assert choose(transports, []) is None
-    assert choose([], [TCP]) is None
 
 
 @pytest.mark.parametrize(
@@ -67,8 +47,9 @@ def test_no_transport_is_chosen_where_none_reaches() -> None:
     ],
 )
 def test_a_tcp_address_that_is_none_is_not_reached(address: dict[str, str]) -> None:
-    tcp = open_transports(["tcp"], "127.0.0.1", timers=Timers())
-    assert choose(tcp, [replace(TCP, address=address)]) is None
+    (tcp,) = open_transports(["tcp"], "127.0.0.1", timers=Timers())
+    assert tcp.can_reach(TCP)
+    assert not tcp.can_reach(replace(TCP, address=address))
 
 
 @pytest.mark.parametrize(("kv_port", "port"), [(0, 0), (7461, 7464)])
