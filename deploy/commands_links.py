@@ -26,9 +26,17 @@ def check_links(
         str | None,
         typer.Option(
             "--address",
+            "-a",
+            callback=address_given,
+            help="The router's public host:port; a cluster that `pdserve up` started here.",
+        ),
+    ] = None,
+    internal_address: Annotated[
+        str | None,
+        typer.Option(
             *INTERNAL_ADDRESS_NAMES,
             callback=address_given,
-            help="Instead of a file: the internal host:port of a router that serves.",
+            help="The router's internal host:port; of a cluster that serves anywhere.",
         ),
     ] = None,
     size_mib: Annotated[
@@ -54,23 +62,25 @@ def check_links(
     Examples:
       pdserve check-links plan.yaml
       pdserve check-links cluster.yaml --set transports=[tcp] --min-gib-per-s 0.5
-      pdserve check-links --address 127.0.0.1:7451 --json
+      pdserve check-links --address 127.0.0.1:7450
+      pdserve check-links --internal-address 10.0.0.1:7451 --json
     """
-    if (file is None) == (address is None):
+    if sum(each is not None for each in (file, address, internal_address)) != 1:
         raise LocalFault(
-            "give either a plan or cluster file, or --address of a cluster that serves"
+            "give one of these: a plan or cluster file, --address or --internal-address of a "
+            "cluster that serves"
         )
-    if address is not None and (size_mib is not None or setting):
+    if file is None and (size_mib is not None or setting):
         raise LocalFault("--size-mib and --set are for files: a cluster that serves has its own")
     from deploy.link_check.links import GIB
     from pdserve.cli.running import run
 
     async def check() -> int:
         notes: Sequence[str] = ()
-        if address is not None:
+        if file is None:
             from deploy.link_check.running import measure_cluster
 
-            links = await measure_cluster(address)
+            links = await measure_cluster(internal_address or _internal_address(address))
         else:
             from deploy.link_check.planned import measure_deployment
             from deploy.opening import read_deployment
@@ -84,10 +94,20 @@ def check_links(
     run(check)
 
 
+def _internal_address(address: str | None) -> str:
+    """Of the cluster of this machine that serves at `address`; raises `LocalFault`."""
+    from deploy import runs
+
+    for run in runs.running():
+        if address in (run.address, run.internal_address):
+            return run.internal_address
+    raise LocalFault(
+        f"`pdserve up` started no cluster at {address} on this machine: give --internal-address"
+    )
+
+
 def _notes(deployment: "Deployment") -> list[str]:
-    notes = [
-        "measured between processes of this machine: check-links --address measures what serves"
-    ]
+    notes = ["measured between processes of this machine: --internal-address measures what serves"]
     if any(worker.computes_on_gpus for worker in deployment.workers):
         notes.append("the workers' KV is on GPUs: what is measured here is memory of the host")
     return notes

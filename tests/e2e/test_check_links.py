@@ -64,16 +64,17 @@ def test_link_that_is_too_slow_or_damages_kv_is_told_and_fails(tmp_path: Path) -
 def test_what_cannot_be_checked_is_a_clear_error(tmp_path: Path) -> None:
     colocated = plan_file(tmp_path, pool("colocated", 1))
     for arguments, why in (
-        ((), "give either a plan or cluster file, or --address of a cluster that serves"),
-        ((colocated, "--address", "127.0.0.1:1"), "give either a plan or cluster file"),
-        (("--address", "127.0.0.1:1", "--set", "a=1"), "--size-mib and --set are for files"),
+        ((), "give one of these: a plan or cluster file, --address or --internal-address"),
+        ((colocated, "--address", "127.0.0.1:1"), "give one of these"),
+        (("-i", "127.0.0.1:1", "--set", "a=1"), "--size-mib and --set are for files"),
+        (("--address", "127.0.0.1:1"), "started no cluster at 127.0.0.1:1 on this machine"),
         ((colocated,), "nothing hands KV on here"),
         ((str(tmp_path / "none.yaml"),), "none.yaml: no such file"),
     ):
         done = pdserve("check-links", *arguments)
         assert done.returncode == 2
         assert why in error_line(done)
-    gone = pdserve("check-links", "--address", "127.0.0.1:1")
+    gone = pdserve("check-links", "--internal-address", "127.0.0.1:1")
     assert gone.returncode == 1
     assert "is the cluster up?" in error_line(gone)
     undivided = pdserve(
