@@ -18,6 +18,7 @@ from pdserve.domain.kv_exchange import exchange_obstacle
 from pdserve.domain.messages import (
     DecodeToPrefill,
     HandoffHello,
+    KvMoved,
     KvPath,
     PrefillTarget,
     PrefillToDecode,
@@ -46,6 +47,7 @@ class PeerLink:
         self.worker_id = worker_id
         self.reader = reader
         self.is_lost = False
+        self.moved = KvMoved()  # of handoffs that are over
         self._watch = watch
         self._receivers: dict[HandoffId, HandoffReceiver] = {}
 
@@ -58,6 +60,8 @@ class PeerLink:
     def close(self, receiver: HandoffReceiver) -> None:
         """Drop whatever still comes for its handoff, and end it at the peer if it is open there."""
         self._receivers.pop(receiver.handoff, None)
+        self.moved = self.moved.plus(receiver.moved)
+        self._watch.kv_moved(self.worker_id, self.reader.path.transport_name, receiver.moved)
         if (end := receiver.end()) is not None:
             self.send(end)
         fields = dataclasses.asdict(receiver.handoff)
@@ -215,6 +219,7 @@ class PrefillLinks:
                 transport=link.reader.path.transport_name,
                 why=link.reader.path.why,
                 num_fallbacks=link.reader.path.num_fallbacks,
+                moved=link.moved,
             )
             for link in self._links.values()
             if not link.is_lost

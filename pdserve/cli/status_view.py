@@ -187,7 +187,8 @@ def _path_table(workers: tuple[WorkerState, ...]) -> Table:
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for name in ("KV read by", "from", "transport"):
         table.add_column(name, no_wrap=True)
-    table.add_column("fallbacks", justify="right", no_wrap=True)
+    for name in ("moved", "skipped", "retried", "fallbacks"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("why")
     for worker in _sorted(workers):
         for path in sorted(worker.load.kv_paths, key=lambda path: path.worker_id):
@@ -195,10 +196,20 @@ def _path_table(workers: tuple[WorkerState, ...]) -> Table:
                 worker.hello.worker_id,
                 path.worker_id,
                 path.transport,
+                _size(path.moved.moved_bytes),
+                _size(path.moved.skipped_bytes),
+                _size(path.moved.retried_bytes),
                 str(path.num_fallbacks),
                 escape(path.why),
             )
     return table
+
+
+def _size(num_bytes: int) -> str:
+    """With three digits or four."""
+    if num_bytes < 2**20:
+        return f"{num_bytes / 2**10:.3g} KiB"
+    return f"{num_bytes / 2**20:,.0f} MiB" if num_bytes < 2**34 else f"{num_bytes / 2**30:,.0f} GiB"
 
 
 def _ranks(hello: WorkerHello) -> tuple[str, str]:

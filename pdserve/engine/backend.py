@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.invariants import check_invariant
-from pdserve.domain.layout import KvLayout
+from pdserve.domain.layout import BlockOrder, KvLayout
 from pdserve.engine.attention import AttentionTarget
 from pdserve.engine.fused_layer import fuse_layers
 from pdserve.engine.fused_mlp import fuse_mlps
@@ -50,6 +50,9 @@ class BatchAttention(Protocol):
 
 class ModelBackend(Protocol):
     """Where a model computes, and how."""
+
+    order: BlockOrder
+    """Of the blocks that its attention reads."""
 
     def prepare(self, model: Any) -> None:
         """Make the layers of a loaded model faster; it computes the same."""
@@ -87,6 +90,8 @@ class DenseAttention:
 
 class HostBackend:
     """Satisfies `ModelBackend` on the CPU."""
+
+    order = BlockOrder.TOKENS
 
     def __init__(self, attention: str, dtype: str) -> None:
         """`attention`: see `TorchEngine.load`; `LocalFault` if it cannot be had for `dtype`."""

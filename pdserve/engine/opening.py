@@ -46,6 +46,7 @@ def open_engine(settings: EngineSettings, limits: StepLimits = _LIMITS) -> Engin
         num_blocks=settings.planned_num_blocks,
         dtype=settings.dtype,
         device=settings.device,
+        block_order=settings.block_order,
         memory_fraction=settings.memory_fraction,
         limits=limits,
     )
@@ -70,6 +71,7 @@ def load_rank_part(
         num_blocks=settings.planned_num_blocks,
         dtype=settings.dtype,
         device=settings.device,
+        block_order=settings.block_order,
         memory_fraction=settings.memory_fraction,
         limits=limits,
         group=group,

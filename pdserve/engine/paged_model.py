@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -113,6 +114,7 @@ class PagedModel:
             layout = discover_layout(model, block_size=block_size, dtype=dtype)
         else:
             layout = share.layout_of(model, block_size=block_size, dtype=dtype)
+        layout = replace(layout, order=self._backend.order)
         self._backend.prepare(model)
         self._model = model
         self._dtype = dtype

@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,7 @@ import torch
 from pdserve.domain.engine_spec import EngineSpec, StepPath
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.invariants import check_invariant
-from pdserve.domain.layout import ShardedLayout
+from pdserve.domain.layout import BlockOrder, ShardedLayout
 from pdserve.engine.contract import Drawn, StepBatch, StepLimits, StepResult
 from pdserve.engine.device.device_backend import bring_to
 from pdserve.engine.device.device_opening import DeviceRoom, open_on_device
@@ -125,6 +125,7 @@ class TorchEngine:
         dtype: str = "float32",
         device: str | DeviceRuntime = "cpu",
         attention: str = "auto",
+        block_order: str = BlockOrder.TOKENS,
         memory_fraction: float = 0.9,
         limits: StepLimits = StepLimits(),  # noqa: B008  frozen
         group: RankGroup | None = None,
@@ -136,6 +137,7 @@ class TorchEngine:
         (gather and SDPA); `auto` takes numba where it can be used. On a device: see
         `DeviceBackend`. There, steps up to `limits` have room, and `num_blocks` None makes as many
         as `memory_fraction` of the device's memory leaves, with a group that of the fullest rank.
+        `block_order`: a `BlockOrder`; the CPU reads tokens first.
         """
         item_bytes(dtype)
         _use_one_thread()
@@ -144,6 +146,9 @@ class TorchEngine:
         if isinstance(files, Path):
             files = ModelFiles.open(files)
         runtime = open_runtime(device) if isinstance(device, str) else device
+        order = BlockOrder(block_order)
+        if runtime is None and order is not BlockOrder.TOKENS:
+            raise LocalFault(f"block_order {order}: attention on the CPU reads tokens first")
         if num_blocks is None and runtime is None:
             raise LocalFault("num_blocks must be given for the CPU, whose memory others share")
         draws = group is None or group.place.draws
@@ -164,6 +169,7 @@ class TorchEngine:
                 num_blocks=num_blocks,
                 dtype=dtype,
                 attention=attention,
+                order=order,
                 limits=limits,
                 draws=draws,
                 group=group,
@@ -262,7 +268,7 @@ def _spec(files: ModelFiles, model: PagedModel, share: RankShare | None) -> Engi
         vocab_size=files.vocab_size,
         max_context_tokens=files.max_context_tokens,
         eos_token_ids=files.eos_token_ids,
-        layout=sharded.whole,
+        layout=replace(sharded.whole, order=own.order),
         length_rule=model.length_rule,
         tp=sharded.tp,
         pp=sharded.pp,

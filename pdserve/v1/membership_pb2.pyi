@@ -171,16 +171,28 @@ class WorkerLoad(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., running_context_tokens: _Optional[int] = ..., kv: _Optional[_Union[KvUsage, _Mapping]] = ..., is_draining: _Optional[bool] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., num_corrupt_blocks: _Optional[int] = ..., prefill_steps: _Optional[_Union[LiveSteps, _Mapping]] = ..., decode_steps: _Optional[_Union[LiveSteps, _Mapping]] = ..., kv_paths: _Optional[_Iterable[_Union[KvPath, _Mapping]]] = ...) -> None: ...
 
 class KvPath(_message.Message):
-    __slots__ = ("worker_id", "transport", "why", "num_fallbacks")
+    __slots__ = ("worker_id", "transport", "why", "num_fallbacks", "moved")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
     NUM_FALLBACKS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     transport: str
     why: str
     num_fallbacks: int
-    def __init__(self, worker_id: _Optional[str] = ..., transport: _Optional[str] = ..., why: _Optional[str] = ..., num_fallbacks: _Optional[int] = ...) -> None: ...
+    moved: KvMoved
+    def __init__(self, worker_id: _Optional[str] = ..., transport: _Optional[str] = ..., why: _Optional[str] = ..., num_fallbacks: _Optional[int] = ..., moved: _Optional[_Union[KvMoved, _Mapping]] = ...) -> None: ...
+
+class KvMoved(_message.Message):
+    __slots__ = ("moved_bytes", "skipped_bytes", "retried_bytes")
+    MOVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RETRIED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    moved_bytes: int
+    skipped_bytes: int
+    retried_bytes: int
+    def __init__(self, moved_bytes: _Optional[int] = ..., skipped_bytes: _Optional[int] = ..., retried_bytes: _Optional[int] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
     __slots__ = ("router_id", "epoch", "protocol_version", "heartbeat_s")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pdserve.domain.errors import LocalFault
-from pdserve.domain.layout import KvLayout
+from pdserve.domain.layout import BlockOrder, KvLayout
 from pdserve.engine.attention import AttentionCall, attending
 from pdserve.engine.backend import BatchAttention, DenseAttention
 from pdserve.engine.contract import StepLimits
@@ -78,6 +78,7 @@ class DeviceBackend:
         self,
         runtime: DeviceRuntime,
         attention: str = AUTO,
+        order: BlockOrder = BlockOrder.TOKENS,
         *,
         max_num_requests: int = StepLimits().max_num_requests,
     ) -> None:
@@ -92,6 +93,7 @@ class DeviceBackend:
         if obstacle and attention == AUTO:
             log.warning("attention.without_kernels", device=str(runtime.device), reason=obstacle)
         self.runtime = runtime
+        self.order = order
         self.stager = Stager(runtime)
         self.feed = TokenFeed(runtime, max_num_requests)
         self._kernels = attention

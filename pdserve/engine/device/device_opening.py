@@ -12,7 +12,7 @@ import torch
 
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.ids import BlockId
-from pdserve.domain.layout import KvLayout
+from pdserve.domain.layout import BlockOrder, KvLayout
 from pdserve.domain.sampling import SamplingParams
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch, StepLimits
 from pdserve.engine.device.decode_graphs import batch_sizes
@@ -56,6 +56,7 @@ def open_on_device(
     num_blocks: int | None,
     dtype: str,
     attention: str,
+    order: BlockOrder,
     limits: StepLimits,
     draws: bool = True,
     group: RankGroup | None = None,
@@ -64,7 +65,9 @@ def open_on_device(
 
     A rank that does not draw gives no tokens. All ranks of `group` do this at once.
     """
-    backend = DeviceBackend(room.runtime, attention, max_num_requests=limits.max_num_requests)
+    backend = DeviceBackend(
+        room.runtime, attention, order, max_num_requests=limits.max_num_requests
+    )
     try:
         model = PagedModel(
             module,

@@ -142,7 +142,16 @@ load = st.builds(
     prefill_steps=st.none() | live_steps,
     decode_steps=st.none() | live_steps,
     kv_paths=st.lists(
-        st.builds(m.KvPath, worker_id=label, transport=label, why=label, num_fallbacks=uint64),
+        st.builds(
+            m.KvPath,
+            worker_id=label,
+            transport=label,
+            why=label,
+            num_fallbacks=uint64,
+            moved=st.builds(
+                m.KvMoved, moved_bytes=uint64, skipped_bytes=uint64, retried_bytes=uint64
+            ),
+        ),
         max_size=3,
     ).map(tuple),
 )
