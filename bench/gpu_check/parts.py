@@ -103,6 +103,13 @@ PARTS = (
         needs_gpu=True,
     ),
     Part(
+        name="nixl",
+        module="nixl_part",
+        answers="KV read by nixl between two pools of the GPU",
+        most_s=60,
+        needs=(*_MODEL, "nixl_cu13"),
+    ),
+    Part(
         name="peers",
         module="peers_part",
         answers="the engine beside other engines",

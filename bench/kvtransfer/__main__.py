@@ -2,6 +2,8 @@
 
     memcpy       blocks copied within one process: the limit of one core
     shm, tcp, collective   ours, from a second process, as a decode worker reads them
+    nixl         ours, as a decode worker reads by it, if it is installed
+    bare nixl    one READ of the library into the same blocks
     asyncio      the same blocks by the event loop's own `sock_sendall` and `sock_recv_into`
     gloo         the same blocks packed, sent in one piece by plain gloo, and unpacked
     digest       what checking the blocks costs on top
@@ -31,6 +33,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from bench.kvtransfer.bare_nixl import bare_nixl
 from bench.kvtransfer.peer import layout_of, open_gloo
 from kvtransfer.transports import open_transports
 from pdserve.config.timers import Timers
@@ -58,6 +61,7 @@ class Measure:
     ratio_to_memcpy: float  # time in a round over memcpy's, median
     speed_to_asyncio: float  # plain sockets' time in a round over its own, median
     speed_to_gloo: float  # plain gloo's, likewise
+    speed_to_bare_nixl: float | None  # likewise, if there is nixl
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,21 @@ def transport_of(name: str, reading: Reading) -> Move:
         await transport.read(reading.regions[name], reading.remote, reading.target, reading.local)
 
     return move
+
+
+def nixl_of(reading: Reading) -> dict[str, Move]:
+    """Ours and the library itself; neither if it is not installed."""
+    if (region := reading.regions.get("nixl")) is None:
+        return {}
+    move = transport_of("nixl", reading)
+    bare: list[Move] = []
+
+    async def move_bare() -> None:
+        if not bare:  # ours has loaded the library in its own turn
+            bare.append(bare_nixl(region, reading.target, reading.remote, reading.local))
+        await bare[0]()
+
+    return {"nixl": move, "bare nixl": move_bare}
 
 
 async def asyncio_of(reading: Reading) -> Move:
@@ -181,6 +200,7 @@ async def measure(block_bytes: int, num_rounds: int) -> list[Measure]:
             "shm": transport_of("shm", reading),
             "tcp": transport_of("tcp", reading),
             "collective": transport_of("collective", reading),
+            **nixl_of(reading),
             "asyncio": await asyncio_of(reading),
             "gloo": await gloo_of(reading),
             "digest": digest_of(reading),
@@ -191,6 +211,7 @@ async def measure(block_bytes: int, num_rounds: int) -> list[Measure]:
     def ratio(one: Sequence[float], other: Sequence[float]) -> float:
         return statistics.median(left / right for left, right in zip(one, other, strict=True))
 
+    bare = name_to_seconds.get("bare nixl")
     return [
         Measure(
             contender=name,
@@ -201,6 +222,7 @@ async def measure(block_bytes: int, num_rounds: int) -> list[Measure]:
             ratio_to_memcpy=ratio(seconds, name_to_seconds["memcpy"]),
             speed_to_asyncio=ratio(name_to_seconds["asyncio"], seconds),
             speed_to_gloo=ratio(name_to_seconds["gloo"], seconds),
+            speed_to_bare_nixl=ratio(bare, seconds) if bare else None,
         )
         for name, seconds in name_to_seconds.items()
     ]
@@ -212,13 +234,16 @@ def print_table(measures: Sequence[Measure]) -> None:
     table.add_column("block")
     for name in names:
         table.add_column(name, justify="right")
-    for title in ("tcp to asyncio", "collective to gloo"):
+    titles = ["tcp to asyncio", "collective to gloo", "nixl to bare"]
+    for title in titles if "nixl" in names else titles[:-1]:
         table.add_column(title, justify="right")
     for block_bytes in BLOCK_SIZES:
         row = {one.contender: one for one in measures if one.block_bytes == block_bytes}
         cells = [f"{row[name].gib_per_s:.2f} ({row[name].ratio_to_memcpy:.1f})" for name in names]
-        ratios = (row["tcp"].speed_to_asyncio, row["collective"].speed_to_gloo)
-        table.add_row(f"{block_bytes >> 10} KiB", *cells, *(f"{ratio:.2f}" for ratio in ratios))
+        ratios = [row["tcp"].speed_to_asyncio, row["collective"].speed_to_gloo]
+        if "nixl" in row and (to_bare := row["nixl"].speed_to_bare_nixl):
+            ratios.append(to_bare)
+        table.add_row(f"{block_bytes >> 10} KiB", *cells, *(f"{each:.2f}" for each in ratios))
     Console(width=max(120, Console().width)).print(table)
 
 

@@ -73,7 +73,8 @@ def serve_gloo(store: Any, memory: KvMemory, num_moved: int) -> None:
 async def main(num_blocks: int, block_bytes: int, num_moved: int) -> None:
     memory = KvMemory(layout_of(block_bytes), num_blocks)
     memory.bytes[:] = b"\xaa" * memory.num_bytes
-    transports = open_transports(["shm", "tcp", "collective"], "127.0.0.1", timers=Timers())
+    names = ["shm", "tcp", "collective", "nixl"]
+    transports = open_transports(names, "127.0.0.1", timers=Timers())
 
     async def may_read(block_ids: Sequence[BlockId]) -> bool:
         return True

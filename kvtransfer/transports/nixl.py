@@ -17,6 +17,7 @@ digests.
 import asyncio
 import base64
 import binascii
+import functools
 import hashlib
 import importlib.metadata
 from collections import deque
@@ -44,6 +45,8 @@ MAX_METADATA_BYTES = 64 << 10
 """Of an agent: some hundreds for each device that it can be reached by."""
 MAX_NUM_SLOTS_OF_READ = 8
 """So that the thread has the next ones while the event loop copies."""
+MAX_NUM_BLOCKS_OF_FLIGHT = 1024
+"""However small they are: each takes the library a while, and a flight has a deadline."""
 MAX_NUM_CLOSED = 64
 """Peers that the agent still knows after `close_peer`. If it forgets one that lives and meets it
 again, UCX keeps a connection for each time."""
@@ -348,7 +351,8 @@ class NixlTransport:
                     if slot is not None:
                         if num_closed != peer.num_closed:
                             raise TransferFailed("closed by this side")
-                        part = slice(first, first + slot.num_bytes // size)
+                        count = min(slot.num_bytes // size, MAX_NUM_BLOCKS_OF_FLIGHT)
+                        part = slice(first, first + count)
                         flight = self._post(peer, slot, remote_blocks[part])
                         flights.append((flight, local_blocks[part]))
                         first, slot = part.stop, None
@@ -449,14 +453,19 @@ class NixlTransport:
             peer.gone.set()
 
         def forget(agent: Agent) -> None:
-            for slot in self._slots.all:
-                slot.forget(agent)
-            names = {peer.address.agent for peer in peers}
-            for peer in peers:
-                peer.forget(agent, is_last=peer.address.agent in names)
-                names.discard(peer.address.agent)
+            steps = [slot.forget for slot in self._slots.all]
+            names = [peer.address.agent for peer in peers]
+            for place, peer in enumerate(peers):
+                is_last = peer.address.agent not in names[place + 1 :]
+                steps.append(functools.partial(peer.forget, is_last=is_last))
+            for step in steps:
+                try:
+                    step(agent)
+                except errors as error:  # what is left goes with the agent
+                    log.warning("nixl.not_forgotten", error=str(error))
 
         if self._thread is not None:
+            errors = self._thread.errors
             await self._thread.close(forget)
 
 

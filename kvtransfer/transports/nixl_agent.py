@@ -206,9 +206,11 @@ class AgentThread(Executor):
             for posted in self._posted:
                 self._release(posted.handle)
             self._posted.clear()
-            if self._agent is not None:
-                clean_up(self._agent)
-            self._agent = None
+            try:
+                if self._agent is not None:
+                    clean_up(self._agent)
+            finally:
+                self._agent = None
 
         self._work.put(end)
         self._work.put(None)
