@@ -34,8 +34,9 @@ check: $(STAMP)
 	$(BIN)/python scripts/generate_stubs.py --check
 	$(BIN)/python scripts/check_asserts.py
 
+# Files in their order, so that the long ones of tests/e2e come first and none is left at the end.
 test: setup
-	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not peer"
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not peer" $(PYTEST_FLAGS)
 
 test-all: setup
 	$(BIN)/pytest -q -m "not peer"

@@ -11,6 +11,7 @@ from decode_worker.intake import Intake
 from decode_worker.prefill_links import Connect, PrefillLinks
 from decode_worker.service import DecodeService
 from kvtransfer.leading import reading
+from kvtransfer.paths import PathRules
 from kvtransfer.transports.base import Transport
 from pdserve.domain.ids import PROTOCOL_VERSION
 from pdserve.domain.messages import PeerHello
@@ -55,6 +56,9 @@ async def open_decode_worker(
                 transports,
                 epoch=parts.epoch,
                 read_s=timers.request_s,
+                rules=PathRules(
+                    avoid_s=timers.transport_retry_s, on_fallback=watch.transport_failed
+                ),
             )
         )
         links = await stack.enter_async_context(

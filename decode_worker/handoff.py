@@ -11,7 +11,7 @@ from kvtransfer.receiver import HandoffReceiver
 from pdserve.domain.errors import PeerFault, Reason, Refused
 from pdserve.domain.ids import HandoffId, WorkerId
 from pdserve.domain.kv_demand import num_blocks_for
-from pdserve.domain.messages import BlocksPulled, PrefillDone, PrefillTarget, StartHandoff
+from pdserve.domain.messages import BlocksPulled, KvPath, PrefillDone, PrefillTarget, StartHandoff
 from pdserve.observe.watch import NO_DECODE_WATCH, DecodeWatch
 
 log = structlog.get_logger(__name__)
@@ -38,6 +38,10 @@ class Handoffs:
         self._watch = watch
         self.num_bytes = 0
         self.num_corrupt_blocks = 0
+
+    def kv_paths(self) -> tuple[KvPath, ...]:
+        """How the prefill workers are read that are linked to this one."""
+        return self._links.kv_paths()
 
     async def fetch(self, request: DecodeRequest, expires_at_s: float) -> bool:
         """Land the prompt's KV in the request's blocks and take its first token.
@@ -151,7 +155,8 @@ class Handoffs:
         finally:
             if (read_bytes := receiver.num_bytes - num_bytes) > 0:
                 elapsed_s = self._clock() - started_s
-                self._watch.blocks_read(link.reader.transport_name, read_bytes, elapsed_s)
+                name = link.reader.path.transport_name
+                self._watch.blocks_read(name, read_bytes, elapsed_s)
 
 
 def _take_first_token(request: DecodeRequest, worker_id: WorkerId, done: PrefillDone) -> bool:

@@ -18,6 +18,8 @@ from pdserve.domain.kv_exchange import exchange_obstacle
 from pdserve.domain.messages import (
     DecodeToPrefill,
     HandoffHello,
+    KvMoved,
+    KvPath,
     PrefillTarget,
     PrefillToDecode,
     RenewLeases,
@@ -45,6 +47,7 @@ class PeerLink:
         self.worker_id = worker_id
         self.reader = reader
         self.is_lost = False
+        self.moved = KvMoved()  # of handoffs that are over
         self._watch = watch
         self._receivers: dict[HandoffId, HandoffReceiver] = {}
 
@@ -57,6 +60,8 @@ class PeerLink:
     def close(self, receiver: HandoffReceiver) -> None:
         """Drop whatever still comes for its handoff, and end it at the peer if it is open there."""
         self._receivers.pop(receiver.handoff, None)
+        self.moved = self.moved.plus(receiver.moved)
+        self._watch.kv_moved(self.worker_id, self.reader.path.transport_name, receiver.moved)
         if (end := receiver.end()) is not None:
             self.send(end)
         fields = dataclasses.asdict(receiver.handoff)
@@ -181,7 +186,8 @@ class PrefillLinks:
         log.info(
             "prefill_worker.linked",
             worker_id=target.worker_id,
-            transport=link.reader.transport_name,
+            transport=link.reader.path.transport_name,
+            why=link.reader.path.why,
         )
         return link
 
@@ -204,6 +210,20 @@ class PrefillLinks:
                 reason=Reason.INCOMPATIBLE_PEER,
             )
         return PeerLink(stream, target.worker_id, reader, self._watch)
+
+    def kv_paths(self) -> tuple[KvPath, ...]:
+        """Of the links that are open."""
+        return tuple(
+            KvPath(
+                worker_id=link.worker_id,
+                transport=link.reader.path.transport_name,
+                why=link.reader.path.why,
+                num_fallbacks=link.reader.path.num_fallbacks,
+                moved=link.moved,
+            )
+            for link in self._links.values()
+            if not link.is_lost
+        )
 
     def _forget_lost(self) -> None:
         self._links = {target: link for target, link in self._links.items() if not link.is_lost}

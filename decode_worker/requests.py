@@ -99,6 +99,11 @@ class DecodeRequest:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_left_tokens(self) -> int:
+        """Of the answer, at most."""
+        return self.submit.sampling.max_tokens - self.num_output_tokens
+
+    @property
     def is_answered(self) -> bool:
         """The last token is there, and only `complete` is left to be called."""
         return self._last_output is not None

@@ -83,6 +83,7 @@ class DecodeService:
             num_corrupt_blocks=self._handoffs.num_corrupt_blocks,
             prefill_steps=self._decode_loop.step_times.prefill_steps(),
             decode_steps=self._decode_loop.step_times.decode_steps(),
+            kv_paths=self._handoffs.kv_paths(),
         )
 
     async def wait_idle(self) -> None:

@@ -1,6 +1,7 @@
 """What can be known to go wrong before any process starts."""
 
 import errno
+import importlib.util
 import json
 import math
 from collections.abc import Iterable
@@ -62,9 +63,7 @@ def check_deployment(deployment: Deployment) -> Footprint:
 
 def check_ranks(deployment: Deployment, files: ModelFiles) -> None:
     """Raise `LocalFault` for a pool among whose ranks the model cannot be divided."""
-    engines = [worker.settings.engine for worker in deployment.workers]
-    cuts = {(each.tp, each.pp) for each in engines if each.engine == "torch" and each.num_ranks > 1}
-    if not cuts:
+    if not (cuts := divisions(deployment)):
         return
     try:
         from pdserve.engine.sharding import check_divisible  # torch: seconds, only for ranks
@@ -74,6 +73,28 @@ def check_ranks(deployment: Deployment, files: ModelFiles) -> None:
         ) from None
     for tp, pp in sorted(cuts):
         check_divisible(files, tp, pp)
+
+
+def divisions(deployment: Deployment) -> set[tuple[int, int]]:
+    """All (tp, pp) by which workers divide a real model."""
+    engines = [worker.settings.engine for worker in deployment.workers]
+    return {(each.tp, each.pp) for each in engines if each.engine == "torch" and each.num_ranks > 1}
+
+
+def check_ranks_if_possible(deployment: Deployment) -> list[str]:
+    """As `check_ranks`, for workers that run elsewhere; what cannot be checked here, as notes."""
+    if not divisions(deployment):
+        return []
+    engine = deployment.workers[0].settings.engine
+    not_checked = "whether the model can be divided by tp and pp was not checked here"
+    try:
+        files = ModelFiles.open(deployment.router.model, engine.override_config)
+    except LocalFault as fault:
+        return [f"{not_checked}: {fault.message}"]
+    if importlib.util.find_spec("torch") is None:
+        return [f"{not_checked}: torch is not installed"]
+    check_ranks(deployment, files)
+    return []
 
 
 def _footprint(deployment: Deployment, files: ModelFiles) -> Footprint:

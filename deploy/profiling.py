@@ -105,6 +105,13 @@ def profile(
             f"--device {settings.device} needs --gpu TYPE, a type of `pdserve gpus`: plans from "
             "this profile start their workers where such GPUs are"
         )
+    if settings is not None and sim is not None:
+        for worker in settings.worker_settings(""):
+            if worker.engine.pp > 1:
+                raise LocalFault(
+                    f"--sim: {worker.role} workers have pp {worker.engine.pp}, and a profile of "
+                    "several stages is not simulated; leave --sim out, or profile pp 1"
+                )
     for path in (output, sim):
         _check_writable(path)
     plan = ProbePlan(num_rounds=rounds, max_batch=max_batch)
@@ -133,12 +140,13 @@ async def profile_cluster(
 ) -> "FittedProfile":
     """Measure the cluster of the router at this address.
 
-    Raises `LocalFault` where it refuses what is asked: it is then not free to be measured.
+    Raises `LocalFault` if it refuses what is asked, since it is then not free to be measured, or
+    if a request fails, such as by the loss of a worker.
     """
     from pdserve.client.admin import AdminClient
     from pdserve.client.inference import InferenceClient
     from pdserve.client.load import only_model
-    from pdserve.domain.errors import LocalFault, Refused
+    from pdserve.domain.errors import LocalFault, PdserveError, Refused
     from placement.probing import Prober, Workers
 
     async with AdminClient(internal_address) as admin:
@@ -149,12 +157,26 @@ async def profile_cluster(
         prober = Prober(client=client, model=served, workers=workers, plan=plan, advance=advance)
         try:
             return await prober.measure()
-        except* Refused as refusals:
-            refused = refusals.exceptions[0]
+        except* PdserveError as group:
+            failed = _first_of(group)
+    if isinstance(failed, LocalFault):
+        raise failed
+    if not isinstance(failed, Refused):
+        raise LocalFault(
+            f"a request of the profile failed in the cluster at {internal_address}: {failed}; "
+            "times of a cluster that fails are not worth keeping: profile again"
+        )
     raise LocalFault(
-        f"the cluster at {internal_address} refused a request of the profile: {refused}; profile "
+        f"the cluster at {internal_address} refused a request of the profile: {failed}; profile "
         "one that serves nobody else and has no plan's limits: `pdserve profile --model` starts one"
     )
+
+
+def _first_of(group: BaseException) -> BaseException:
+    """The first error in a group of groups."""
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group
 
 
 def profiled_settings(

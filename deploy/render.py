@@ -10,6 +10,7 @@ from deploy.deployment import Deployment
 from deploy.kubernetes.pools import pools_of
 from deploy.kubernetes.rendering import warnings_of
 from deploy.output_folder import write_files
+from deploy.preflight import check_ranks_if_possible
 
 
 def write_rendering(
@@ -24,9 +25,10 @@ def write_rendering(
 ) -> None:
     """Write the files and say so; warnings go to stderr.
 
+    Raises `LocalFault` for ranks among which a model that is here cannot be divided.
     `models` is mounted at /models, if any. `steps`, which name the folder as {}, come next.
     """
-    warnings = warnings_of(deployment, models)
+    warnings = [*warnings_of(deployment, models), *check_ranks_if_possible(deployment)]
     write_files(folder, files, overwrite=overwrite)
     for warning in warnings:
         print(f"pdserve: note: {warning}", file=sys.stderr)

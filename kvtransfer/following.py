@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 
 from kvtransfer.landing import Landing
+from kvtransfer.paths import PathRules
 from kvtransfer.reading import BlockRead, BlockReader, RankReaders
 from kvtransfer.transports import worker_transports
 from kvtransfer.transports.base import End
@@ -54,7 +55,13 @@ async def read_for_leader(parts: RankParts) -> AsyncIterator[Mapping[str, Handle
             for transport in transports:
                 stack.push_async_callback(transport.close)
                 await transport.register(memory)
-            readers = RankReaders(memory, layout=layout, rank=end.rank, transports=transports)
+            readers = RankReaders(
+                memory,
+                layout=layout,
+                rank=end.rank,
+                transports=transports,
+                rules=PathRules(avoid_s=parts.settings.timers.transport_retry_s),
+            )
             stack.callback(readers.close)
 
         async def open_reader(message: Message) -> Message:

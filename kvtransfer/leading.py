@@ -17,7 +17,8 @@ from kvtransfer.following import (
     peer_fields,
     read_message,
 )
-from kvtransfer.reading import BlockRead, BlockReader, RankReaders
+from kvtransfer.paths import PLAIN_RULES, PathRules
+from kvtransfer.reading import BlockRead, BlockReader, RankReader, RankReaders
 from kvtransfer.transports.base import MayRead, Transport
 from pdserve.domain.ids import BlockId, Epoch
 from pdserve.domain.layout import ShardedLayout
@@ -36,9 +37,7 @@ OpenReader = Callable[[HandoffHello], Awaitable[BlockReader | None]]
 
 
 class FollowerReader:
-    """Has another rank read its part of the peer's blocks. Satisfies `BlockReader`."""
-
-    transport_name = ""  # rank 0 stands for all
+    """Has another rank read its part of the peer's blocks. Satisfies `RankReader`."""
 
     def __init__(
         self, channel: RankChannel, number: int, source: ShardedLayout, *, read_s: float
@@ -80,12 +79,12 @@ class LeadingReader:
     """Has all ranks read at once, each into its own blocks. Satisfies `BlockReader`."""
 
     def __init__(self, own: BlockReader, others: Sequence[FollowerReader]) -> None:
-        self._ranks: list[BlockReader] = [own, *others]
+        self._ranks: list[RankReader] = [own, *others]
         self.num_blocks = min(rank.num_blocks for rank in self._ranks)
         self.num_ranks = own.num_ranks
         self.block_size = own.block_size
         self.block_bytes = sum(rank.block_bytes for rank in self._ranks)
-        self.transport_name = own.transport_name
+        self.path = own.path
 
     async def read(self, blocks: BlockRead) -> set[int]:
         found = await side_by_side([rank.read(blocks) for rank in self._ranks])
@@ -104,6 +103,7 @@ async def reading(
     *,
     epoch: Epoch,
     read_s: float,
+    rules: PathRules = PLAIN_RULES,
 ) -> AsyncIterator[OpenReader]:
     """Makes readers for a decode worker until the block ends; closes `transports` then.
 
@@ -114,7 +114,7 @@ async def reading(
         for transport in transports:
             stack.push_async_callback(transport.close)
             await transport.register(memory)
-        readers = RankReaders(memory, layout=layout, rank=0, transports=transports)
+        readers = RankReaders(memory, layout=layout, rank=0, transports=transports, rules=rules)
         stack.callback(readers.close)
         await _begin(channels, epoch)
         numbers = itertools.count()
@@ -129,7 +129,8 @@ async def reading(
                 FollowerReader(channel, number, source, read_s=read_s) for channel in channels
             ]
             async with contextlib.AsyncExitStack() as undo:
-                for each in (own, *others):
+                undo.push_async_callback(own.close)
+                for each in others:
                     undo.push_async_callback(each.close)
                 opened = await side_by_side([each.open(peer.regions) for each in others])
                 if not all(opened):

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtransfer.landing import Landing, Rows
+from kvtransfer.paths import PLAIN_RULES, Path, PathRules, open_path
 from kvtransfer.plan import Copy, Planes, copies_of, plan_shares
 from kvtransfer.staging import Staging
-from kvtransfer.transports import choose
 from kvtransfer.transports.base import Transport
 from pdserve.domain.ids import BlockId, HandoffId
 from pdserve.domain.kv_demand import num_blocks_for
@@ -74,14 +74,13 @@ class BlockRead:
         return {place for place, (said, found) in both if said[own] != found}
 
 
-class BlockReader(Protocol):
-    """Reads the blocks of one peer into those of this worker."""
+class RankReader(Protocol):
+    """Reads the blocks of one peer into those of one rank of this worker, or of all."""
 
     num_blocks: int  # of the peer: it offers blocks below this
     num_ranks: int  # of the peer: each gives a digest of each block
     block_size: int  # of the peer: tokens in a block
     block_bytes: int  # moved for each block, to all ranks together
-    transport_name: str  # of rank 0, which stands for the others
 
     async def read(self, blocks: BlockRead) -> set[int]:
         """Read and check blocks; returns the places of those that are corrupt.
@@ -97,14 +96,17 @@ class BlockReader(Protocol):
         ...
 
 
+class BlockReader(RankReader, Protocol):
+    path: Path  # to the first rank that is read, which stands for the others
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """One rank of the peer, and how it is reached."""
 
     rank: int
     layout: KvLayout
-    transport: Transport
-    region: RemoteRegion
+    path: Path
     copies: Sequence[Copy] = ()  # of its blocks into ours
 
 
@@ -112,22 +114,22 @@ class DirectReader:
     """A rank whose blocks are those of one rank of the peer, byte by byte."""
 
     def __init__(self, memory: KvStore, source: Source, num_ranks: int) -> None:
-        self.num_blocks = source.region.num_blocks
+        self.num_blocks = source.path.num_blocks
         self.num_ranks = num_ranks
         self.block_size = source.layout.block_size
         self.block_bytes = source.layout.block_bytes
-        self.transport_name = source.transport.name
+        self.path = source.path
         self._memory = memory
         self._source = source
 
     async def read(self, blocks: BlockRead) -> set[int]:
         source, local_blocks = self._source, blocks.own_blocks()
-        await source.transport.read(source.region, blocks.remote_blocks, self._memory, local_blocks)
+        await source.path.read(blocks.remote_blocks, self._memory, local_blocks)
         digests = await self._memory.digests(blocks.handoff, blocks.indices, local_blocks)
         return blocks.corrupt_places(source.rank, digests)
 
     async def close(self) -> None:
-        await self._source.transport.close_peer(self._source.region)
+        await self._source.path.close()
 
 
 class ReshapingReader:
@@ -147,11 +149,11 @@ class ReshapingReader:
         staging: Staging,
         assembly: Staging,
     ) -> None:
-        self.num_blocks = min(source.region.num_blocks for source in sources)
+        self.num_blocks = min(source.path.num_blocks for source in sources)
         self.num_ranks = num_ranks
         self.block_size = sources[0].layout.block_size
         self.block_bytes = sum(source.layout.block_bytes for source in sources)
-        self.transport_name = sources[0].transport.name
+        self.path = sources[0].path
         self._memory = memory
         self._sources = sources
         self._staging = staging
@@ -200,11 +202,10 @@ class ReshapingReader:
     ) -> set[int]:
         corrupt: set[int] = set()
         async with self._staging.lend(source.layout) as stage:
-            await source.transport.register(stage)
             for first in range(0, len(blocks), stage.num_blocks):
                 part = blocks.part(first, stage.num_blocks)
                 staged = [BlockId(place) for place in range(len(part))]
-                await source.transport.read(source.region, part.remote_blocks, stage, staged)
+                await source.path.read(part.remote_blocks, stage, staged)
                 digests = await stage.digests(part.handoff, part.indices, staged)
                 bad = part.corrupt_places(source.rank, digests)
                 corrupt |= {first + place for place in bad}
@@ -219,7 +220,7 @@ class ReshapingReader:
 
     async def close(self) -> None:
         for source in self._sources:
-            await source.transport.close_peer(source.region)
+            await source.path.close()
 
 
 def _reached(blocks: BlockRead, places: Iterable[int]) -> dict[int, int]:
@@ -308,8 +309,10 @@ class RankReaders:
         layout: ShardedLayout,
         rank: int,
         transports: Sequence[Transport],
+        rules: PathRules = PLAIN_RULES,
     ) -> None:
         self._memory = memory
+        self._rules = rules
         self._layout = layout
         self._rank = rank
         self._transports = transports
@@ -322,15 +325,13 @@ class RankReaders:
         for share in plan_shares(source, self._layout, self._rank):
             theirs = source.rank(share.rank)
             own = [region for region in regions if region.rank == share.rank]
-            if (chosen := choose(self._transports, own)) is None:
+            if (path := open_path(self._transports, own, self._rules)) is None:
                 return None
-            transport, region = chosen
             sources.append(
                 Source(
                     rank=share.rank,
                     layout=theirs.layout,
-                    transport=transport,
-                    region=region,
+                    path=path,
                     copies=copies_of(share, theirs, mine),
                 )
             )

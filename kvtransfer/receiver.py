@@ -17,6 +17,7 @@ from pdserve.domain.messages import (
     EndHandoff,
     HandoffFailed,
     HandoffRefused,
+    KvMoved,
     PrefillDone,
     PrefillToHandoff,
     Role,
@@ -56,6 +57,7 @@ class HandoffReceiver:
         self.num_landed_blocks = 0
         self.num_corrupt_blocks = 0  # each time one did not match its digest
         self.num_bytes = 0  # read from the peer, second reads included
+        self.num_retried_bytes = 0  # of these, second reads
         self._reader = reader
         self._landing = landing
         self._num_tokens = num_tokens
@@ -80,6 +82,14 @@ class HandoffReceiver:
     def is_complete(self) -> bool:
         """All blocks are there."""
         return self.first_block + self.num_landed_blocks == self._end_block
+
+    @property
+    def moved(self) -> KvMoved:
+        return KvMoved(
+            moved_bytes=self.num_bytes,
+            skipped_bytes=self.first_block * self._reader.block_bytes,
+            retried_bytes=self.num_retried_bytes,
+        )
 
     @property
     def num_landed_tokens(self) -> int:
@@ -214,7 +224,9 @@ class HandoffReceiver:
     async def _land(self, offer: BlocksOffered) -> BlocksPulled:
         corrupt = await self._read(offer, range(len(offer.block_ids)))
         if corrupt:
+            num_bytes = self.num_bytes
             corrupt = await self._read(offer, corrupt)
+            self.num_retried_bytes += self.num_bytes - num_bytes
         if corrupt:
             raise TransferFailed(
                 f"{len(corrupt)} of {len(offer.block_ids)} blocks do not match their digests",

@@ -55,7 +55,7 @@ class ProbePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
-    """The workers of a cluster, told apart; raises `LocalFault` where one kind is missing."""
+    """The workers of a cluster, told apart; raises `LocalFault` if one kind is missing or mixed."""
 
     prefill: tuple[WorkerHello, ...]
     decode: tuple[WorkerHello, ...]
@@ -70,12 +70,17 @@ class Workers:
         for role, hellos in (("prefill", found.prefill), ("decode", found.decode)):
             if not hellos:
                 raise LocalFault(f"the cluster has no {role} worker that is alive")
+            kinds = sorted({str(_ranks(hello)) for hello in hellos})
+            if len(kinds) > 1:
+                raise LocalFault(
+                    f"the cluster's {role} workers differ in their ranks: {', '.join(kinds)}; a "
+                    "profile is of one kind, so profile a cluster of each"
+                )
         return found
 
     def ranks(self, role: Role) -> Ranks:
-        """Of the first worker of a role; one that says nothing of its KV is of one rank to us."""
-        hello = (self.prefill if role is Role.PREFILL else self.decode)[0]
-        return Ranks(tp=hello.layout.tp, pp=hello.layout.pp) if hello.layout else Ranks()
+        """Of every worker of a role."""
+        return _ranks((self.prefill if role is Role.PREFILL else self.decode)[0])
 
     def reported(self) -> dict[Phase, StepCoefficients]:
         """What the workers measured at their start; of several alike, the first's."""
@@ -91,6 +96,11 @@ class Workers:
             max_step_tokens=prefill.max_step_tokens,
             max_num_requests=decode.max_num_requests,
         )
+
+
+def _ranks(hello: WorkerHello) -> Ranks:
+    """A worker that says nothing of its KV is of one rank to us."""
+    return Ranks(tp=hello.layout.tp, pp=hello.layout.pp) if hello.layout else Ranks()
 
 
 @dataclass(slots=True)

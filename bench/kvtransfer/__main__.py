@@ -1,11 +1,12 @@
 """`python -m bench.kvtransfer`: 16 MiB of scattered blocks by each transport, beside their peers.
 
-    memcpy     blocks copied within one process: the limit of one core
-    shm, tcp   ours, from a second process, as a decode worker reads them
-    nixl       ours, as a decode worker reads by it, if it is installed
-    bare nixl  one READ of the library into the same blocks
-    asyncio    the same blocks by the event loop's own `sock_sendall` and `sock_recv_into`
-    digest     what checking the blocks costs on top
+    memcpy       blocks copied within one process: the limit of one core
+    shm, tcp, collective   ours, from a second process, as a decode worker reads them
+    nixl         ours, as a decode worker reads by it, if it is installed
+    bare nixl    one READ of the library into the same blocks
+    asyncio      the same blocks by the event loop's own `sock_sendall` and `sock_recv_into`
+    gloo         the same blocks packed, sent in one piece by plain gloo, and unpacked
+    digest       what checking the blocks costs on top
 
 All contenders take turns in every round, so that a noisy neighbour hits them alike. Prints a table
 of medians, with the medians of the ratios within a round, and writes JSON.
@@ -24,13 +25,16 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
+import torch
+import torch.distributed
 import uvloop
 from rich.console import Console
 from rich.table import Table
 
 from bench.kvtransfer.bare_nixl import bare_nixl
-from bench.kvtransfer.peer import layout_of
+from bench.kvtransfer.peer import layout_of, open_gloo
 from kvtransfer.transports import open_transports
 from pdserve.config.timers import Timers
 from pdserve.domain.ids import BlockId, HandoffId, RequestId
@@ -56,6 +60,7 @@ class Measure:
     gib_per_s: float
     ratio_to_memcpy: float  # time in a round over memcpy's, median
     speed_to_asyncio: float  # plain sockets' time in a round over its own, median
+    speed_to_gloo: float  # plain gloo's, likewise
     speed_to_bare_nixl: float | None  # likewise, if there is nixl
 
 
@@ -65,6 +70,7 @@ class Reading:
 
     regions: dict[str, RemoteRegion]
     raw_port: int
+    gloo_port: int
     source: KvMemory  # of this process, for the memcpy
     target: KvMemory
     remote: Sequence[BlockId]
@@ -133,6 +139,26 @@ async def asyncio_of(reading: Reading) -> Move:
     return move
 
 
+async def gloo_of(reading: Reading) -> Move:
+    dist: Any = torch.distributed
+    store = dist.TCPStore("127.0.0.1", reading.gloo_port, 2, is_master=False)
+    group = await asyncio.to_thread(open_gloo, store, 1)
+    ids = torch.tensor(reading.remote)
+    packed = torch.empty(len(ids), reading.target.layout.block_bytes, dtype=torch.uint8)
+    blocks, rows = reading.target.tensor().numpy(), packed.numpy()
+
+    def exchange() -> None:
+        group.send([ids], 0, 0).wait()
+        group.recv([packed], 0, 0).wait()
+        for place, local in enumerate(reading.local):
+            blocks[local] = rows[place]
+
+    async def move() -> None:
+        await asyncio.to_thread(exchange)
+
+    return move
+
+
 async def time_rounds(contenders: dict[str, Move], num_rounds: int) -> dict[str, list[float]]:
     """Seconds of each contender in each round, after one round to warm up."""
     name_to_seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -151,7 +177,10 @@ async def measure(block_bytes: int, num_rounds: int) -> list[Measure]:
     source.bytes[:] = target.bytes[:] = b"\x55" * source.num_bytes  # all pages are there
     rng = Random(block_bytes)
     with subprocess.Popen(  # noqa: ASYNC220  nothing else runs on this loop
-        [sys.executable, "-m", "bench.kvtransfer.peer", str(num_blocks), str(block_bytes)],
+        [
+            *(sys.executable, "-m", "bench.kvtransfer.peer"),
+            *map(str, (num_blocks, block_bytes, num_moved)),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as peer:
@@ -160,6 +189,7 @@ async def measure(block_bytes: int, num_rounds: int) -> list[Measure]:
         reading = Reading(
             regions={region["transport"]: RemoteRegion(**region) for region in hello["regions"]},
             raw_port=hello["raw_port"],
+            gloo_port=hello["gloo_port"],
             source=source,
             target=target,
             remote=[BlockId(block) for block in rng.sample(range(num_blocks), num_moved)],
@@ -169,8 +199,10 @@ async def measure(block_bytes: int, num_rounds: int) -> list[Measure]:
             "memcpy": memcpy_of(reading),
             "shm": transport_of("shm", reading),
             "tcp": transport_of("tcp", reading),
+            "collective": transport_of("collective", reading),
             **nixl_of(reading),
             "asyncio": await asyncio_of(reading),
+            "gloo": await gloo_of(reading),
             "digest": digest_of(reading),
         }
         name_to_seconds = await time_rounds(contenders, num_rounds)
@@ -189,6 +221,7 @@ async def measure(block_bytes: int, num_rounds: int) -> list[Measure]:
             gib_per_s=MOVED_BYTES / GIB / statistics.median(seconds),
             ratio_to_memcpy=ratio(seconds, name_to_seconds["memcpy"]),
             speed_to_asyncio=ratio(name_to_seconds["asyncio"], seconds),
+            speed_to_gloo=ratio(name_to_seconds["gloo"], seconds),
             speed_to_bare_nixl=ratio(bare, seconds) if bare else None,
         )
         for name, seconds in name_to_seconds.items()
@@ -201,15 +234,17 @@ def print_table(measures: Sequence[Measure]) -> None:
     table.add_column("block")
     for name in names:
         table.add_column(name, justify="right")
-    table.add_column("tcp to asyncio", justify="right")
-    table.add_column("nixl to bare", justify="right")
+    titles = ["tcp to asyncio", "collective to gloo", "nixl to bare"]
+    for title in titles if "nixl" in names else titles[:-1]:
+        table.add_column(title, justify="right")
     for block_bytes in BLOCK_SIZES:
         row = {one.contender: one for one in measures if one.block_bytes == block_bytes}
         cells = [f"{row[name].gib_per_s:.2f} ({row[name].ratio_to_memcpy:.1f})" for name in names]
-        to_bare = row["nixl"].speed_to_bare_nixl if "nixl" in row else None
-        ratios = [row["tcp"].speed_to_asyncio, *([to_bare] if to_bare else [])]
+        ratios = [row["tcp"].speed_to_asyncio, row["collective"].speed_to_gloo]
+        if "nixl" in row and (to_bare := row["nixl"].speed_to_bare_nixl):
+            ratios.append(to_bare)
         table.add_row(f"{block_bytes >> 10} KiB", *cells, *(f"{each:.2f}" for each in ratios))
-    Console().print(table)
+    Console(width=max(120, Console().width)).print(table)
 
 
 def main() -> None:

@@ -13,13 +13,14 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 import uvloop
 from torch import Tensor
 
 from bench.ranks.cases import batch_of
 from pdserve.config.processes import EngineSettings, WorkerSettings
 from pdserve.domain.rank_place import RankPlace
-from pdserve.engine.contract import Engine
+from pdserve.engine.contract import Engine, StepLimits
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.opening import load_rank_part
 from pdserve.engine.rank_group import RankGroup
@@ -48,6 +49,9 @@ class ClockedGroup:
         ClockedGroup.total_s += time.perf_counter() - began_s
         return result
 
+    def least(self, number: int, device: torch.device) -> int:
+        return self._inner.least(number, device)
+
     def send(self, tensor: Tensor) -> None:
         began_s = time.perf_counter()
         self._inner.send(tensor)
@@ -63,8 +67,10 @@ class ClockedGroup:
         self._inner.close()
 
 
-def load_clocked(files: ModelFiles, settings: EngineSettings, group: RankGroup) -> Engine:
-    return load_rank_part(files, settings, ClockedGroup(group))
+def load_clocked(
+    files: ModelFiles, settings: EngineSettings, limits: StepLimits, group: RankGroup
+) -> Engine:
+    return load_rank_part(files, settings, limits, ClockedGroup(group))
 
 
 async def run(engine: Engine, case: str, num_steps: int) -> list[dict[str, float]]:

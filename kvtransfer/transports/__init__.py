@@ -14,7 +14,7 @@ from kvtransfer.transports.tcp_server import TcpLimits
 from pdserve.config.processes import WorkerSettings
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import LocalFault
-from pdserve.domain.messages import RemoteRegion, Role
+from pdserve.domain.messages import Role
 
 log = structlog.get_logger(__name__)
 
@@ -98,14 +98,3 @@ def worker_transports(settings: WorkerSettings, end: End) -> tuple[Transport, ..
         return transports
     log.warning("drill.enabled", corrupt_kv_blocks=settings.corrupt_kv_blocks)
     return tuple(FaultyTransport(each, settings.corrupt_kv_blocks) for each in transports)
-
-
-def choose(
-    transports: Sequence[Transport], regions: Sequence[RemoteRegion]
-) -> tuple[Transport, RemoteRegion] | None:
-    """The first of our transports that reaches one of the peer's regions; None if none does."""
-    for transport in transports:
-        for region in regions:
-            if transport.can_reach(region):
-                return transport, region
-    return None

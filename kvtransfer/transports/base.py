@@ -45,6 +45,10 @@ def ignore(event: ReadEvent) -> None:
     """For a serving side that need not know."""
 
 
+class ReadRefused(TransferFailed):
+    """The peer lives and does not let these blocks be read: no other transport helps."""
+
+
 class RegionServer(Protocol):
     """The side whose memory is read. Peers never write into it."""
 
@@ -82,8 +86,8 @@ class Transport(Protocol):
     ) -> None:
         """Copy each remote block over the local block of the same place in the list.
 
-        Raises `TransferFailed` if the peer is gone, refuses, or is silent for too long. After a
-        cancelled call nothing is written any more.
+        Raises `TransferFailed` if the peer is gone or is silent for too long, `ReadRefused` if it
+        refuses. After a cancelled call nothing is written any more.
         """
         ...
 
@@ -103,11 +107,11 @@ def check_read(
     """Raises `TransferFailed` if the peer's side makes no sense; ours is an invariant."""
     num_remote, num_local = len(remote_blocks), len(local_blocks)
     check_invariant(num_remote == num_local, "blocks come in pairs", num_remote, num_local)
-    are_ours = all(0 <= block < memory.num_blocks for block in local_blocks)
+    are_ours = not local_blocks or 0 <= min(local_blocks) <= max(local_blocks) < memory.num_blocks
     check_invariant(are_ours, "blocks land in our memory", local_blocks, memory.num_blocks)
     if region.block_bytes != memory.layout.block_bytes:
         raise TransferFailed(
             f"the peer's blocks have {region.block_bytes} bytes, ours {memory.layout.block_bytes}"
         )
-    if not all(0 <= block < region.num_blocks for block in remote_blocks):
+    if remote_blocks and not 0 <= min(remote_blocks) <= max(remote_blocks) < region.num_blocks:
         raise TransferFailed(f"a block beyond the peer's {region.num_blocks} asked for")

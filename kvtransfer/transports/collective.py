@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, check_read, ignore
+from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, ReadRefused, check_read, ignore
 from kvtransfer.transports.collective_control import STOP, Control
 from kvtransfer.transports.collective_frames import (
     MAX_BLOCKS_PER_REQUEST,
@@ -320,7 +320,7 @@ async def _read_part(
         number += 1
     ending = _ending(lane, frame)
     if ending is Ending.NOT_ON_OFFER:
-        raise TransferFailed("the peer refuses: the blocks are not on offer")
+        raise ReadRefused("the peer refuses: the blocks are not on offer")
     if ending is not Ending.ALL_SENT or num_received != len(remote_blocks):
         raise BadFrame("a reply that ends before all was sent")
     await land()

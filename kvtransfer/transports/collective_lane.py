@@ -102,7 +102,7 @@ class Lane:
         try:
             async with asyncio.timeout(deadline_s):
                 await self._hear_keys(store)
-                await making
+                await self._over(making)
         finally:
             store.lose()  # ends the wait in `make`, if it still waits
 
@@ -140,11 +140,14 @@ class Lane:
         """Wait until the operation is over; if cancelled, or the peer is lost, it goes on."""
         if (job := self._job) is None:
             return
+        await self._over(job)
+        self._job = None
+
+    async def _over(self, job: asyncio.Future[None]) -> None:
         await asyncio.wait([job, self.control.lost], return_when=asyncio.FIRST_COMPLETED)
         if not job.done():
             raise ConnectionResetError("closed by the peer")
         job.result()
-        self._job = None
 
     async def gather(self, slot: int, memory: KvStore, runs: Sequence[BlockRun]) -> None:
         await self._made().gather(slot, memory, runs)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
-from kvtransfer.transports.base import MayRead, OnRead, check_read, ignore
+from kvtransfer.transports.base import MayRead, OnRead, ReadRefused, check_read, ignore
 from pdserve.domain.errors import TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
@@ -67,7 +67,7 @@ class MemoryTransport:
                 raise TransferFailed("the peer is gone")
             source, may_read = served
             if not await may_read([remote]):
-                raise TransferFailed("the peer refuses: the block is not on offer")
+                raise ReadRefused("the peer refuses: the block is not on offer")
             [content] = await bytes_of(source, [remote])
             await memory.copy_in(content, [BlockRun(0, local, 1)])
 

@@ -10,7 +10,9 @@ import socket
 from collections.abc import Callable, Sequence
 
 BUFFERS_PER_CALL = 256
-BYTES_PER_CALL = 4 << 20
+BYTES_PER_CALL = 512 << 10
+"""What is in flight at a time stays in the caches: larger calls are a fifth slower on one host."""
+BYTES_PER_TURN = 4 << 20
 """How much one connection moves before others get their turn of the event loop."""
 
 
@@ -23,11 +25,15 @@ async def send_all(
 
 
 async def recv_all(
-    sock: socket.socket, buffers: Sequence[bytearray | memoryview], idle_timeout_s: float
+    sock: socket.socket,
+    buffers: Sequence[bytearray | memoryview],
+    idle_timeout_s: float,
+    goes_on: Callable[[], bool] | None = None,
 ) -> None:
     """Fill every buffer; raises `OSError`, also if the peer closes before.
 
-    From the moment when the call is cancelled nothing is written any more.
+    `goes_on` is asked once, when the first buffer is full: if it says no, that was all. From the
+    moment when the call is cancelled nothing is written any more.
     """
 
     def recv(batch: list[memoryview]) -> int:
@@ -36,7 +42,8 @@ async def recv_all(
         raise ConnectionResetError("closed by the peer")
 
     loop = asyncio.get_running_loop()
-    await _move(sock, buffers, recv, loop.add_reader, loop.remove_reader, idle_timeout_s)
+    watch, unwatch = loop.add_reader, loop.remove_reader
+    await _move(sock, buffers, recv, watch, unwatch, idle_timeout_s, goes_on)
 
 
 async def _move(
@@ -46,65 +53,52 @@ async def _move(
     watch: Callable[..., object],
     unwatch: Callable[[int], object],
     idle_timeout_s: float,
+    goes_on: Callable[[], bool] | None = None,
 ) -> None:
-    """`move` some of what is left in every turn of the loop in which the socket is ready.
-
-    All buffers but the first are of one size.
-    """
-    loop = asyncio.get_running_loop()
-    views = [memoryview(buffer) for buffer in buffers]  # of its own, to release
+    """`move` what goes at once, then wait for the socket. All buffers but the first are alike."""
+    views = [memoryview(buffer) for buffer in buffers if buffer]  # of its own, to release
     count = max(1, min(BUFFERS_PER_CALL, BYTES_PER_CALL // max(1, len(views[-1]))))
-    first = _skip(views, 0, 0)
-    done: asyncio.Future[None] = loop.create_future()  # cancelled with the caller
-    moved_s = loop.time()
-
-    def turn() -> None:
-        nonlocal first, moved_s
-        if done.done():
-            return
-        try:
-            if first < len(views):
-                first = _skip(views, first, move(views[first : first + count]))
-            if first == len(views):
-                done.set_result(None)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as error:  # raised where it is awaited
-            done.set_exception(error)
-        else:
-            moved_s = loop.time()
-
-    timer = loop.call_later(idle_timeout_s, lambda: look())
-
-    def look() -> None:
-        """One timer that is set anew when it ends costs less than one for each turn."""
-        nonlocal timer
-        if (left_s := moved_s + idle_timeout_s - loop.time()) > 0:
-            timer = loop.call_later(left_s, look)
-        elif not done.done():
-            done.set_exception(TimeoutError())
-
+    first = moved = 0
     try:
-        turn()
-        if not done.done():
-            watch(fd := sock.fileno(), turn)
+        while first < len(views):
             try:
-                await done
-            finally:
-                with contextlib.suppress(ValueError, OSError):  # closed by this side
-                    unwatch(fd)
-        done.result()
+                num_bytes = move(views[first : first + count])
+            except (BlockingIOError, InterruptedError):
+                num_bytes, moved = 0, BYTES_PER_TURN
+            moved += num_bytes
+            while first < len(views) and num_bytes >= len(views[first]):
+                num_bytes -= len(views[first])
+                first += 1
+            if num_bytes:
+                views[first] = views[first][num_bytes:]
+            if first and goes_on is not None:
+                asked, goes_on = goes_on, None
+                if not asked():
+                    return
+            if moved >= BYTES_PER_TURN and first < len(views):
+                await _until_ready(sock.fileno(), watch, unwatch, idle_timeout_s)
+                moved = 0
     finally:
-        timer.cancel()
         for view in views:  # else a failure's traceback keeps the memory from being closed
             view.release()
 
 
-def _skip(views: list[memoryview], first: int, num_bytes: int) -> int:
-    """Drop what was moved from the front; returns the index of the first view that is left."""
-    while first < len(views) and num_bytes >= len(views[first]):
-        num_bytes -= len(views[first])
-        first += 1
-    if num_bytes:
-        views[first] = views[first][num_bytes:]
-    return first
+async def _until_ready(
+    fd: int, watch: Callable[..., object], unwatch: Callable[[int], object], timeout_s: float
+) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[bool] = loop.create_future()  # cancelled with the caller
+
+    def end(is_ready: bool) -> None:
+        if not ready.done():
+            ready.set_result(is_ready)
+
+    timer = loop.call_later(timeout_s, end, False)
+    watch(fd, end, True)
+    try:
+        if not await ready:
+            raise TimeoutError
+    finally:
+        timer.cancel()
+        with contextlib.suppress(ValueError, OSError):  # closed by this side
+            unwatch(fd)

@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, check_read, ignore
+from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, ReadRefused, check_read, ignore
 from kvtransfer.transports.sockets import recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
     MAX_BLOCKS_PER_REQUEST,
@@ -61,26 +61,38 @@ class _Connections:
         self._busy: set[socket.socket] = set()
         self._is_closed = False
 
-    async def take(self) -> socket.socket:
-        """A connection that nobody else uses; give it back with `put` or `drop`."""
+    async def take(self, timeout_s: float) -> socket.socket:
+        """A connection that nobody else uses; give it back with `put` or `drop`.
+
+        Raises `TransferFailed` if a new one does not open in time, `OSError` if it cannot.
+        """
         if self._is_closed:
             raise ConnectionAbortedError("closed by this side")
-        loop = asyncio.get_running_loop()
+        now_s = asyncio.get_running_loop().time()
         while self._idle:
             sock, since_s = self._idle.pop()
-            if loop.time() - since_s < MAX_IDLE_S and _is_quiet(sock):
+            if now_s - since_s < MAX_IDLE_S and _is_quiet(sock):
                 self._busy.add(sock)
                 return sock
             sock.close()
+        try:
+            async with asyncio.timeout(timeout_s):
+                sock = await self._connect()
+        except TimeoutError:
+            message = f"the peer took no connection within {timeout_s:g} s"
+            raise TransferFailed(message) from None
+        self._busy.add(sock)
+        return sock
+
+    async def _connect(self) -> socket.socket:
         sock, target = await self._socket()
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await loop.sock_connect(sock, target)
+            await asyncio.get_running_loop().sock_connect(sock, target)
         except BaseException:
             sock.close()
             raise
-        self._busy.add(sock)
         return sock
 
     async def _socket(self) -> tuple[socket.socket, Any]:
@@ -215,40 +227,46 @@ class TcpTransport:
         memory: KvStore,
         local_blocks: Sequence[BlockId],
     ) -> None:
-        try:
-            async with asyncio.timeout(self._limits.connect_timeout_s):
-                sock = await peer.take()
-        except TimeoutError:
-            limit_s = self._limits.connect_timeout_s
-            raise TransferFailed(f"the peer took no connection within {limit_s:g} s") from None
+        num_bytes = len(local_blocks) * memory.layout.block_bytes
+        if (targets := memory.host_blocks(local_blocks)) is not None:
+            try:
+                await self._recv_blocks(peer, remote_blocks, targets, num_bytes)
+            finally:
+                for target in targets:
+                    target.release()
+            return
+        staging = bytearray(num_bytes)
+        await self._recv_blocks(peer, remote_blocks, [staging], num_bytes)
+        runs = block_runs(range(len(local_blocks)), local_blocks)
+        await memory.copy_in(staging, list(runs))
+
+    async def _recv_blocks(
+        self,
+        peer: _Connections,
+        remote_blocks: Sequence[BlockId],
+        targets: Sequence[bytearray | memoryview],
+        num_bytes: int,
+    ) -> None:
+        """Ask for the blocks and fill `targets`, which have `num_bytes` in all."""
+        sock = await peer.take(self._limits.connect_timeout_s)
+        header, has_blocks = bytearray(REPLY_HEADER_BYTES), False
+
+        def is_granted() -> bool:
+            nonlocal has_blocks
+            has_blocks = decode_reply(header, num_bytes) is Status.OK
+            return has_blocks
+
         try:
             request = encode_request(peer.address.token, self._end, remote_blocks)
             await send_all(sock, [request], self._limits.idle_timeout_s)
-            header = bytearray(REPLY_HEADER_BYTES)
-            await recv_all(sock, [header], self._limits.idle_timeout_s)
-            status = decode_reply(header, len(remote_blocks) * memory.layout.block_bytes)
-            if status is Status.OK:
-                await self._recv_blocks(sock, memory, local_blocks)
+            # In one call with the blocks: what a short read waits for is turns of the event loop.
+            await recv_all(sock, [header, *targets], self._limits.idle_timeout_s, is_granted)
         except BaseException:
             peer.drop(sock)
             raise
         peer.put(sock)
-        if status is Status.NOT_ON_OFFER:
-            raise TransferFailed("the peer refuses: the blocks are not on offer")
-
-    async def _recv_blocks(
-        self, sock: socket.socket, memory: KvStore, local_blocks: Sequence[BlockId]
-    ) -> None:
-        if (targets := memory.host_blocks(local_blocks)) is None:
-            staging = bytearray(len(local_blocks) * memory.layout.block_bytes)
-            await recv_all(sock, [staging], self._limits.idle_timeout_s)
-            runs = block_runs(range(len(local_blocks)), local_blocks)
-            return await memory.copy_in(staging, list(runs))
-        try:
-            await recv_all(sock, targets, self._limits.idle_timeout_s)
-        finally:
-            for target in targets:
-                target.release()
+        if not has_blocks:
+            raise ReadRefused("the peer refuses: the blocks are not on offer")
 
     async def close_peer(self, region: RemoteRegion) -> None:
         peer = self._peers.pop(_Address.of(region), None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from kvtransfer.transports.base import End, MayRead, OnRead, ReadEvent
-from kvtransfer.transports.sockets import BYTES_PER_CALL, recv_all, send_all
+from kvtransfer.transports.sockets import BYTES_PER_TURN, recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
     REQUEST_HEADER_BYTES,
     TOKEN_BYTES,
@@ -29,6 +29,7 @@ from pdserve.engine.kv_store import KvStore, bytes_of
 log = structlog.get_logger()
 
 _ACCEPT_PAUSE_S = 0.1
+_FIRST_RECV_BYTES = 4096  # most requests come whole in one call
 KEEP_ALIVE_S = 60.0
 """Between the requests of one connection; readers take another one well before."""
 
@@ -159,19 +160,26 @@ class TcpRegionServer:
 
         One deadline for all of it: a peer that sends a byte now and then is not waited for.
         """
-        header, num_bytes = bytearray(REQUEST_HEADER_BYTES), 0
+        request, num_bytes = bytearray(_FIRST_RECV_BYTES), 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
-                num_bytes = await asyncio.get_running_loop().sock_recv_into(sock, header)
+                num_bytes = await asyncio.get_running_loop().sock_recv_into(sock, request)
         if num_bytes == 0:
             return None
-        idle_s = self._limits.idle_timeout_s
+        idle_s, end = self._limits.idle_timeout_s, REQUEST_HEADER_BYTES
         async with asyncio.timeout(idle_s):
-            await recv_all(sock, [memoryview(header)[num_bytes:]], idle_s)
-            reader, num_blocks = decode_request_header(header, self._token)
-            body = bytearray(4 * num_blocks)
-            await recv_all(sock, [body], idle_s)
-        return reader, decode_block_ids(body, self._memory.num_blocks)
+            if num_bytes < end:
+                await recv_all(sock, [memoryview(request)[num_bytes:end]], idle_s)
+                num_bytes = end
+            reader, num_blocks = decode_request_header(request[:end], self._token)
+            end += 4 * num_blocks
+            request += bytes(max(0, end - len(request)))
+            if num_bytes < end:
+                await recv_all(sock, [memoryview(request)[num_bytes:end]], idle_s)
+        if num_bytes > end:
+            raise BadFrame("more than one request at a time")
+        block_ids = decode_block_ids(request[REQUEST_HEADER_BYTES:end], self._memory.num_blocks)
+        return reader, block_ids
 
     async def _reply(self, sock: socket.socket, reader: End, block_ids: Sequence[BlockId]) -> None:
         if not await self._may_read(block_ids):
@@ -187,7 +195,7 @@ class TcpRegionServer:
 
     async def _send_blocks(self, sock: socket.socket, block_ids: Sequence[BlockId]) -> None:
         block_bytes = self._memory.layout.block_bytes
-        batch_size = max(1, BYTES_PER_CALL // block_bytes)
+        batch_size = max(1, BYTES_PER_TURN // block_bytes)
         async with asyncio.timeout(self._limits.total_timeout_s):
             head = encode_reply(Status.OK, len(block_ids) * block_bytes)
             for first in range(0, len(block_ids), batch_size):

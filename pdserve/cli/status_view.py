@@ -84,9 +84,11 @@ def render_state(state: ClusterState, *, is_wide: bool = True) -> Group:
         if worker.load.num_corrupt_blocks
     ]
     workers = _worker_table(state.workers, is_wide=is_wide)
-    return Group(
-        *lines, *slo, workers, legend, _step_table(state.workers, is_wide=is_wide), *corrupt
+    steps = _step_table(state.workers, is_wide=is_wide)
+    paths = (
+        [_path_table(state.workers)] if any(each.load.kv_paths for each in state.workers) else []
     )
+    return Group(*lines, *slo, workers, legend, steps, *paths, *corrupt)
 
 
 def _slo_table(classes: tuple[SloState, ...]) -> Table:
@@ -178,6 +180,36 @@ def _step_table(workers: tuple[WorkerState, ...], *, is_wide: bool) -> Table:
             *(_ranks(worker.hello) if has_ranks else ()),
         )
     return table
+
+
+def _path_table(workers: tuple[WorkerState, ...]) -> Table:
+    """How each decode worker reads the KV of those that read prompts for it."""
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for name in ("KV read by", "from", "transport"):
+        table.add_column(name, no_wrap=True)
+    for name in ("moved", "skipped", "retried", "fallbacks"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("why")
+    for worker in _sorted(workers):
+        for path in sorted(worker.load.kv_paths, key=lambda path: path.worker_id):
+            table.add_row(
+                worker.hello.worker_id,
+                path.worker_id,
+                path.transport,
+                _size(path.moved.moved_bytes),
+                _size(path.moved.skipped_bytes),
+                _size(path.moved.retried_bytes),
+                str(path.num_fallbacks),
+                escape(path.why),
+            )
+    return table
+
+
+def _size(num_bytes: int) -> str:
+    """With three digits or four."""
+    if num_bytes < 2**20:
+        return f"{num_bytes / 2**10:.3g} KiB"
+    return f"{num_bytes / 2**20:,.0f} MiB" if num_bytes < 2**34 else f"{num_bytes / 2**30:,.0f} GiB"
 
 
 def _ranks(hello: WorkerHello) -> tuple[str, str]:

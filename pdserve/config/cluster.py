@@ -113,7 +113,8 @@ class ClusterSettings(ProcessSettings, Transports, EngineSettings, ServedModel):
         pool = self.pool(role)
         reads_own = role is Role.DECODE and not self.prefill.replicas
         engine = _data_of(EngineSettings, self, only_given)
-        own = pool.model_dump(include={"num_blocks", "block_size", "tp", "pp"})
+        own = {"num_blocks": pool.num_blocks, "block_size": pool.block_size}
+        own |= {"tp": pool.tp, "pp": pool.pp}
         engine |= {name: value for name, value in own.items() if value is not None}
         return {
             **_data_of(WorkerSettings, self, only_given),

@@ -91,6 +91,9 @@ class EngineSettings(ModelChoice):
         0.9, gt=0, le=1, description="of a GPU's memory, for weights, steps and KV together"
     )
     block_size: BlockSize = DEFAULT_BLOCK_SIZE
+    block_order: Literal["tokens", "heads"] = Field(
+        "tokens", description="what comes first in a KV block; `heads` needs a GPU"
+    )
     num_blocks: int | None = Field(
         None,
         ge=1,
@@ -108,6 +111,14 @@ class EngineSettings(ModelChoice):
     def _timed_needs_coefficients(self) -> Self:
         if self.engine == "timed" and self.coefficients is None:
             raise ValueError("engine: timed needs coefficients")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_come_first_on_gpus(self) -> Self:
+        if self.block_order == "heads" and (self.device == "cpu" or self.engine != "torch"):
+            raise ValueError(
+                f"block_order heads needs engine torch on a GPU; got {self.engine} on {self.device}"
+            )
         return self
 
     @model_validator(mode="after")

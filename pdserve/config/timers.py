@@ -14,6 +14,9 @@ class Timers(Settings):
     connect_s: float = Field(2.0, gt=0, description="opening a stream to a peer")
     transfer_idle_s: float = Field(2.0, gt=0, description="a KV read that makes no progress")
     transfer_s: float = Field(30.0, gt=0, description="a KV read in all, if it makes progress")
+    transport_retry_s: float = Field(
+        30.0, gt=0, description="a KV transport that failed is left alone for this pair"
+    )
     lease_s: float = Field(10.0, gt=0, description="offered blocks stay pinned without renewal")
     renew_s: float = Field(3.0, gt=0, description="a decode worker renews its leases this often")
     queue_s: float = Field(10.0, gt=0, description="a request waits in a worker's queue at most")

@@ -1,6 +1,6 @@
 """The shape of KV memory: of a whole model, and of each rank of a worker that divides it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from pdserve.domain.kv_demand import num_blocks_for
@@ -52,6 +52,7 @@ class KvLayout:
     dtype: str  # numpy name: float32, float16, bfloat16, uint8
     item_bytes: int
     order: BlockOrder = BlockOrder.TOKENS
+    block_bytes: int = field(init=False, repr=False, compare=False)  # asked for at every block
 
     def __post_init__(self) -> None:
         _check(1, MAX_NUM_LAYERS, layers=len(self.layers))
@@ -61,15 +62,11 @@ class KvLayout:
         for layer in set(self.layers):
             _check(1, num_kv_heads=layer.num_kv_heads, k_head_dim=layer.k_head_dim)
             _check(0, v_head_dim=layer.v_head_dim)
+        object.__setattr__(self, "block_bytes", self.layer_offset_bytes(len(self.layers)))
 
     def __hash__(self) -> int:
         """As much as tells most layouts apart: routers look them up for each request."""
         return hash((len(self.layers), self.block_size, self.dtype))
-
-    @property
-    def block_bytes(self) -> int:
-        values = sum(layer.num_values_per_token for layer in self.layers)
-        return values * self.block_size * self.item_bytes
 
     def is_same_kv(self, other: "KvLayout") -> bool:
         """Whether both hold the same of each token, however they put tokens into blocks."""

@@ -200,6 +200,33 @@ class WorkerHello:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvMoved:
+    """Bytes of KV between two workers; each is counted with the prefill worker's blocks."""
+
+    moved_bytes: int = 0  # read from it, second reads included
+    skipped_bytes: int = 0  # not asked for, since the decode worker had them
+    retried_bytes: int = 0  # of those moved: read again, since they did not match their digests
+
+    def plus(self, other: "KvMoved") -> "KvMoved":
+        return KvMoved(
+            moved_bytes=self.moved_bytes + other.moved_bytes,
+            skipped_bytes=self.skipped_bytes + other.skipped_bytes,
+            retried_bytes=self.retried_bytes + other.retried_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvPath:
+    """How a decode worker reads a prefill worker's KV, and how much so far."""
+
+    worker_id: WorkerId
+    transport: str
+    why: str
+    num_fallbacks: int  # reads that another transport than this took over from one that failed
+    moved: KvMoved = KvMoved()  # since they were linked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLoad:
     sequence: int
     num_waiting: int
@@ -214,6 +241,7 @@ class WorkerLoad:
     num_corrupt_blocks: int = 0
     prefill_steps: LiveSteps | None = None  # steps with prompt tokens
     decode_steps: LiveSteps | None = None  # steps without
+    kv_paths: tuple[KvPath, ...] = ()  # of a decode worker, to those that it has read from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

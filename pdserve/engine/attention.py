@@ -121,8 +121,6 @@ def _paged_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Signature of `AttentionInterface`; query, key, value: [1, heads, rows, head_dim]."""
-    target = _current.target
-    assert target is not None, "a model with paged attention runs only inside `attending`"
     check_invariant(attention_mask is None, "transformers builds no mask, which would be ignored")
     layer: Any = vars(module).get(_LAYER, module.layer_idx)
     call = AttentionCall(
@@ -137,7 +135,14 @@ def _paged_attention(
         sinks=s_aux,
         temperature=vars(module).get(_TEMPERATURE),
     )
-    return target.attend(call).unsqueeze(0), None
+    return attend(call).unsqueeze(0), None
+
+
+def attend(call: AttentionCall) -> Tensor:
+    """What the target that `attending` has made current answers: [rows, heads, v_head_dim]."""
+    target = _current.target
+    assert target is not None, "a model with paged attention runs only inside `attending`"
+    return target.attend(call)
 
 
 def _chunk(module: Module) -> int:

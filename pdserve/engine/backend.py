@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from pdserve.domain.errors import LocalFault
-from pdserve.domain.layout import KvLayout
+from pdserve.domain.invariants import check_invariant
+from pdserve.domain.layout import BlockOrder, KvLayout
 from pdserve.engine.attention import AttentionTarget
+from pdserve.engine.fused_layer import fuse_layers
 from pdserve.engine.fused_mlp import fuse_mlps
 from pdserve.engine.fused_norm import fuse_norms
 from pdserve.engine.fused_rotary import fuse_rotary
@@ -22,7 +24,7 @@ from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.kv_store import KvStore
 from pdserve.engine.numba_attention import CompiledAttention, compile_attention
 from pdserve.engine.packed_linear import pack_linears
-from pdserve.engine.packing import PackedBatch
+from pdserve.engine.packing import NO_SOURCE, PackedBatch
 from pdserve.engine.paged_cache import PagedCache, PagedStep
 
 
@@ -49,6 +51,9 @@ class BatchAttention(Protocol):
 class ModelBackend(Protocol):
     """Where a model computes, and how."""
 
+    order: BlockOrder
+    """Of the blocks that its attention reads."""
+
     def prepare(self, model: Any) -> None:
         """Make the layers of a loaded model faster; it computes the same."""
         ...
@@ -70,6 +75,8 @@ class DenseAttention:
         self.block_size = cache.block_size
 
     def inputs(self, batch: PackedBatch, spare_position: int | None) -> StepInputs:
+        is_known = bool((batch.sources == NO_SOURCE).all())
+        check_invariant(is_known, "dense attention follows no draw", batch.sources)
         token_ids, positions = batch.token_ids, batch.positions
         if spare_position is not None:
             token_ids, positions = np.append(token_ids, 0), np.append(positions, spare_position)
@@ -84,6 +91,8 @@ class DenseAttention:
 class HostBackend:
     """Satisfies `ModelBackend` on the CPU."""
 
+    order = BlockOrder.TOKENS
+
     def __init__(self, attention: str, dtype: str) -> None:
         """`attention`: see `TorchEngine.load`; `LocalFault` if it cannot be had for `dtype`."""
         self._compiled = _choose_attention(attention, dtype)
@@ -93,6 +102,7 @@ class HostBackend:
         fuse_norms(model)
         fuse_mlps(model)
         fuse_rotary(model)
+        fuse_layers(model)
 
     def open_kv(self, layout: KvLayout, num_blocks: int) -> KvMemory:
         return KvMemory(layout, num_blocks)

@@ -22,6 +22,12 @@ class SequenceStep:
 
     `num_tokens` is how many the request has in all: a chunk of a long prompt is computed as the
     whole prompt would be, and not as a short one (see `LengthRule`).
+
+    A sequence that `follows` computes one token that is drawn by the step before, which may still
+    be under way: that of place `follows` among all that it draws. What stands in `token_ids` is not
+    looked at. Only engines that look ahead take it, and only if `is_drawn_on_device` is true of all
+    draws of the step before. If that step fails, what this one gives means nothing; if one of its
+    draws fails, what the sequence that follows it gives means nothing.
     """
 
     token_ids: tuple[int, ...]
@@ -29,6 +35,7 @@ class SequenceStep:
     block_table: tuple[BlockId, ...]
     sample: "SampleStep | None" = None
     num_tokens: int = 0  # left out: they end with this chunk
+    follows: int | None = None
 
     @property
     def length(self) -> int:
@@ -44,6 +51,11 @@ class SampleStep:
 
     params: SamplingParams
     token_index: int
+
+    @property
+    def is_drawn_on_device(self) -> bool:
+        """Engines on a device leave rare draws to the host: logprobs, and tokens ruled out."""
+        return self.params.logprobs is None and self.token_index >= self.params.min_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +109,16 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """Owns weights and KV memory. One step at a time; the caller owns the block tables."""
+    """Owns weights and KV memory. One step at a time; the caller owns the block tables.
+
+    An engine that looks ahead takes a second step while one is under way, and computes it after
+    that: its sequences may follow draws of the first one.
+    """
 
     spec: EngineSpec
+
+    @property
+    def looks_ahead(self) -> bool: ...
 
     @property
     def kv(self) -> KvStore | RankedKv: ...

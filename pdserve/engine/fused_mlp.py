@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Linear, Module
 
 from pdserve.engine.numba_rows import compile_rows
-from pdserve.engine.packed_linear import JoinedLinears, JoinedPart
+from pdserve.engine.packed_linear import JoinedLinears, joined_by
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -38,26 +38,27 @@ def _fused_forward(module: Module) -> Callable[[Tensor], Tensor] | None:
     gate, up, down = (module._modules.get(f"{name}_proj") for name in ("gate", "up", "down"))
     if not isinstance(gate, Linear) or not isinstance(up, Linear) or down is None:
         return None
-    first, second = gate.forward, up.forward
-    if not isinstance(first, JoinedPart) or not isinstance(second, JoinedPart):
-        return None
-    if first.product is not second.product or gate.out_features != up.out_features:
+    product = joined_by([gate, up])
+    if product is None or gate.out_features != up.out_features:
         return None
     if gate.weight.dtype is not torch.float32:
         return None
-    forward = _gated(first.product, down.forward)
+    forward = _gated(product, down.forward)
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(1, 5, gate.in_features, generator=generator)
     try:
         expected = module(rows)
     except Exception:  # noqa: BLE001 - any model code: a forward that wants more than rows
         return None
-    result = forward(rows)
-    is_same = isinstance(expected, Tensor) and expected.shape == result.shape
+    return forward if is_same(forward(rows), expected) else None
+
+
+def is_same(result: Tensor, expected: Any) -> bool:
+    """Whether they differ by rounding at the most."""
+    if not isinstance(expected, Tensor) or expected.shape != result.shape:
+        return False
     scale = result.abs().max().clamp_min(1)
-    if is_same and torch.allclose(result / scale, expected / scale, rtol=1e-6, atol=1e-6):
-        return forward
-    return None
+    return torch.allclose(result / scale, expected / scale, rtol=1e-6, atol=1e-6)
 
 
 def _gated(product: JoinedLinears, down: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -1,7 +1,5 @@
 """RMS normalisation as one pass where the library's code takes six."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -20,7 +18,7 @@ def fuse_norms(model: Module) -> int:
     return replace_forwards(model, _fused_forward)
 
 
-def _fused_forward(module: Module) -> Callable[[Tensor], Tensor] | None:
+def _fused_forward(module: Module) -> "RmsNorm | None":
     if not type(module).__name__.endswith("RMSNorm"):
         return None
     weight = getattr(module, "weight", None)
@@ -32,19 +30,30 @@ def _fused_forward(module: Module) -> Callable[[Tensor], Tensor] | None:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(1, 5, len(weight), generator=generator)
     for factor in (weight.detach(), 1 + weight.detach()):
-        forward = _rms_norm(factor, eps)
+        forward = RmsNorm(factor, eps)
         if torch.allclose(forward(rows), module(rows), rtol=1e-6, atol=1e-6):
             return forward
     return None
 
 
-def _rms_norm(weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
-    factor, run = weight.contiguous().numpy(), compile_rows().rms_norm
+class RmsNorm:
+    """The forward of a norm."""
 
-    def forward(rows: Tensor) -> Tensor:
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.width = len(weight)
+        self._weight, self._eps = weight.contiguous().numpy(), eps
+        self._run, self._run_after_sum = compile_rows().rms_norm, compile_rows().sum_norm
+
+    def __call__(self, rows: Tensor) -> Tensor:
         rows = rows.contiguous()
         out = torch.empty_like(rows)
-        run(rows.view(-1).numpy(), factor, eps, out.view(-1).numpy())
+        self._run(rows.view(-1).numpy(), self._weight, self._eps, out.view(-1).numpy())
         return out
 
-    return forward
+    def after_sum(self, rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of both, and its norm; new tensors."""
+        parts = (rows.contiguous(), others.contiguous())
+        summed, normed = torch.empty_like(parts[0]), torch.empty_like(parts[0])
+        flat = (part.view(-1).numpy() for part in (*parts, summed, normed))
+        self._run_after_sum(*flat, self._weight, self._eps)
+        return summed, normed

@@ -28,10 +28,14 @@ async def run_step(engine: Engine, batch: StepBatch, watch: WorkerWatch) -> Step
             result = await _one_by_one(engine, batch, watch)
         else:
             result = StepResult((_failed(),) * len(batch.sequences), 0.0)
+    tell_of_failed_rows(result, watch)
+    return result
+
+
+def tell_of_failed_rows(result: StepResult, watch: WorkerWatch) -> None:
     for drawn in result.sampled:
         if isinstance(drawn, Failed):
             watch.row_failed(drawn.reason)
-    return result
 
 
 async def _one_by_one(engine: Engine, batch: StepBatch, watch: WorkerWatch) -> StepResult:

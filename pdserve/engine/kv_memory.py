@@ -64,7 +64,8 @@ class KvMemory:
         return self.bytes[start : start + self.layout.block_bytes]
 
     def host_blocks(self, block_ids: Sequence[BlockId]) -> list[memoryview]:
-        return [self.block(block_id) for block_id in block_ids]
+        size = self.layout.block_bytes
+        return [self.bytes[block * size : (block + 1) * size] for block in block_ids]
 
     def tensor(self) -> "Tensor":
         import torch  # an engine does; who only moves blocks must not need to

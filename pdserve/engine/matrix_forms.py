@@ -36,6 +36,7 @@ GAIN = 1.25
 of a model are not, and this favours forms that are not packed; the rest is noise."""
 
 _NUM_SAMPLES = 3
+_NUM_LOOKS = 4
 _SAMPLE_S = 1e-4
 _TYPICAL_ROWS = 64
 _WIDENED_VALUES = 1 << 18  # in float32 they stay in a core's own cache
@@ -129,15 +130,18 @@ def _cost(choice: Choice, times: Times) -> float:
 
 @functools.cache
 def _tried(shape: WeightShape) -> Times:
-    """Times of all products; taken twice if another form than the usual one is ahead at first.
+    """The least times of several trials; of one alone if the usual form is ahead in it.
 
-    On a busy machine noise can put it there, and the second look costs nothing where it does not.
+    On a busy machine noise can put another form there. Each further look costs nothing where none
+    is ahead.
     """
     forms, times = forms_of(shape.dtype), _trial(shape)
-    if fastest(forms, times).form is forms[0]:
-        return times
-    again = _trial(shape)
-    return {key: tuple(map(min, taken, again[key])) for key, taken in times.items()}
+    for _ in range(_NUM_LOOKS - 1):
+        if fastest(forms, times).form is forms[0]:
+            break
+        again = _trial(shape)
+        times = {key: tuple(map(min, taken, again[key])) for key, taken in times.items()}
+    return times
 
 
 @torch.inference_mode()

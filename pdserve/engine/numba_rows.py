@@ -29,6 +29,23 @@ def _rms_norm(rows: Floats, weight: Floats, eps: float, out: Floats) -> None:
             out[base + place] = rows[base + place] * scale * weight[place]
 
 
+def _sum_norm(
+    rows: Floats, others: Floats, summed: Floats, normed: Floats, weight: Floats, eps: float
+) -> None:
+    """summed = rows + others; normed = `_rms_norm` of that; all but `weight` are flat."""
+    width = np.uint64(len(weight))
+    for row in range(np.uint64(len(rows)) // width):
+        base = row * width
+        total = np.float32(0.0)
+        for place in range(width):
+            value = rows[base + place] + others[base + place]
+            summed[base + place] = value
+            total += value * value
+        scale = np.float32(1.0) / np.sqrt(total / np.float32(width) + np.float32(eps))
+        for place in range(width):
+            normed[base + place] = summed[base + place] * scale * weight[place]
+
+
 def _silu_times(joined: Floats, width: int, out: Floats) -> None:
     """out = silu(gate) * up; joined: [n, 2 * width], gate beside up; out: [n, width], flat."""
     size = np.uint64(width)
@@ -67,22 +84,46 @@ def _rotate(
                 out[o + half + d] = high * cosines[angle + half + d] + low * sines[angle + half + d]
 
 
+def _turn(rows: Floats, stride: int, heads: int, cosines: Floats, sines: Floats, dim: int) -> None:
+    """`_rotate` in place, of the first `heads` of each row."""
+    size, half, step, count = (
+        np.uint64(dim),
+        np.uint64(dim // 2),
+        np.uint64(stride),
+        np.uint64(heads),
+    )
+    for row in range(np.uint64(len(cosines)) // size):
+        c = row * size
+        for head in range(count):
+            a = row * step + head * size
+            b = a + half
+            for d in range(half):
+                low, high = rows[a + d], rows[b + d]
+                rows[a + d] = low * cosines[c + d] - high * sines[c + d]
+                rows[b + d] = high * cosines[c + half + d] + low * sines[c + half + d]
+
+
 @dataclass(frozen=True, slots=True)
 class CompiledRows:
-    """Parameters: see `_rms_norm`, `_silu_times` and `_rotate`."""
+    """Parameters: see the functions above."""
 
     rms_norm: Callable[..., None]
+    sum_norm: Callable[..., None]
     silu_times: Callable[..., None]
     rotate: Callable[..., None]
+    turn: Callable[..., None]
 
 
 @functools.cache
 def compile_rows() -> CompiledRows:
     """Compile for this machine, or take what an earlier process left on disk."""
     rms_norm, silu_times = compile_function(_rms_norm), compile_function(_silu_times)
-    rotate = compile_function(_rotate)
+    rotate, turn = compile_function(_rotate), compile_function(_turn)
+    sum_norm = compile_function(_sum_norm)
     floats = np.zeros(4, dtype=np.float32)
     rms_norm(floats, floats, 1.0, floats.copy())
+    sum_norm(floats, floats, floats.copy(), floats.copy(), floats, 1.0)
     silu_times(floats, 2, floats[:2].copy())
     rotate(floats, 4, 1, floats, floats, 4, floats.copy())
-    return CompiledRows(rms_norm, silu_times, rotate)
+    turn(floats.copy(), 4, 1, floats, floats, 4)
+    return CompiledRows(rms_norm, sum_norm, silu_times, rotate, turn)

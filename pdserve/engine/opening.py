@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from pdserve.config.processes import EngineSettings
+from pdserve.config.processes import EngineSettings, WorkerSettings
 from pdserve.domain.errors import LocalFault
 from pdserve.engine.contract import Engine, StepLimits
 from pdserve.engine.model_files import ModelFiles
@@ -46,12 +46,22 @@ def open_engine(settings: EngineSettings, limits: StepLimits = _LIMITS) -> Engin
         num_blocks=settings.planned_num_blocks,
         dtype=settings.dtype,
         device=settings.device,
+        block_order=settings.block_order,
         memory_fraction=settings.memory_fraction,
         limits=limits,
     )
 
 
-def load_rank_part(files: ModelFiles, settings: EngineSettings, group: "RankGroup") -> Engine:
+def limits_of(settings: WorkerSettings) -> StepLimits:
+    """The largest steps that the worker makes."""
+    return StepLimits(
+        max_num_requests=settings.max_num_requests, max_num_tokens=settings.max_step_tokens
+    )
+
+
+def load_rank_part(
+    files: ModelFiles, settings: EngineSettings, limits: StepLimits, group: "RankGroup"
+) -> Engine:
     """One rank's part of the model, beside which all others compute theirs."""
     from pdserve.engine.torch_engine import TorchEngine
 
@@ -61,6 +71,8 @@ def load_rank_part(files: ModelFiles, settings: EngineSettings, group: "RankGrou
         num_blocks=settings.planned_num_blocks,
         dtype=settings.dtype,
         device=settings.device,
+        block_order=settings.block_order,
         memory_fraction=settings.memory_fraction,
+        limits=limits,
         group=group,
     )

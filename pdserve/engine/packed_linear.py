@@ -1,6 +1,7 @@
 """Linear layers with weights laid out once, in the form that is the fastest on this machine."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def pack_linears(model: Module) -> int:
         for parameter in module._parameters.values()
         if parameter is not None
     )
-    groups = _joinable(model, linears)
+    groups = joinable(model, linears)
     alone = [linear for linear in linears if not any(linear in group for group in groups)]
     groups += [[linear] for linear in alone]
     choices = choose_forms(Counter(_shape(group) for group in groups))
@@ -54,7 +55,10 @@ def _replace(group: list[Linear], choice: Choice, users: Counter[int]) -> None:
     if len(group) == 1:
         forwards: list[Forward] = [choice.bind(group[0].weight, group[0].bias)]
     else:
-        product = JoinedLinears(group, choice)
+        weight = torch.cat([linear.weight.detach() for linear in group])
+        biases = [linear.bias.detach() for linear in group if linear.bias is not None]
+        run = choice.bind(weight, torch.cat(biases) if biases else None)
+        product = JoinedLinears(run, [linear.out_features for linear in group])
         forwards = [JoinedPart(product, place) for place in range(len(group))]
     for linear, forward in zip(group, forwards, strict=True):
         is_shared = users[id(linear.weight)] > 1
@@ -65,8 +69,8 @@ def _replace(group: list[Linear], choice: Choice, users: Counter[int]) -> None:
             linear.weight = Parameter(hollow.expand(linear.weight.shape), requires_grad=False)
 
 
-def _joinable(model: Module, linears: list[Linear]) -> list[list[Linear]]:
-    """Projections of the same rows, which can be one product."""
+def joinable(model: Module, linears: list[Linear]) -> list[list[Linear]]:
+    """Projections of the same rows among `linears`, which can be one product."""
     packed = set(linears)
     groups = []
     for module in model.modules():
@@ -83,11 +87,8 @@ def _joinable(model: Module, linears: list[Linear]) -> list[list[Linear]]:
 class JoinedLinears:
     """Several linear layers of the same rows as one product: `run` gives them side by side."""
 
-    def __init__(self, linears: list[Linear], choice: Choice) -> None:
-        weight = torch.cat([linear.weight.detach() for linear in linears])
-        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-        self.run = choice.bind(weight, torch.cat(biases) if biases else None)
-        self.sizes = [linear.out_features for linear in linears]
+    def __init__(self, run: Forward, sizes: list[int]) -> None:
+        self.run, self.sizes = run, sizes
         self._rows: Tensor | None = None
         self._results: tuple[Tensor, ...] = ()
 
@@ -110,9 +111,20 @@ class JoinedLinears:
 class JoinedPart:
     """The forward of one layer of a joined product."""
 
-    def __init__(self, product: JoinedLinears, index: int) -> None:
+    def __init__(self, product: JoinedLinears, place: int) -> None:
         self.product = product
-        self._index = index
+        self.place = place
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return self.product.part(self._index, rows)
+        return self.product.part(self.place, rows)
+
+
+def joined_by(linears: Sequence[Module | None]) -> JoinedLinears | None:
+    """The product that is these layers in this order, if there is one."""
+    parts = [vars(linear).get("forward") for linear in linears if linear is not None]
+    products = {id(part.product): part.product for part in parts if isinstance(part, JoinedPart)}
+    places = [part.place for part in parts if isinstance(part, JoinedPart)]
+    product = next(iter(products.values()), None)
+    if product is None or len(products) != 1 or places != list(range(len(linears))):
+        return None
+    return product if len(product.sizes) == len(linears) else None

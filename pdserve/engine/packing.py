@@ -16,6 +16,8 @@ from pdserve.domain.invariants import check_invariant
 from pdserve.engine.contract import StepBatch
 
 Ints = npt.NDArray[np.int64]
+NO_SOURCE = -1
+"""Of a row whose token the host knows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,7 @@ class PackedBatch:
     """Rows are tokens; s counts sequences."""
 
     token_ids: Ints  # [rows]
+    sources: Ints  # [rows], the place of the draw that each follows, or `NO_SOURCE`
     positions: Ints  # [rows]
     firsts: Ints  # [s], first row of each sequence
     lengths: Ints  # [s], its rows
@@ -52,9 +55,16 @@ def pack(batch: StepBatch, block_size: int) -> PackedBatch:
     num_rows = int(lengths.sum())
     positions = np.arange(num_rows) + np.repeat(starts - firsts, lengths)
     row_blocks = tables[np.repeat(table_firsts, lengths) + positions // block_size]
+    sources = np.full(num_rows, NO_SOURCE, dtype=np.int64)
+    followed = [NO_SOURCE if each.follows is None else each.follows for each in sequences]
+    if any(each != NO_SOURCE for each in followed):
+        sources[firsts] = followed
+        is_one_token = bool((lengths[sources[firsts] != NO_SOURCE] == 1).all())
+        check_invariant(is_one_token, "a sequence follows with one token", followed, lengths)
     sampling = np.array([each.sample is not None for each in sequences], dtype=np.bool_)
     return PackedBatch(
         token_ids=_flat([each.token_ids for each in sequences], num_rows),
+        sources=sources,
         positions=positions,
         firsts=firsts,
         lengths=lengths,

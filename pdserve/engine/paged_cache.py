@@ -7,6 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pdserve.domain.invariants import check_invariant
+from pdserve.domain.layout import BlockOrder
 from pdserve.engine.attention import AttentionCall, attend_dense, first_visible
 from pdserve.engine.kv_store import KvStore
 from pdserve.engine.numba_attention import CompiledAttention
@@ -24,12 +26,17 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class PagedCache:
     """KV memory as tensors: for each layer K and V of [num_blocks, block_size, kv_heads, head_dim].
 
-    They are views of `kv`, strided over blocks; nothing here owns memory.
+    They are views of `kv`, strided over blocks, and within them as the layout's order has it;
+    nothing here owns memory.
     """
 
     def __init__(self, kv: KvStore, compiled: CompiledAttention | None = None) -> None:
-        """`compiled` attends short chunks and decode rows; without it torch does."""
+        """`compiled` attends short chunks and decode rows, of blocks that have tokens first;
+        without it torch does.
+        """
         layout = kv.layout
+        has_tokens_first = layout.order is BlockOrder.TOKENS
+        check_invariant(compiled is None or has_tokens_first, "compiled: tokens first", layout)
         self.block_size = layout.block_size
         self.compiled = compiled
         self.block_values = layout.block_bytes // layout.item_bytes
@@ -46,9 +53,14 @@ class PagedCache:
                 (self.keys, layer.k_head_dim),
                 (self.values, layer.v_head_dim),
             ):
-                shape = (kv.num_blocks, layout.block_size, layer.num_kv_heads, head_dim)
                 size = layout.block_size * layer.num_kv_heads * head_dim
-                views.append(flat[:, offset : offset + size].view(shape))
+                part = flat[:, offset : offset + size]
+                if has_tokens_first:
+                    shape = (kv.num_blocks, layout.block_size, layer.num_kv_heads, head_dim)
+                    views.append(part.view(shape))
+                else:
+                    shape = (kv.num_blocks, layer.num_kv_heads, layout.block_size, head_dim)
+                    views.append(part.view(shape).transpose(1, 2))
                 offset += size
 
 

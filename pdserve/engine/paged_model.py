@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class PagedModel:
 
     kv: KvStore
     attention: BatchAttention
+    is_whole: bool  # and not one rank's part
 
     def __init__(
         self,
@@ -112,11 +114,13 @@ class PagedModel:
             layout = discover_layout(model, block_size=block_size, dtype=dtype)
         else:
             layout = share.layout_of(model, block_size=block_size, dtype=dtype)
+        layout = replace(layout, order=self._backend.order)
         self._backend.prepare(model)
         self._model = model
         self._dtype = dtype
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.length_rule = find_length_rule(model, limit) if share is None else share.length_rule
+        self.is_whole = share is None
         self._gives_logits = share is None or share.place.is_last_stage
         self._check_against(plain, tokens, layout)
         self.layout = layout

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from pdserve.domain.rank_place import RankPlace
@@ -23,6 +24,10 @@ class RankGroup(Protocol):
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """The tensors of this stage's ranks, joined along the last dimension in rank order."""
+        ...
+
+    def least(self, number: int, device: torch.device) -> int:
+        """The least of the numbers that all ranks of the worker give, each with its own device."""
         ...
 
     def send(self, tensor: Tensor) -> None:

@@ -39,6 +39,8 @@ _FACTOR = 0xD1342543DE82EF95  # odd, so that it has an inverse
 class TimedEngine:
     """Satisfies `Engine`. `layout` stands in for the model's own where memory must stay small."""
 
+    looks_ahead = False
+
     def __init__(
         self,
         files: ModelFiles,

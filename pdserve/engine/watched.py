@@ -13,19 +13,27 @@ class WatchedEngine:
         self.kv = inner.kv
         self._inner = inner
         self._clock = clock
-        self._since_s: float | None = None
+        self._since_s = 0.0
+        self._num_under_way = 0
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self._inner.looks_ahead
 
     @property
     def step_age_s(self) -> float:
-        """0 between steps."""
-        return 0.0 if self._since_s is None else self._clock() - self._since_s
+        """0 between steps. A step that waits behind another one is as old as that one's end."""
+        return self._clock() - self._since_s if self._num_under_way else 0.0
 
     async def step(self, batch: StepBatch) -> StepResult:
-        self._since_s = self._clock()
+        if not self._num_under_way:
+            self._since_s = self._clock()
+        self._num_under_way += 1
         try:
             return await self._inner.step(batch)
         finally:
-            self._since_s = None
+            self._num_under_way -= 1
+            self._since_s = self._clock()
 
     def close(self) -> None:
         self._inner.close()

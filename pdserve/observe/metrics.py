@@ -345,6 +345,21 @@ TRANSFER_SECONDS = _histogram(
     "transport",
     buckets=TRANSFER_BUCKETS,
 )
+TRANSPORT_FALLBACKS = _counter(
+    "pdserve_kv_transport_fallbacks_total",
+    DECODE,
+    "Reads by rank 0 that this transport failed and the next one took over",
+    "transport",
+)
+PAIR_BYTES = _counter(
+    "pdserve_kv_pair_bytes_total",
+    DECODE,
+    "KV by prefill worker: moved (second reads included), skipped (not asked for, since it was "
+    "here), retried (of those moved: read again, since they did not match their digests)",
+    "prefill_worker",
+    "transport",
+    "what",
+)
 CORRUPT_BLOCKS = _counter(
     "pdserve_kv_corrupt_blocks_total", DECODE, "Blocks read that did not match their digest"
 )

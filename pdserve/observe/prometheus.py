@@ -26,7 +26,7 @@ from pdserve.domain.engine_spec import StepPath
 from pdserve.domain.errors import Reason
 from pdserve.domain.ids import PROTOCOL_VERSION
 from pdserve.domain.latency import LiveSteps, StepCoefficients
-from pdserve.domain.messages import WorkerLoad
+from pdserve.domain.messages import KvMoved, WorkerLoad
 from pdserve.domain.tokens import FinishReason, PhaseTimeline
 from pdserve.observe import metrics as m
 from pdserve.observe.logging import num_dropped_lines
@@ -306,11 +306,24 @@ class DecodeMetrics(WorkerMetrics, DecodeWatch):
         self._retries = self._counter(m.HANDOFF_RETRIES)
         self._bytes = _children(self._counter(m.TRANSFER_BYTES), transports)
         self._seconds = _children(self._histogram(m.TRANSFER_SECONDS), transports)
+        self._fallbacks = _children(self._counter(m.TRANSPORT_FALLBACKS), transports)
+        self._pair_bytes = self._counter(m.PAIR_BYTES)
         self._corrupt_blocks = self._counter(m.CORRUPT_BLOCKS)
 
     def blocks_read(self, transport: str, num_bytes: int, elapsed_s: float) -> None:
         self._bytes[transport].inc(num_bytes)
         self._seconds[transport].observe(elapsed_s)
+
+    def transport_failed(self, transport: str) -> None:
+        self._fallbacks[transport].inc()
+
+    def kv_moved(self, prefill_worker: str, transport: str, moved: KvMoved) -> None:
+        for what, num_bytes in (
+            ("moved", moved.moved_bytes),
+            ("skipped", moved.skipped_bytes),
+            ("retried", moved.retried_bytes),
+        ):
+            self._pair_bytes.labels(prefill_worker, transport, what).inc(num_bytes)
 
     def blocks_corrupt(self, num_blocks: int) -> None:
         self._corrupt_blocks.inc(num_blocks)

@@ -6,6 +6,7 @@ All calls are made on the event loop, are cheap and never raise.
 
 from dataclasses import dataclass
 
+from pdserve.domain.messages import KvMoved
 from pdserve.domain.tokens import PhaseTimeline
 
 
@@ -77,6 +78,12 @@ class PrefillWatch(WorkerWatch):
 class DecodeWatch(WorkerWatch):
     def blocks_read(self, transport: str, num_bytes: int, elapsed_s: float) -> None:
         """Blocks of one offer were read from a peer and checked, right or not."""
+
+    def transport_failed(self, transport: str) -> None:
+        """A read by this transport failed, and the next one took it over."""
+
+    def kv_moved(self, prefill_worker: str, transport: str, moved: KvMoved) -> None:
+        """What one handoff read of a prefill worker, and what it did not have to."""
 
     def blocks_corrupt(self, num_blocks: int) -> None:
         """These did not match their digests."""

@@ -80,6 +80,10 @@ def load_to_proto(load: m.WorkerLoad) -> pb.WorkerLoad:
         kv=message_of(pb.KvUsage, load.kv),
         prefill_steps=_live_to_proto(load.prefill_steps),
         decode_steps=_live_to_proto(load.decode_steps),
+        kv_paths=[
+            message_of(pb.KvPath, path, moved=message_of(pb.KvMoved, path.moved))
+            for path in load.kv_paths
+        ],
     )
 
 
@@ -91,7 +95,10 @@ def load_from_proto(message: pb.WorkerLoad) -> m.WorkerLoad:
         name: _live_from_proto(getattr(message, name)) if message.HasField(name) else None
         for name in ("prefill_steps", "decode_steps")
     }
-    return value_of(m.WorkerLoad, message, kv=value_of(KvUsage, kv), **steps)
+    paths = tuple(
+        value_of(m.KvPath, path, moved=value_of(m.KvMoved, path.moved)) for path in message.kv_paths
+    )
+    return value_of(m.WorkerLoad, message, kv=value_of(KvUsage, kv), kv_paths=paths, **steps)
 
 
 def report_to_proto(report: m.WorkerReport) -> pb.WorkerReport:

@@ -139,7 +139,7 @@ class KvUsage(_message.Message):
     def __init__(self, free: _Optional[int] = ..., reserved: _Optional[int] = ..., held: _Optional[int] = ..., pinned: _Optional[int] = ..., total: _Optional[int] = ..., cached: _Optional[int] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("sequence", "num_waiting", "num_running", "waiting_prompt_tokens", "running_context_tokens", "kv", "is_draining", "num_steps", "num_tokens", "transferred_bytes", "num_corrupt_blocks", "prefill_steps", "decode_steps")
+    __slots__ = ("sequence", "num_waiting", "num_running", "waiting_prompt_tokens", "running_context_tokens", "kv", "is_draining", "num_steps", "num_tokens", "transferred_bytes", "num_corrupt_blocks", "prefill_steps", "decode_steps", "kv_paths")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +153,7 @@ class WorkerLoad(_message.Message):
     NUM_CORRUPT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_STEPS_FIELD_NUMBER: _ClassVar[int]
     DECODE_STEPS_FIELD_NUMBER: _ClassVar[int]
+    KV_PATHS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     num_waiting: int
     num_running: int
@@ -166,7 +167,32 @@ class WorkerLoad(_message.Message):
     num_corrupt_blocks: int
     prefill_steps: LiveSteps
     decode_steps: LiveSteps
-    def __init__(self, sequence: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., running_context_tokens: _Optional[int] = ..., kv: _Optional[_Union[KvUsage, _Mapping]] = ..., is_draining: _Optional[bool] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., num_corrupt_blocks: _Optional[int] = ..., prefill_steps: _Optional[_Union[LiveSteps, _Mapping]] = ..., decode_steps: _Optional[_Union[LiveSteps, _Mapping]] = ...) -> None: ...
+    kv_paths: _containers.RepeatedCompositeFieldContainer[KvPath]
+    def __init__(self, sequence: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., running_context_tokens: _Optional[int] = ..., kv: _Optional[_Union[KvUsage, _Mapping]] = ..., is_draining: _Optional[bool] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., num_corrupt_blocks: _Optional[int] = ..., prefill_steps: _Optional[_Union[LiveSteps, _Mapping]] = ..., decode_steps: _Optional[_Union[LiveSteps, _Mapping]] = ..., kv_paths: _Optional[_Iterable[_Union[KvPath, _Mapping]]] = ...) -> None: ...
+
+class KvPath(_message.Message):
+    __slots__ = ("worker_id", "transport", "why", "num_fallbacks", "moved")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    NUM_FALLBACKS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    transport: str
+    why: str
+    num_fallbacks: int
+    moved: KvMoved
+    def __init__(self, worker_id: _Optional[str] = ..., transport: _Optional[str] = ..., why: _Optional[str] = ..., num_fallbacks: _Optional[int] = ..., moved: _Optional[_Union[KvMoved, _Mapping]] = ...) -> None: ...
+
+class KvMoved(_message.Message):
+    __slots__ = ("moved_bytes", "skipped_bytes", "retried_bytes")
+    MOVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RETRIED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    moved_bytes: int
+    skipped_bytes: int
+    retried_bytes: int
+    def __init__(self, moved_bytes: _Optional[int] = ..., skipped_bytes: _Optional[int] = ..., retried_bytes: _Optional[int] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
     __slots__ = ("router_id", "epoch", "protocol_version", "heartbeat_s")

@@ -11,9 +11,9 @@ import structlog
 from pdserve.config.processes import WorkerSettings
 from pdserve.domain.addresses import split_address
 from pdserve.domain.errors import LocalFault
-from pdserve.engine.contract import Engine, StepLimits
+from pdserve.engine.contract import Engine
 from pdserve.engine.model_files import ModelFiles
-from pdserve.engine.opening import load_rank_part, open_engine
+from pdserve.engine.opening import limits_of, load_rank_part, open_engine
 from pdserve.engine.ranks.crew import PreparedRanks, gathered
 from pdserve.engine.ranks.follower import run_rank
 from pdserve.engine.ranks.forking import REAP_S, fork_ranks
@@ -106,10 +106,7 @@ async def opened_engine(
     """
     async with contextlib.AsyncExitStack() as stack:
         if prepared is None:
-            limits = StepLimits(
-                max_num_requests=settings.max_num_requests, max_num_tokens=settings.max_step_tokens
-            )
-            engine: Engine = open_engine(settings.engine, limits)
+            engine: Engine = open_engine(settings.engine, limits_of(settings))
             stack.callback(engine.close)
         else:
             crew = await stack.enter_async_context(gathered(settings, prepared, on_stop))

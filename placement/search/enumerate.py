@@ -198,6 +198,11 @@ def _profiled_workers(
     for role in (PoolRole.PREFILL, PoolRole.DECODE):
         source = f"fitted by pdserve profile ({fitted.model})"
         worker = _worker(fleet, 1, fitted.pool(role, 1), source, fitted.relative_error)
+        if worker.tp > fleet.gpus_per_node:
+            raise LocalFault(
+                f"cluster.nodes: {fleet.gpu}: {role} workers were profiled at TP{worker.tp}, and a "
+                f"node has gpus_per_node {fleet.gpus_per_node}"
+            )
         if problem := _memory_problem(worker, facts, inputs.rules):
             raise LocalFault(f"{role} {fleet.gpu}: {problem}")
         workers.append(worker)

@@ -38,7 +38,7 @@ from tests.support.rank_threads import RankThreads
 from tests.support.ranked_kv import EPOCH, Ranks, ranks_of
 from tests.support.tiny_models import save_tiny_model, tiny_model
 
-TRANSPORTS = ["shm", "tcp"]
+TRANSPORTS = ["shm", "tcp", "collective"]
 """Those that move KV between two workers of one host."""
 
 DIVISIONS = list(itertools.product([1, 2, 4], [1, 2]))  # tp, pp

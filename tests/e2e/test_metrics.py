@@ -215,6 +215,12 @@ def check_numbers(at: Mapping[Process, Scrape], *, num_completed: int) -> None:
     blocks = num_fetched * -(-PROMPT_TOKENS // BLOCK_SIZE)
     block_bytes = value(decode, "pdserve_kv_block_bytes")
     assert value(decode, "pdserve_kv_transfer_bytes_total") == blocks * block_bytes
+    pair = {"prefill_worker": "prefill-0", "transport": "shm"}
+    moved = {
+        what: value(decode, "pdserve_kv_pair_bytes_total", **pair, what=what)
+        for what in ("moved", "skipped", "retried")
+    }
+    assert moved == {"moved": blocks * block_bytes, "skipped": 0, "retried": 0}
     assert value(prefill, "pdserve_kv_sent_blocks_total") == blocks
     assert value(decode, "pdserve_handoffs_received_total", outcome="ok") == num_fetched
     assert value(prefill, "pdserve_handoffs_sent_total", outcome="completed") == num_fetched

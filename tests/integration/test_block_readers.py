@@ -174,7 +174,7 @@ async def test_nixl_reads_between_divisions(
     source: tuple[int, int], target: tuple[int, int]
 ) -> None:
     async with handed(source, target, "nixl") as both:
-        assert both.reader.transport_name == "nixl"
+        assert both.reader.path.transport_name == "nixl"
         assert await both.reader.read(await both.wanted()) == set()
         assert all(both.has_landed(place) for place in range(len(REMOTE)))
 

@@ -56,10 +56,12 @@ def quick_checks() -> Iterator[None]:
     gc.unfreeze()
 
 
-def transport_of(*, max_num_lanes: int = 16, max_idle_s: float = 30.0) -> CollectiveTransport:
+def transport_of(
+    *, max_num_lanes: int = 16, max_idle_s: float = 30.0, idle_timeout_s: float = IDLE_S
+) -> CollectiveTransport:
     limits = LaneLimits(
         connect_timeout_s=2.0,
-        idle_timeout_s=IDLE_S,
+        idle_timeout_s=idle_timeout_s,
         total_timeout_s=20.0,
         max_num_lanes=max_num_lanes,
         max_num_served_lanes=4,
@@ -202,7 +204,10 @@ async def test_a_reader_that_vanishes_in_the_middle_costs_the_server_its_group_o
 class Rogue:
     """The owner's end of a lane, which says what it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, idle_timeout_s: float) -> None:
+        self._limits = LaneLimits(
+            connect_timeout_s=2, idle_timeout_s=idle_timeout_s, total_timeout_s=20
+        )
         self.region = RemoteRegion(
             transport="collective",
             address={"host": "127.0.0.1", "token": "00" * 16, "backends": "gloo"},
@@ -216,15 +221,16 @@ class Rogue:
         control = await self.controls.get()
         hello = await control.frame(NOTICE_S)
         assert decode_hello(hello.body, bytes(16)) == (END, "gloo")
-        limits = LaneLimits(connect_timeout_s=2, idle_timeout_s=IDLE_S, total_timeout_s=20)
-        lane = Lane(control, block_bytes=BLOCK_BYTES, limits=limits)
+        lane = Lane(control, block_bytes=BLOCK_BYTES, limits=self._limits)
         await lane.meet(GlooPair, rank=0)
         return lane
 
 
 @contextlib.asynccontextmanager
-async def rogue() -> AsyncIterator[tuple[Rogue, CollectiveTransport]]:
-    owner, transport = Rogue(), transport_of()
+async def rogue(
+    idle_timeout_s: float = IDLE_S,
+) -> AsyncIterator[tuple[Rogue, CollectiveTransport]]:
+    owner, transport = Rogue(idle_timeout_s), transport_of(idle_timeout_s=idle_timeout_s)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: Control(owner.controls.put_nowait), "127.0.0.1", 0)
     owner.region.address["port"] = str(server.sockets[0].getsockname()[1])
@@ -238,7 +244,7 @@ async def rogue() -> AsyncIterator[tuple[Rogue, CollectiveTransport]]:
 async def test_after_a_cancelled_read_a_peer_that_goes_on_sending_writes_nothing() -> None:
     """It heeds no STOP. What it sends is received to the end, and the group is used again."""
     num_blocks = blocks_per_piece(BLOCK_BYTES)
-    async with rogue() as (owner, transport):
+    async with rogue(idle_timeout_s=10.0) as (owner, transport):
         with kv_memory(NUM_BLOCKS, BLOCK_BYTES) as target, kv_memory(4, BLOCK_BYTES, 3) as ours:
             reading = asyncio.create_task(read(transport, owner.region, target, range(NUM_BLOCKS)))
             lane = await owner.lane()
@@ -387,7 +393,9 @@ async def test_a_block_beyond_the_region_or_a_read_within_a_read_ends_the_connec
             control.send(frames)
             await asyncio.wait_for(control.lost, NOTICE_S)
             await lane.close()
-        assert server.num_dropped_connections == 2
+        await wait_until(
+            lambda: server.num_dropped_connections == 2, within_s=NOTICE_S, what="both are dropped"
+        )
 
 
 async def test_idle_strangers_cannot_keep_a_reader_out() -> None:

@@ -1,11 +1,15 @@
 """A prefill and a decode worker whose KV lies on the simulated device, through their handoffs."""
 
 import dataclasses
+from collections.abc import Mapping
 from random import Random
 from typing import Any
 
+import pytest
+
 from pdserve.config.timers import Timers
 from pdserve.domain.ids import BlockId, Epoch
+from pdserve.domain.layout import BlockOrder
 from pdserve.domain.messages import Role
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import SampledToken
@@ -25,25 +29,30 @@ SAMPLING: list[dict[str, Any]] = [
 
 
 class DevicePair(WorkerPair):
-    """Workers that compute, their weights and KV on the device."""
+    """Workers that compute, their weights and KV on the device, or of one role on the CPU."""
 
-    def __init__(self, runtime: SimRuntime) -> None:
+    def __init__(self, runtime: SimRuntime, orders: Mapping[Role, BlockOrder | None]) -> None:
+        """`orders`: of each role's blocks on the device; None: they are the CPU's."""
         super().__init__(Sizes(max_step_tokens=16), timers=Timers())
         self._runtime = runtime
+        self._orders = orders
 
     def parts(self, role: Role, name: str, epoch: Epoch) -> WorkerParts:
         parts = super().parts(role, name, epoch)
         num_blocks = parts.engine.kv.num_blocks
         parts.engine.close()
         limits = StepLimits(max_num_requests=4, max_num_tokens=16)
+        order = self._orders[role]
         engine = TorchEngine.load(
             demo_files(),
             block_size=BLOCK_SIZE,
             num_blocks=num_blocks,
-            device=self._runtime,
+            device="cpu" if order is None else self._runtime,
+            block_order=order or BlockOrder.TOKENS,
             limits=limits,
         )
-        assert isinstance(engine.kv, DeviceKv)
+        assert isinstance(engine.kv, DeviceKv) == (order is not None)
+        assert engine.spec.layout.order is engine.kv.layout.order is (order or BlockOrder.TOKENS)
         return dataclasses.replace(parts, engine=engine)
 
 
@@ -64,10 +73,21 @@ def alone(engine: TorchEngine, prompt: tuple[int, ...], params: SamplingParams) 
     return tuple(known[len(prompt) :])
 
 
-async def test_kv_of_a_device_goes_through_the_host_and_gives_the_tokens_of_the_cpu() -> None:
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [
+        (BlockOrder.TOKENS, BlockOrder.TOKENS),
+        pytest.param(BlockOrder.HEADS, BlockOrder.HEADS, marks=pytest.mark.slow),
+        pytest.param(BlockOrder.TOKENS, BlockOrder.HEADS, marks=pytest.mark.slow),
+        (BlockOrder.HEADS, None),
+    ],
+)
+async def test_kv_of_a_device_goes_through_the_host_and_gives_the_tokens_of_the_cpu(
+    prefill: BlockOrder, decode: BlockOrder | None
+) -> None:
     options = [{**each, "max_tokens": 6, "ignore_eos": True} for each in SAMPLING]
     with SimRuntime() as runtime:
-        async with DevicePair(runtime) as pair:
+        async with DevicePair(runtime, {Role.PREFILL: prefill, Role.DECODE: decode}) as pair:
             SIM.num_waits = 0
             with runtime.lateness():
                 calls = [

@@ -18,7 +18,7 @@ from kvtransfer.transports import open_transports
 from pdserve.config.timers import Timers
 from pdserve.domain.messages import RemoteRegion
 from pdserve.engine.digest import word_sums
-from tests.support.kv_handoff import kv_memory, only
+from tests.support.kv_handoff import blocks, kv_memory, only
 
 SEED = 20
 BLOCK_BYTES = 4096
@@ -71,6 +71,46 @@ async def _serve(
         server = await transport.serve(memory, only(range(num_blocks * 3 // 4)))
         pipe.send(asdict(server.region))
         await asyncio.Event().wait()
+
+
+class KvReader:
+    """Reads the first `num_blocks` blocks of a region, over and over, until `close`."""
+
+    def __init__(self, region: RemoteRegion, num_blocks: int, timers: Timers) -> None:
+        self._pipe, theirs = _context.Pipe()
+        self.process = _context.Process(
+            target=_run_reader, args=(theirs, asdict(region), num_blocks, timers), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+
+    def has_begun(self) -> None:
+        """Wait until the first read is over and the next ones follow."""
+        self._pipe.recv()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+        self._pipe.close()
+
+
+def _run_reader(pipe: Connection, region: dict[str, Any], num_blocks: int, timers: Timers) -> None:
+    asyncio.run(_read_on(pipe, RemoteRegion(**region), num_blocks, timers))
+
+
+async def _read_on(pipe: Connection, region: RemoteRegion, num_blocks: int, timers: Timers) -> None:
+    (transport,) = open_transports([region.transport], "127.0.0.1", timers=timers)
+    wanted = blocks(*range(num_blocks))
+    with kv_memory(num_blocks, region.block_bytes) as memory:
+        await transport.read(region, wanted, memory, wanted)
+        pipe.send(None)
+        while True:
+            await transport.read(region, wanted, memory, wanted)
 
 
 def start_fork_server() -> None:

@@ -94,6 +94,7 @@ class KvOnly:
 
     spec: EngineSpec
     kv: KvStore
+    looks_ahead: bool = False
 
     async def step(self, batch: StepBatch) -> StepResult:
         raise NotImplementedError

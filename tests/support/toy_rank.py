@@ -25,6 +25,7 @@ from pdserve.engine.contract import (
     SampleStep,
     SequenceStep,
     StepBatch,
+    StepLimits,
     StepResult,
 )
 from pdserve.engine.kv_memory import KvMemory
@@ -41,6 +42,8 @@ WEIGHTS = 1_000_003
 
 class ToyPart:
     """Satisfies `Engine`, for one rank."""
+
+    looks_ahead = False
 
     def __init__(self, files: ModelFiles, settings: EngineSettings, group: RankGroup) -> None:
         place = group.place
@@ -126,7 +129,9 @@ def main() -> None:
     scenario, tp, pp = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     bad_rank = int(sys.argv[4]) if len(sys.argv) > 4 else -1
 
-    def load(files: ModelFiles, settings: EngineSettings, group: RankGroup) -> Engine:
+    def load(
+        files: ModelFiles, settings: EngineSettings, limits: StepLimits, group: RankGroup
+    ) -> Engine:
         if scenario == "load" and group.place.rank == bad_rank:
             raise LocalFault("the disk is full of holes")
         part = ToyPart(files, settings, group)

@@ -96,10 +96,11 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def _compute(self, size: int) -> tuple[Tensor, Tensor | None]:
-        memory = self._memories[size]
-        numbers = memory.numbers(self._copied)
+        memory, copied = self._memories[size], self._copied
         logits = self._model.run(
-            numbers[:size], numbers[size : 2 * size], self._attention.step(memory, self._copied)
+            memory.token_ids(copied, self._attention.feed),
+            memory.positions(copied),
+            self._attention.step(memory, copied),
         )
         return logits, greedy_tokens(logits) if self._draws else None
 

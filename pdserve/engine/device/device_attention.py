@@ -13,8 +13,9 @@ from pdserve.engine.device.op import paged_attention
 from pdserve.engine.device.plan import PADDING, AttentionPlan, PlanShape, table_width, write_plan
 from pdserve.engine.device.runtime import DeviceRuntime
 from pdserve.engine.device.staging import Bytes, Stager
+from pdserve.engine.device.token_feed import TokenFeed
 from pdserve.engine.device.variants import choose_splits
-from pdserve.engine.packing import PackedBatch
+from pdserve.engine.packing import NO_SOURCE, PackedBatch
 from pdserve.engine.paged_cache import PagedCache
 
 INT64, INT32 = 8, 4
@@ -24,8 +25,8 @@ INT64, INT32 = 8, 4
 class StepMemory:
     """Where the arrays of a step lie in the one piece that is copied.
 
-    | token ids | positions | sampled rows | draws |   int64
-    | attention plan |                                 int32
+    | token ids | positions | sources | sampled rows | draws |   int64
+    | attention plan |                                           int32
     """
 
     plan: PlanShape  # its rows are those of ids and positions
@@ -34,7 +35,11 @@ class StepMemory:
 
     @property
     def num_int64(self) -> int:
-        return 2 * self.plan.rows + self.num_sampled + self.num_draw_values
+        return self._first_draw + self.num_draw_values
+
+    @property
+    def _first_draw(self) -> int:
+        return 3 * self.plan.rows + self.num_sampled
 
     @property
     def num_bytes(self) -> int:
@@ -44,26 +49,40 @@ class StepMemory:
         """All but the draws; rows beyond the batch's have token 0 at position 0."""
         numbers = memory[: self.num_int64 * INT64].view(np.int64)
         rows, count = self.plan.rows, batch.num_rows
-        for start, column in ((0, batch.token_ids), (rows, batch.positions)):
+        for start, column, padding in (
+            (0, batch.token_ids, 0),
+            (rows, batch.positions, 0),
+            (2 * rows, batch.sources, NO_SOURCE),
+        ):
             numbers[start : start + count] = column
-            numbers[start + count : start + rows] = 0
-        numbers[2 * rows : 2 * rows + self.num_sampled] = batch.sampled_rows[: self.num_sampled]
+            numbers[start + count : start + rows] = padding
+        numbers[3 * rows : self._first_draw] = batch.sampled_rows[: self.num_sampled]
         write_plan(batch, self.plan, memory[self.num_int64 * INT64 :].view(np.int32), block_size)
 
     def write_padding(self, memory: Bytes) -> None:
         """A batch of no rows: nothing is stored, nothing attended."""
         memory[...] = 0
+        rows = self.plan.rows
+        memory[2 * rows * INT64 : 3 * rows * INT64].view(np.int64)[:] = NO_SOURCE
         plan = memory[self.num_int64 * INT64 :].view(np.int32)
         self.plan.views(plan)["row_blocks"][...] = PADDING
 
     def write_draws(self, memory: Bytes, draws: DrawPlan) -> None:
-        first = 2 * self.plan.rows + self.num_sampled
+        first = self._first_draw
         room = memory[first * INT64 : (first + self.num_draw_values) * INT64].view(np.int64)
         room[: draws.plain.size] = draws.plain.ravel()
         room[draws.plain.size : draws.plain.size + draws.cut.size] = draws.cut.ravel()
 
     def numbers(self, copied: Tensor) -> Tensor:
         return copied[: self.num_int64 * INT64].view(torch.int64)
+
+    def token_ids(self, copied: Tensor, feed: TokenFeed) -> Tensor:
+        """Of all rows, those that follow a draw included."""
+        numbers, rows = self.numbers(copied), self.plan.rows
+        return feed.fill(numbers[:rows], numbers[2 * rows : 3 * rows])
+
+    def positions(self, copied: Tensor) -> Tensor:
+        return self.numbers(copied)[self.plan.rows : 2 * self.plan.rows]
 
     def attention_plan(self, copied: Tensor) -> AttentionPlan:
         start = self.num_int64 * INT64
@@ -72,8 +91,7 @@ class StepMemory:
 
     def draws(self, copied: Tensor, plan: DrawPlan) -> tuple[Tensor, Tensor]:
         """The columns that `write_draws` wrote."""
-        first = 2 * self.plan.rows + self.num_sampled
-        values, middle = self.numbers(copied)[first:], plan.plain.size
+        values, middle = self.numbers(copied)[self._first_draw :], plan.plain.size
         return (
             values[:middle].view(plan.plain.shape),
             values[middle : middle + plan.cut.size].view(plan.cut.shape),
@@ -95,7 +113,7 @@ class DeviceStep:
         self._cache = cache
         self._shape = memory.plan
         self._plan = memory.attention_plan(copied)
-        self._positions = memory.numbers(copied)[memory.plan.rows : 2 * memory.plan.rows]
+        self._positions = memory.positions(copied)
         self._num_processors = num_processors
         self._kernels = kernels
 
@@ -139,9 +157,11 @@ class DeviceAttention:
         *,
         kernels: str,
         chunk_rows_per_tile: int,
+        feed: TokenFeed,
     ) -> None:
-        """`kernels`: as `paged_attention` takes them."""
+        """`kernels`: as `paged_attention` takes them; `feed` has what rows may follow."""
         self._cache = cache
+        self.feed = feed
         self.block_size = self._cache.block_size
         self._runtime = runtime
         self._stager = stager
@@ -158,10 +178,11 @@ class DeviceAttention:
             )
         copied = self._stager.send(memory.num_bytes)
         numbers, rows = memory.numbers(copied), memory.plan.rows
+        follows = bool((batch.sources >= 0).any())
         return StepInputs(
-            token_ids=numbers[:rows],
-            positions=numbers[rows : 2 * rows],
-            sampled_rows=numbers[2 * rows :],
+            token_ids=memory.token_ids(copied, self.feed) if follows else numbers[:rows],
+            positions=memory.positions(copied),
+            sampled_rows=numbers[3 * rows :],
             target=self.step(memory, copied),
         )
 

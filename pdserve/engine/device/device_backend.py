@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from pdserve.domain.errors import LocalFault
-from pdserve.domain.layout import KvLayout
+from pdserve.domain.layout import BlockOrder, KvLayout
 from pdserve.engine.attention import AttentionCall, attending
 from pdserve.engine.backend import BatchAttention, DenseAttention
+from pdserve.engine.contract import StepLimits
 from pdserve.engine.device.device_attention import DeviceAttention
 from pdserve.engine.device.device_kv import DeviceKv
+from pdserve.engine.device.joined_weights import join_linears
 from pdserve.engine.device.op import AUTO, TORCH, TRITON, triton_obstacle
 from pdserve.engine.device.request import AttentionRequest
 from pdserve.engine.device.runtime import DeviceRuntime
 from pdserve.engine.device.staging import Stager
+from pdserve.engine.device.token_feed import TokenFeed
 from pdserve.engine.device.variants import AttentionKind, chunk_rows_per_tile
 from pdserve.engine.kv_store import KvStore
 from pdserve.engine.model_probe import run_probe
@@ -71,9 +74,17 @@ def gib(num_bytes: int) -> str:
 class DeviceBackend:
     """Satisfies `ModelBackend` on a device."""
 
-    def __init__(self, runtime: DeviceRuntime, attention: str = AUTO) -> None:
+    def __init__(
+        self,
+        runtime: DeviceRuntime,
+        attention: str = AUTO,
+        order: BlockOrder = BlockOrder.TOKENS,
+        *,
+        max_num_requests: int = StepLimits().max_num_requests,
+    ) -> None:
         """`attention`: `triton`, `torch` (one operator either way), `dense` (request by request,
-        as on the host), or `auto`: Triton where it can be used, else torch.
+        as on the host), or `auto`: Triton where it can be used, else torch. A step draws for
+        `max_num_requests` at most if another one follows it.
         """
         if attention not in KERNELS:
             known = ", ".join(KERNELS)
@@ -82,13 +93,17 @@ class DeviceBackend:
         if obstacle and attention == AUTO:
             log.warning("attention.without_kernels", device=str(runtime.device), reason=obstacle)
         self.runtime = runtime
+        self.order = order
         self.stager = Stager(runtime)
+        self.feed = TokenFeed(runtime, max_num_requests)
         self._kernels = attention
         self._uses_triton = attention == TRITON or (attention == AUTO and not obstacle)
         self._calls: Sequence[AttentionCall] = ()
 
     def prepare(self, model: Any) -> None:
-        """Find out what its layers ask of attention."""
+        """Join what can be one product, and find out what its layers ask of attention."""
+        join_linears(model)
+        self.runtime.trim()  # of what was joined the parts are free
         recorder = _Recorder()
         with attending(recorder), torch.inference_mode():
             run_probe(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
@@ -115,6 +130,7 @@ class DeviceBackend:
             self.stager,
             kernels=self._kernels,
             chunk_rows_per_tile=rows_per_tile,
+            feed=self.feed,
         )
 
     def close(self) -> None:

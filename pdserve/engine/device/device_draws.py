@@ -50,7 +50,7 @@ class DrawPlan:
         plain, cut, host_rows = [], [], []
         for row, step in enumerate(steps):
             params = step.params
-            if params.logprobs is not None or step.token_index < params.min_tokens:
+            if not step.is_drawn_on_device:
                 host_rows.append(row)
                 continue
             if params.is_greedy:

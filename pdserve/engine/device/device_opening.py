@@ -12,7 +12,7 @@ import torch
 
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.ids import BlockId
-from pdserve.domain.layout import KvLayout
+from pdserve.domain.layout import BlockOrder, KvLayout
 from pdserve.domain.sampling import SamplingParams
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch, StepLimits
 from pdserve.engine.device.decode_graphs import batch_sizes
@@ -21,6 +21,7 @@ from pdserve.engine.device.device_stepper import DeviceStepper
 from pdserve.engine.device.runtime import DeviceRuntime
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.paged_model import PagedModel
+from pdserve.engine.rank_group import RankGroup
 
 _GRAPH_BYTES = 8 << 20  # what a further graph takes, beside the memory that all share
 
@@ -41,9 +42,9 @@ class DeviceRoom:
         return cls(runtime=runtime, share_bytes=share, free_bytes=runtime.free_bytes())
 
     def left_bytes(self) -> int:
-        """Of the share; others may have taken some of what was free."""
+        """Of the share; others may have taken some of what was free, or given some back."""
         free = self.runtime.free_bytes()
-        return min(self.share_bytes - (self.free_bytes - free), free)
+        return min(self.share_bytes - max(0, self.free_bytes - free), free)
 
 
 def open_on_device(
@@ -55,14 +56,18 @@ def open_on_device(
     num_blocks: int | None,
     dtype: str,
     attention: str,
+    order: BlockOrder,
     limits: StepLimits,
     draws: bool = True,
+    group: RankGroup | None = None,
 ) -> tuple[PagedModel, DeviceStepper]:
     """A model whose weights are on the device, and its steps, which own it.
 
-    A rank that does not draw gives no tokens.
+    A rank that does not draw gives no tokens. All ranks of `group` do this at once.
     """
-    backend = DeviceBackend(room.runtime, attention)
+    backend = DeviceBackend(
+        room.runtime, attention, order, max_num_requests=limits.max_num_requests
+    )
     try:
         model = PagedModel(
             module,
@@ -85,6 +90,7 @@ def open_on_device(
         vocab_size=files.vocab_size,
         eos_token_ids=files.eos_token_ids,
         draws=draws,
+        group=group,
     )
     return model, stepper
 
@@ -100,11 +106,13 @@ def open_stepper(
     vocab_size: int,
     eos_token_ids: tuple[int, ...],
     draws: bool = True,
+    group: RankGroup | None = None,
 ) -> DeviceStepper:
     """Give `model`, which has no KV yet, its blocks, record its decode steps, and take it over.
 
-    `room_bytes`: what its KV and steps may still take. `num_blocks` None: as many as fit.
-    `LocalFault` if none does, or fewer than the given number, with what would.
+    `room_bytes`: what its KV and steps may still take. `num_blocks` None: as many as fit, with a
+    group on each of its ranks. `LocalFault` if none does, or fewer than the given number, with what
+    would.
     """
     stepper = DeviceStepper(
         model, backend, vocab_size=vocab_size, eos_token_ids=eos_token_ids, draws=draws
@@ -115,6 +123,8 @@ def open_stepper(
     try:
         room = min(room_bytes, runtime.free_bytes())
         most = (room - _largest_bytes(stepper, model, runtime, limits, width)) // layout.block_bytes
+        if group is not None:
+            most = group.least(most, runtime.device)
         chosen = _checked(num_blocks, most, layout, runtime, limits)
         model.open_kv(chosen)
         is_recorded = stepper.record(sizes, min(width, chosen))

@@ -1,4 +1,10 @@
-"""Steps of a model on a device: the host submits all of a step, then waits once, for its tokens."""
+"""Steps of a model on a device: the host submits all of a step, then waits once, for its tokens.
+
+In between it can submit the next one, whose rows follow draws that nobody has seen yet:
+
+    host     submit n+1 | tokens of n: text, stops, sending | submit n+2 | tokens of n+1 ...
+    device   -- step n --|----------- step n+1 --------------|------------ step n+2 -------
+"""
 
 from collections.abc import Sequence
 
@@ -8,12 +14,13 @@ import torch
 from torch import Tensor
 
 from pdserve.domain.engine_spec import StepPath
+from pdserve.domain.invariants import check_invariant
 from pdserve.engine.contract import Drawn, SampleStep, StepBatch
 from pdserve.engine.device.decode_graphs import DecodeGraphs, StepLogits
 from pdserve.engine.device.device_attention import DeviceAttention
 from pdserve.engine.device.device_backend import DeviceBackend
 from pdserve.engine.device.device_draws import UNUSABLE, DrawPlan, draw, greedy_tokens
-from pdserve.engine.device.staging import Fetcher
+from pdserve.engine.device.staging import Fetched, Fetcher
 from pdserve.engine.paged_model import PagedModel
 from pdserve.engine.sampling import draw_tokens, token_or_failure
 
@@ -74,9 +81,22 @@ class DeviceStepper:
             self._graphs.close()
         self._graphs = None
 
-    @torch.inference_mode()
+    @property
+    def looks_ahead(self) -> bool:
+        """Of several ranks only one knows the draws; past a switch a request is computed anew."""
+        model = self._model
+        has_feed = isinstance(model.attention, DeviceAttention)
+        return model.is_whole and has_feed and not model.length_rule.switches
+
     def run(self, batch: StepBatch) -> tuple[list[Drawn], StepPath]:
         """KV and tokens are there when it returns."""
+        return self.submit(batch).wait()
+
+    @torch.inference_mode()
+    def submit(self, batch: StepBatch) -> "SubmittedStep":
+        """Another step may be under way, and be waited for later."""
+        is_kept = all((each.follows or 0) < self._backend.feed.capacity for each in batch.sequences)
+        check_invariant(is_kept, "a draw that is followed is kept", self._backend.feed.capacity)
         steps = [each.sample for each in batch.sequences if each.sample is not None]
         draws = DrawPlan.of(steps, self._vocab_size)
         with self._runtime.on(self._stream):
@@ -85,19 +105,21 @@ class DeviceStepper:
                 path, found = StepPath.GRAPH, self._graphs.run(batch, draws, size)
             else:
                 path, found = StepPath.EAGER, self._forward(batch, draws)
+            fetched: Fetched
             if found.greedy is None:
-                self._runtime.record().wait()
-                return [], path
-            tokens = draw(found.logits, found.greedy, found.plain, found.cut)
-            rows = [found.logits[row].float() for row in draws.host_rows]
-            fetched = self._fetcher.fetch(tokens, *rows)
-        token_ids, *host_logits = fetched.wait()
-        return self._drawn(steps, token_ids, draws.host_rows, host_logits), path
+                fetched = self._fetcher.fetch()
+            else:
+                tokens = draw(found.logits, found.greedy, found.plain, found.cut)
+                self._backend.feed.keep(tokens)
+                rows = [found.logits[row].float() for row in draws.host_rows]
+                fetched = self._fetcher.fetch(tokens, *rows)
+        return SubmittedStep(fetched, path, steps, draws.host_rows, self._eos_token_ids)
 
     def _forward(self, batch: StepBatch, draws: DrawPlan) -> StepLogits:
+        """Draws are sent first: behind the forward their copy would keep a buffer for its time."""
+        plain, cut = self._send_draws(draws)
         logits = self._model.forward(batch)
         greedy = greedy_tokens(logits) if self._draws else None
-        plain, cut = self._send_draws(draws)
         return StepLogits(logits=logits, greedy=greedy, plain=plain, cut=cut)
 
     def _send_draws(self, draws: DrawPlan) -> tuple[Tensor, Tensor]:
@@ -109,28 +131,44 @@ class DeviceStepper:
             self._backend.stager.send(size * values.element_size(), values.view(torch.uint8))
         return values[:middle].view(draws.plain.shape), values[middle:].view(draws.cut.shape)
 
-    def _drawn(
-        self,
-        steps: list[SampleStep],
-        token_ids: Tensor,
-        host_rows: tuple[int, ...],
-        host_logits: list[Tensor],
-    ) -> list[Drawn]:
-        """`token_ids`, and what the host draws for its rows."""
-        drawn: list[Drawn] = [
-            token_or_failure(None if token_id == UNUSABLE else token_id, step)
-            for token_id, step in zip(token_ids.tolist(), steps, strict=True)
-        ]
-        if host_rows:
-            logits = torch.stack(host_logits).numpy()
-            own = draw_tokens(logits, [steps[row] for row in host_rows], self._eos_token_ids)
-            for row, each in zip(host_rows, own, strict=True):
-                drawn[row] = each
-        return drawn
-
     def close(self) -> None:
         self.forget()
         self._runtime.synchronize()
         self._fetcher.close()
         self._model.close()
         self._backend.close()
+
+
+class SubmittedStep:
+    """A step that the device has been given all of. Satisfies `Submitted`."""
+
+    def __init__(
+        self,
+        fetched: Fetched,
+        path: StepPath,
+        steps: list[SampleStep],
+        host_rows: tuple[int, ...],
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        """Without a tensor in `fetched` nothing is drawn."""
+        self._fetched, self._path = fetched, path
+        self._steps, self._host_rows = steps, host_rows
+        self._eos_token_ids = eos_token_ids
+
+    @torch.inference_mode()
+    def wait(self) -> tuple[list[Drawn], StepPath]:
+        """What the device drew, and what the host draws for its rows."""
+        token_ids, *host_logits = self._fetched.wait() or (None,)
+        if token_ids is None:
+            return [], self._path
+        drawn: list[Drawn] = [
+            token_or_failure(None if token_id == UNUSABLE else token_id, step)
+            for token_id, step in zip(token_ids.tolist(), self._steps, strict=True)
+        ]
+        if self._host_rows:
+            logits = torch.stack(host_logits).numpy()
+            steps = [self._steps[row] for row in self._host_rows]
+            own = draw_tokens(logits, steps, self._eos_token_ids)
+            for row, each in zip(self._host_rows, own, strict=True):
+                drawn[row] = each
+        return drawn, self._path

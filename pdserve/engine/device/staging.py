@@ -67,29 +67,35 @@ class _Slot:
 
 
 class Fetcher:
-    """Results of a step on their way to the host, all readable after one event."""
+    """Results of a step on their way to the host, all readable after one event.
+
+    Two pinned buffers take turns: one can be read while the other's copies may be under way.
+    """
 
     def __init__(self, runtime: DeviceRuntime) -> None:
         self._runtime = runtime
-        self._memory: PinnedMemory = runtime.pinned(_FIRST_BYTES)
+        self._memories: list[PinnedMemory] = [runtime.pinned(_FIRST_BYTES) for _ in range(2)]
 
     def fetch(self, *parts: Tensor) -> "Fetched":
-        """Submit copies of tensors of the device; the results of the fetch before are gone."""
+        """Submit copies of tensors of the device; those of the fetch before the last are gone."""
         sizes = [-(-part.numel() * part.element_size() // 8) * 8 for part in parts]
-        if sum(sizes) > len(self._memory.tensor):
-            self._memory.close()
-            self._memory = self._runtime.pinned(1 << (sum(sizes) - 1).bit_length())
+        self._memories.reverse()
+        if sum(sizes) > len(self._memories[0].tensor):
+            self._memories[0].close()
+            self._memories[0] = self._runtime.pinned(1 << (sum(sizes) - 1).bit_length())
+        memory = self._memories[0].tensor
         at, copies = 0, []
         for part, size in zip(parts, sizes, strict=True):
             num_bytes = part.numel() * part.element_size()
-            copy = self._memory.tensor[at : at + num_bytes].view(part.dtype).view(part.shape)
+            copy = memory[at : at + num_bytes].view(part.dtype).view(part.shape)
             self._runtime.copy(copy, part)
             copies.append(copy)
             at += size
         return Fetched(tuple(copies), self._runtime.record())
 
     def close(self) -> None:
-        self._memory.close()
+        for memory in self._memories:
+            memory.close()
 
 
 class Fetched:

@@ -22,7 +22,10 @@ Ints = npt.NDArray[np.int64]
 
 
 def batch_message(batch: StepBatch) -> Message:
-    """Six numbers a sequence, then all tokens, then all block tables; each set of params once."""
+    """Six numbers a sequence, then all tokens, then all block tables; each set of params once.
+
+    No sequence follows a draw: see `RankedEngine`.
+    """
     known: dict[SamplingParams, int] = {}
     numbers = np.empty((len(batch.sequences), 6), dtype=np.int64)
     for row, each in zip(numbers, batch.sequences, strict=True):

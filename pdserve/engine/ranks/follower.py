@@ -21,6 +21,7 @@ from pdserve.domain.layout import KvLayout
 from pdserve.domain.rank_place import RankPlace
 from pdserve.engine.contract import Engine
 from pdserve.engine.model_files import ModelFiles
+from pdserve.engine.opening import limits_of
 from pdserve.engine.ranks.batch_codec import batch_of, drawn_message
 from pdserve.engine.ranks.channel import CLOSED, SILENT_S, RankChannel
 from pdserve.engine.ranks.frames import Message
@@ -141,6 +142,7 @@ class Follower:
             self._load,
             self._files,
             part_settings(self._settings, self._place.rank),
+            limits_of(self._settings),
             self._group,
         )
         self._engine = engine

@@ -34,6 +34,7 @@ def plan_fields(settings: WorkerSettings, files: ModelFiles) -> dict[str, Any]:
         "dtype": engine.dtype,
         "device": engine.device,
         "block_size": engine.block_size,
+        "block_order": engine.block_order,
         "num_blocks": engine.num_blocks,
     }
 

@@ -10,6 +10,7 @@ from pdserve.domain.engine_spec import EngineSpec
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.rank_place import RankPlace
 from pdserve.engine.contract import Engine, StepBatch, StepResult
+from pdserve.engine.opening import limits_of
 from pdserve.engine.ranks.batch_codec import batch_message, drawn_of
 from pdserve.engine.ranks.channel import RankChannel
 from pdserve.engine.ranks.crew import Crew
@@ -25,8 +26,10 @@ class RankedEngine:
     """Satisfies `Engine`. Every rank computes the same batch; a step is over when it is on each.
 
     `part` is what rank 0 computes itself. An error in a step, on any rank, ends this process: see
-    `Crew.wait_for_end`.
+    `Crew.wait_for_end`. It does not look ahead: the draws are known to one rank only.
     """
+
+    looks_ahead = False
 
     def __init__(self, part: Engine, place: RankPlace, crew: Crew, *, step_s: float) -> None:
         self.spec = part.spec
@@ -106,7 +109,7 @@ async def loaded(crew: Crew) -> AsyncIterator[RankedEngine]:
         crew.ask_all("group", told, deadline_s=LOAD_S),
     )
     part, said = await asyncio.gather(
-        asyncio.to_thread(crew.prepared.load, files, own, group),
+        asyncio.to_thread(crew.prepared.load, files, own, limits_of(settings), group),
         crew.ask_all("load", Message(), deadline_s=LOAD_S),
     )
     try:

@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING
 
 from pdserve.config.processes import EngineSettings, WorkerSettings
 from pdserve.domain.rank_place import RankPlace
-from pdserve.engine.contract import Engine
+from pdserve.engine.contract import Engine, StepLimits
 from pdserve.engine.model_files import ModelFiles
 from pdserve.engine.ranks.channel import Handler, RankChannel
 
 if TYPE_CHECKING:  # it names tensors, and timed engines do without torch
     from pdserve.engine.rank_group import RankGroup
 
-LoadPart = Callable[[ModelFiles, EngineSettings, "RankGroup"], Engine]
-"""Loads a rank's part of a model: an `Engine` whose steps only make sense beside those of all other
-ranks: only the rank that `draws` has tokens in its results. `spec` is of the whole model, with its
-`tp` and `pp`; `kv` is the rank's own. Raises `LocalFault` if the model cannot be served so."""
+LoadPart = Callable[[ModelFiles, EngineSettings, StepLimits, "RankGroup"], Engine]
+"""Loads a rank's part of a model, with room for steps of these limits: an `Engine` whose steps only
+make sense beside those of all other ranks: only the rank that `draws` has tokens in its results.
+`spec` is of the whole model, with its `tp` and `pp`; `kv` is the rank's own. Raises `LocalFault` if
+the model cannot be served so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

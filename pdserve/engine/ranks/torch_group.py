@@ -102,6 +102,18 @@ class TorchGroup:
             self._stage.allgather(parts, tensor, self._timeout).wait()
         return torch.cat(parts, dim=-1)
 
+    def least(self, number: int, device: torch.device) -> int:
+        """Among the ranks of each stage, then among the stages."""
+        value = torch.tensor(number, dtype=torch.int64, device=device)
+        options = _dist.AllreduceOptions()
+        options.reduceOp = _dist.ReduceOp.MIN
+        options.timeout = self._timeout
+        for group in (self._stage, self._pipe):
+            if group is not None:
+                with self._working("least"):
+                    group.allreduce([value], options).wait()
+        return int(value)
+
     def send(self, tensor: Tensor) -> None:
         with self._working("send"):
             self._pipes().send([tensor.contiguous()], self.place.stage + 1, 0).wait(self._timeout)

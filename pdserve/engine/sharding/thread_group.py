@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 @dataclass(slots=True)
 class _Stage:
-    """What the ranks of one stage put side by side."""
+    """What ranks put side by side: those of one stage, or all."""
 
     barrier: threading.Barrier
     tensors: list[Tensor]
@@ -30,6 +30,7 @@ class _Worker:
     """What all ranks of a worker share."""
 
     stages: list[_Stage]
+    whole: _Stage  # all ranks
     sent: dict[int, "queue.SimpleQueue[Tensor | None]"]  # by the rank that receives
 
 
@@ -42,10 +43,16 @@ class ThreadGroup:
     _worker: _Worker = field(repr=False)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        return torch.stack(self._exchange(tensor)).sum(dim=0)
+        return torch.stack(self._in_stage(tensor)).sum(dim=0)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        return torch.cat(self._exchange(tensor), dim=-1)
+        return torch.cat(self._in_stage(tensor), dim=-1)
+
+    def least(self, number: int, device: torch.device) -> int:
+        given = _exchange(
+            self._worker.whole, self.place.rank, torch.tensor(number), self.deadline_s
+        )
+        return min(int(each) for each in given)
 
     def send(self, tensor: Tensor) -> None:
         self._worker.sent[self.place.rank + self.place.tp].put(tensor.clone())
@@ -61,28 +68,37 @@ class ThreadGroup:
 
     def close(self) -> None:
         """All ranks that wait, or are going to, hear that this one is gone."""
-        for stage in self._worker.stages:
+        for stage in (*self._worker.stages, self._worker.whole):
             stage.barrier.abort()
         for sent in self._worker.sent.values():
             sent.put(None)
 
-    def _exchange(self, tensor: Tensor) -> list[Tensor]:
+    def _in_stage(self, tensor: Tensor) -> list[Tensor]:
         stage = self._worker.stages[self.place.stage]
-        try:
-            stage.barrier.wait(self.deadline_s)
-            stage.tensors[self.place.shard] = tensor
-            stage.barrier.wait(self.deadline_s)
-            given = list(stage.tensors)
-            stage.barrier.wait(self.deadline_s)
-        except threading.BrokenBarrierError as error:
-            raise RankLost("a rank of this stage is gone") from error
-        return given
+        return _exchange(stage, self.place.shard, tensor, self.deadline_s)
+
+
+def _exchange(among: _Stage, place: int, tensor: Tensor, deadline_s: float) -> list[Tensor]:
+    try:
+        among.barrier.wait(deadline_s)
+        among.tensors[place] = tensor
+        among.barrier.wait(deadline_s)
+        given = list(among.tensors)
+        among.barrier.wait(deadline_s)
+    except threading.BrokenBarrierError as error:
+        raise RankLost("another rank is gone") from error
+    return given
 
 
 def thread_groups(tp: int, pp: int, deadline_s: float = 60.0) -> list[ThreadGroup]:
     """One for each rank, for a thread each."""
+
+    def side_by_side(count: int) -> _Stage:
+        return _Stage(threading.Barrier(count), [torch.empty(0)] * count)
+
     worker = _Worker(
-        stages=[_Stage(threading.Barrier(tp), [torch.empty(0)] * tp) for _ in range(pp)],
+        stages=[side_by_side(tp) for _ in range(pp)],
+        whole=side_by_side(tp * pp),
         sent={rank: queue.SimpleQueue() for rank in range(tp * pp)},
     )
     return [

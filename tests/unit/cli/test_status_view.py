@@ -11,6 +11,8 @@ from pdserve.domain.kv_usage import KvUsage
 from pdserve.domain.latency import LiveSteps, StepShape
 from pdserve.domain.messages import (
     ClusterState,
+    KvMoved,
+    KvPath,
     Role,
     SloState,
     WorkerState,
@@ -94,6 +96,27 @@ def test_corrupt_blocks_are_told() -> None:
     sick = dataclasses.replace(healthy, load=load)
     assert "digests" not in rendered(state(healthy), width=120, is_wide=True)
     assert "decode-0 read 3 KV blocks" in rendered(state(sick), width=120, is_wide=True)
+
+
+def test_how_kv_is_read_is_told_for_each_pair_and_why() -> None:
+    decode = worker("decode-0", Role.DECODE)
+    why = "shm failed (the peer died while it was read) and is tried again in 12 s"
+    paths = [
+        KvPath(
+            worker_id=WorkerId("prefill-1"),
+            transport="tcp",
+            why=why,
+            num_fallbacks=2,
+            moved=KvMoved(moved_bytes=3 << 30, skipped_bytes=5 << 40, retried_bytes=1536),
+        ),
+        KvPath(worker_id=WorkerId("prefill-0"), transport="shm", why="[any]", num_fallbacks=0),
+    ]
+    linked = replace(decode, load=replace(decode.load, kv_paths=tuple(paths)))
+    rows = rendered(state(linked), width=160, is_wide=True).splitlines()
+    told = [row.split() for row in rows if " prefill-" in row]
+    assert " ".join(told[0]) == "decode-0 prefill-0 shm 0 KiB 0 KiB 0 KiB 0 [any]"
+    assert " ".join(told[1]) == (f"decode-0 prefill-1 tcp 3,072 MiB 5,120 GiB 1.5 KiB 2 {why}")
+    assert "KV read by" not in rendered(state(decode), width=120, is_wide=True)
 
 
 def test_attainment_is_shown_by_class_where_there_are_classes() -> None:

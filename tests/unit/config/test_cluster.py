@@ -48,6 +48,11 @@ def problem(data: object) -> str:
         ({"decode": {"queue_order": "lifo"}}, "decode.queue_order: Input should be 'fcfs' or 'dea"),
         ({"transports": []}, "transports: "),
         ({"memory_fraction": 1.1}, "memory_fraction: Input should be less than or equal to 1"),
+        (
+            {"block_order": "heads"},
+            "block_order heads needs engine torch on a GPU; got torch on cpu",
+        ),
+        ({"block_order": "layers"}, "block_order: Input should be 'tokens' or 'heads'"),
         ({"decode": {"tp": 0}}, "decode.tp: Input should be greater than or equal to 1"),
         (
             {"prefill": {"block_size": 1025}},

@@ -20,6 +20,8 @@ from tests.unit.decode_worker.test_intake import request_of
 class WatchedEngine:
     """`inner`, but `at_end` is called when a step has computed, before anyone hears of it."""
 
+    looks_ahead = False
+
     def __init__(self, inner: TimedEngine, at_end: Callable[[], object]) -> None:
         self.spec, self.kv = inner.spec, inner.kv
         self._inner = inner

@@ -18,11 +18,20 @@ from pdserve.domain.messages import (
     HandoffFailed,
     HandoffHello,
     HandoffRefused,
+    KvMoved,
     StartHandoff,
 )
 from pdserve.domain.tokens import Completed, Failed, SampledToken
 from tests.support.kv_handoff import reader_of
-from tests.support.worker_pair import BLOCK_SIZE, Call, PairTransport, Sizes, WorkerPair, oracle
+from tests.support.worker_pair import (
+    BLOCK_SIZE,
+    LAYOUT,
+    Call,
+    PairTransport,
+    Sizes,
+    WorkerPair,
+    oracle,
+)
 
 PROMPT = tuple(range(10, 40))
 ALONE = Sizes(num_prefill=0)
@@ -340,3 +349,26 @@ async def test_what_landed_of_a_block_that_another_worker_then_spoils_is_not_rel
         assert_right(call)
         assert num_reads >= 2
         assert end.timeline.prefill_worker == ""
+
+
+@virtual
+async def test_bytes_are_counted_for_each_pair_moved_skipped_and_retried() -> None:
+    """Blocks of six tokens there, of four here: 30 tokens, then the same and ten more."""
+    sizes = Sizes(prefill_block_sizes=(6,), max_local_prefill_tokens=0)
+    async with WorkerPair(sizes) as pair:
+        block_bytes = 6 * LAYOUT.block_bytes // BLOCK_SIZE
+        await pair.submit(PROMPT, max_tokens=2).completed()
+        [path] = pair.service.load(1).kv_paths
+        assert path.moved == KvMoved(moved_bytes=5 * block_bytes)
+        damaged = iter([True])
+        pair.transport.is_corrupt = lambda: next(damaged, False)
+        again = pair.submit((*PROMPT, *range(50, 60)), max_tokens=2)
+        await again.completed()
+        assert_right(again)
+        [path] = pair.service.load(2).kv_paths
+        # 28 tokens are held, so blocks from the fourth on are asked for: three, and one again.
+        assert path.moved == KvMoved(
+            moved_bytes=(5 + 3 + 1) * block_bytes,
+            skipped_bytes=4 * block_bytes,
+            retried_bytes=block_bytes,
+        )

@@ -61,8 +61,12 @@ async def test_requests_share_one_link_and_a_lost_one_is_opened_again() -> None:
         for call in calls:
             await call.completed()
         assert len(pair.prefill[0].wires) == 1
+        [path] = pair.service.load(1).kv_paths
+        assert (path.worker_id, path.transport) == ("prefill-0", "memory")
+        assert path.moved.moved_bytes == pair.handoffs.num_bytes > 0
         pair.prefill[0].cut()
         await asyncio.sleep(0.1)
+        assert pair.service.load(2).kv_paths == ()
         again = pair.submit(PROMPT[::-1], max_tokens=4)
         end = await again.completed()
         assert end.timeline.prefill_worker == "prefill-0"

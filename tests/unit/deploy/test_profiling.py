@@ -1,5 +1,7 @@
 """`pdserve profile`: what it is told, before it measures for minutes."""
 
+from pathlib import Path
+
 import pytest
 
 from deploy.profiling import profile, profiled_settings
@@ -25,3 +27,10 @@ def test_what_is_for_workers_that_it_starts_is_refused_for_those_that_run() -> N
 def test_a_profile_of_gpus_needs_their_name() -> None:
     with pytest.raises(LocalFault, match="--device cuda needs --gpu TYPE"):
         profile(model="demo", device="cuda")
+
+
+def test_configuration_that_could_not_be_simulated_is_refused_before_measuring(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(LocalFault, match="--sim: decode workers have pp 2"):
+        profile(model="demo", setting=["decode.pp=2"], sim=tmp_path / "sim.yaml")

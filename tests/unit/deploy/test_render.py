@@ -207,6 +207,28 @@ def test_a_cluster_file_renders_too(tmp_path: Path) -> None:
     assert "num_blocks: 99" in (base / "settings" / "decode.yaml").read_text()
 
 
+@pytest.mark.parametrize("place", ["kubernetes", "compose"])
+def test_ranks_among_which_a_model_that_is_here_cannot_be_divided_are_refused(
+    place: str, tmp_path: Path
+) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("{decode: {tp: 3}}")
+    with pytest.raises(LocalFault, match="cannot be served with tp 3: its 2 KV heads"):
+        run(place, str(cluster), "-o", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_of_a_model_that_is_elsewhere_are_noted(tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("{decode: {tp: 2}}")
+    said = json.loads(run("kubernetes", str(cluster), "-o", str(tmp_path / "out"), "--json"))
+    assert not any("was not checked" in warning for warning in said["warnings"])
+    plan = str(PLANS / "spanning.yaml")
+    said = json.loads(run("kubernetes", plan, "-o", str(tmp_path / "other"), "--json"))
+    [note] = [warning for warning in said["warnings"] if "was not checked" in warning]
+    assert "no model directory at" in note
+
+
 # Compose
 
 

@@ -83,6 +83,8 @@ async def test_given_coefficients_are_taken_without_a_step() -> None:
 class HinderedEngine:
     """A timed engine on a busy machine: `delay_s` is asked for what each step takes longer."""
 
+    looks_ahead = False
+
     def __init__(self, inner: TimedEngine, delay_s: Callable[[int], float]) -> None:
         self.spec, self.kv = inner.spec, inner.kv
         self._inner = inner

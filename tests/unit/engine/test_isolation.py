@@ -21,6 +21,7 @@ class Engine:
 
     spec: EngineSpec
     kv: KvMemory
+    looks_ahead = False
 
     def __init__(self) -> None:
         self.sizes: list[int] = []

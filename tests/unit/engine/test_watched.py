@@ -53,3 +53,33 @@ async def test_step_ages_while_it_runs_and_not_after(is_failing: bool) -> None:
     now_s = 500.0
     assert engine.step_age_s == 0
     engine.close()
+
+
+class _TurnEngine(_HeldEngine):
+    """Ends a step for each thing in `turns`, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns = asyncio.Queue[None]()
+
+    async def step(self, batch: StepBatch) -> StepResult:
+        await self.turns.get()
+        return StepResult(sampled=(), elapsed_s=0.0)
+
+
+async def test_a_step_behind_another_one_is_as_old_as_the_end_of_that() -> None:
+    now_s = 100.0
+    inner = _TurnEngine()
+    engine = WatchedEngine(inner, lambda: now_s)
+    first, second = (asyncio.create_task(engine.step(StepBatch(()))) for _ in range(2))
+    await asyncio.sleep(0)
+    now_s = 160.0
+    assert engine.step_age_s == 60
+    inner.turns.put_nowait(None)
+    await asyncio.wait([first])
+    now_s = 165.0
+    assert engine.step_age_s == 5
+    inner.turns.put_nowait(None)
+    await asyncio.wait([second])
+    assert engine.step_age_s == 0
+    engine.close()

@@ -95,6 +95,12 @@ def test_ranks_that_were_profiled_are_what_is_planned_and_simulated(tmp_path: Pa
     assert cuts == {(PoolRole.PREFILL, 2, 1), (PoolRole.DECODE, 1, 1)}
 
 
+def test_ranks_that_a_node_has_no_room_for_are_told(tmp_path: Path) -> None:
+    write_profile(replace(SERVING_PROFILE, decode_ranks=Ranks(tp=4)), tmp_path / "p.json")
+    with pytest.raises(LocalFault, match=r"decode workers .* TP4, and a node has gpus_per_node 3"):
+        solved(tmp_path / "p.json")
+
+
 def test_stages_that_were_profiled_are_not_simulated(tmp_path: Path) -> None:
     found = replace(SERVING_PROFILE, decode_ranks=Ranks(pp=2))
     write_profile(found, tmp_path / "p.json")

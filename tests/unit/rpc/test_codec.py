@@ -141,6 +141,19 @@ load = st.builds(
     kv=usage,
     prefill_steps=st.none() | live_steps,
     decode_steps=st.none() | live_steps,
+    kv_paths=st.lists(
+        st.builds(
+            m.KvPath,
+            worker_id=label,
+            transport=label,
+            why=label,
+            num_fallbacks=uint64,
+            moved=st.builds(
+                m.KvMoved, moved_bytes=uint64, skipped_bytes=uint64, retried_bytes=uint64
+            ),
+        ),
+        max_size=3,
+    ).map(tuple),
 )
 worker_hello = st.builds(
     m.WorkerHello,
@@ -409,6 +422,7 @@ def test_worker_and_router_of_an_older_version_are_understood() -> None:
     load = membership_codec.load_from_proto(membership_pb2.WorkerLoad())
     assert load.prefill_steps is None
     assert load.decode_steps is None
+    assert load.kv_paths == ()
     hello = membership_pb2.WorkerHello(
         role=membership_pb2.ROLE_DECODE,
         coefficients=membership_pb2.StepCoefficients(fixed_s=0.5),

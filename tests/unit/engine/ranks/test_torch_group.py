@@ -10,7 +10,9 @@ import torch
 
 from pdserve.domain.errors import RankLost
 from pdserve.domain.rank_place import RankPlace
+from pdserve.engine.rank_group import RankGroup
 from pdserve.engine.ranks.torch_group import TorchGroup, reach_store, serve_store
+from pdserve.engine.sharding.thread_group import run_ranks as run_threads
 
 T = TypeVar("T")
 LOOPBACK = "127.0.0.1"
@@ -112,3 +114,15 @@ def test_group_without_the_others_is_not_made() -> None:
             device=torch.device("cpu"),
             deadline_s=0.5,
         )
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
+def test_the_least_is_that_of_all_ranks(tp: int, pp: int) -> None:
+    for fullest in range(tp * pp):
+        numbers = [7 if rank == fullest else 2**40 + rank for rank in range(tp * pp)]
+
+        def least(group: RankGroup, numbers: list[int] = numbers) -> int:
+            return group.least(numbers[group.place.rank], torch.device("cpu"))
+
+        assert set(run_ranks(tp, pp, least)) == {7}
+        assert set(run_threads(tp, pp, least)) == {7}

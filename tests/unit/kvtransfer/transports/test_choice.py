@@ -1,4 +1,4 @@
-"""`open_transports`, `worker_transports` and `choose`."""
+"""`open_transports` and `worker_transports`."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import structlog
 
 from kvtransfer import transports
-from kvtransfer.transports import choose, open_transports, worker_transports
+from kvtransfer.transports import open_transports, worker_transports
 from kvtransfer.transports.base import End, Transport
 from kvtransfer.transports.faulty import FaultyTransport
 from kvtransfer.transports.tcp import TcpTransport
@@ -20,12 +20,6 @@ from pdserve.domain.messages import RemoteRegion
 TCP = RemoteRegion(
     transport="tcp",
     address={"host": "127.0.0.1", "port": "5", "token": "00" * 16},
-    num_blocks=1,
-    block_bytes=8,
-)
-SHM_ELSEWHERE = RemoteRegion(
-    transport="shm",
-    address={"host": "another", "pid": "1", "fd": "3", "start": "1"},
     num_blocks=1,
     block_bytes=8,
 )
@@ -55,20 +49,6 @@ def test_a_transport_without_its_extra_is_left_out_and_told(
         open_transports(["nixl"], "127.0.0.1", timers=Timers())
 
 
-def test_the_first_transport_that_reaches_the_peer_is_chosen() -> None:
-    opened = open_transports(["shm", "tcp"], "127.0.0.1", timers=Timers())
-    chosen = choose(opened, [TCP, SHM_ELSEWHERE])
-    assert chosen is not None
-    assert (chosen[0].name, chosen[1]) == ("tcp", TCP)
-
-
-def test_no_transport_is_chosen_where_none_reaches() -> None:
-    opened = open_transports(["shm", "tcp"], "127.0.0.1", timers=Timers())
-    assert choose(opened, [SHM_ELSEWHERE]) is None
-    assert choose(opened, []) is None
-    assert choose([], [TCP]) is None
-
-
 @pytest.mark.parametrize(
     "address",
     [
@@ -83,8 +63,9 @@ def test_no_transport_is_chosen_where_none_reaches() -> None:
     ],
 )
 def test_a_tcp_address_that_is_none_is_not_reached(address: dict[str, str]) -> None:
-    tcp = open_transports(["tcp"], "127.0.0.1", timers=Timers())
-    assert choose(tcp, [replace(TCP, address=address)]) is None
+    (tcp,) = open_transports(["tcp"], "127.0.0.1", timers=Timers())
+    assert tcp.can_reach(TCP)
+    assert not tcp.can_reach(replace(TCP, address=address))
 
 
 @pytest.mark.parametrize(("kv_port", "port"), [(0, 0), (7461, 7464)])
