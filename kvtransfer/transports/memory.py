@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
-from kvtransfer.transports.base import MayRead, OnRead, ReadRefused, check_read, ignore
-from pdserve.domain.errors import TransferFailed
+from kvtransfer.transports.base import MayRead, OnRead, check_read, ignore
+from pdserve.domain.errors import ReadRefused, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
 from pdserve.engine.kv_store import BlockRun, KvStore, bytes_of
