@@ -19,6 +19,7 @@ from pdserve.domain.messages import (
     Role,
     WorkerLoad,
 )
+from pdserve.domain.overlap import Overlap
 from pdserve.domain.tokens import Failed
 from pdserve.domain.waiting import Discipline
 from pdserve.engine.block_pool import BlockPool
@@ -54,6 +55,7 @@ class PrefillLoop:
         max_num_queued: int,
         discipline: Discipline,
         lease_s: float,
+        overlap: Overlap = "chunks",
         clock: Clock,
         watch: PrefillWatch = NO_PREFILL_WATCH,
     ) -> None:
@@ -65,6 +67,7 @@ class PrefillLoop:
         self._max_step_tokens = max_step_tokens
         self._max_num_active = max_num_active
         self._lease_s = lease_s
+        self._overlap = overlap
         self._clock = clock
         self._watch = watch
         self._active: list[PrefillRequest] = []
@@ -263,6 +266,8 @@ class PrefillLoop:
         await request.table.publish(request.names[: request.num_computed_tokens // block_size])
 
     def _offer(self, request: PrefillRequest) -> None:
+        if self._overlap == "none" and request.num_tokens_left:
+            return
         self._to_offer[request] = None
         self._has_offers.set()
 

@@ -15,13 +15,13 @@ from pdserve.config.processes import (
     MAX_PARALLEL,
     DecodeLimits,
     EngineSettings,
+    PrefillLimits,
     ProcessSettings,
     RouterLimits,
     RouterPorts,
     RouterSettings,
     ServedModel,
     Transports,
-    WorkerLimits,
     WorkerSettings,
 )
 from pdserve.domain.addresses import is_loopback
@@ -59,7 +59,7 @@ class WorkerPool(Settings):
         return worker.model_copy(update=own)
 
 
-class PrefillPool(WorkerLimits, WorkerPool):
+class PrefillPool(PrefillLimits, WorkerPool):
     """Workers that read prompts. With 0 replicas the decode workers read them (colocated)."""
 
 

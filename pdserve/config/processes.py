@@ -14,6 +14,7 @@ from pdserve.config.timers import Timers
 from pdserve.domain.addresses import MAX_PORT
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.messages import READS_OF_ROLE, Reads, Role
+from pdserve.domain.overlap import Overlap
 from pdserve.domain.pair_cost import PolicyName
 from pdserve.domain.waiting import QueueOrder
 
@@ -316,6 +317,15 @@ class WorkerLimits(Settings):
     max_step_tokens: int = Field(512, ge=1, description="prompt tokens in one engine step at most")
 
 
+class PrefillLimits(WorkerLimits):
+    """What only prefill workers heed is in it, too."""
+
+    overlap: Overlap = Field(
+        "chunks",
+        description="when KV of a prompt travels: chunks (after each chunk) or none (after all)",
+    )
+
+
 class DecodeLimits(WorkerLimits):
     """What only decode workers heed is in it, too."""
 
@@ -327,7 +337,7 @@ class DecodeLimits(WorkerLimits):
     )
 
 
-class WorkerSettings(ProcessSettings, DecodeLimits, Transports, WorkerPlace):
+class WorkerSettings(ProcessSettings, PrefillLimits, DecodeLimits, Transports, WorkerPlace):
     """One prefill or decode worker."""
 
     cpus: tuple[int, ...] = Field(

@@ -39,6 +39,7 @@ from pdserve.domain.messages import (
     StepOutputs,
     Submit,
 )
+from pdserve.domain.overlap import Overlap
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, SampledToken
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
@@ -294,6 +295,7 @@ class Sizes:
     max_num_waiting: int = 16
     max_local_prefill_tokens: int = 4
     reuses_prefixes: bool = True
+    overlap: Overlap = "chunks"
     prefill_steps: StepCoefficients = COEFFICIENTS
     decode_steps: StepCoefficients = COEFFICIENTS
 
@@ -381,6 +383,7 @@ class WorkerPair:
             max_num_requests=sizes.max_num_requests,
             max_num_queued=sizes.max_num_waiting,
             max_local_prefill_tokens=sizes.max_local_prefill_tokens,
+            overlap=sizes.overlap,
             timers=self.timers,
         )
         return WorkerParts(

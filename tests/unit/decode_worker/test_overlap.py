@@ -1,0 +1,42 @@
+"""How much of a transfer is seen, by when the blocks may travel."""
+
+import pytest
+
+from deploy.simulated.virtual_time import virtual
+from pdserve.domain.overlap import Overlap
+from pdserve.domain.tokens import PhaseTimeline
+from tests.support.worker_pair import BLOCK_SIZE, Sizes, WorkerPair, oracle
+
+NUM_CHUNKS, CHUNK_BLOCKS = 8, 2
+PROMPT = tuple(range(10, 10 + NUM_CHUNKS * CHUNK_BLOCKS * BLOCK_SIZE))
+BLOCK_S = 0.002
+
+
+def timeline_of(overlap: Overlap) -> PhaseTimeline:
+    """Of a prompt of 8 chunks, each of which takes longer to compute than to move."""
+    timelines: list[PhaseTimeline] = []
+
+    @virtual
+    async def run() -> None:
+        sizes = Sizes(max_step_tokens=CHUNK_BLOCKS * BLOCK_SIZE, overlap=overlap)
+        async with WorkerPair(sizes) as pair:
+            pair.transport.block_s = lambda: BLOCK_S
+            call = pair.submit(PROMPT, max_tokens=4)
+            timelines.append((await call.completed()).timeline)
+            assert call.token_ids == oracle(PROMPT, call.submit.sampling)
+
+    run()
+    return timelines[0]
+
+
+def test_without_overlap_the_whole_transfer_is_seen() -> None:
+    timeline = timeline_of("none")
+    whole_s = NUM_CHUNKS * CHUNK_BLOCKS * BLOCK_S
+    assert timeline.handoff_wait_s == pytest.approx(whole_s)
+    assert timeline.transfer_s == pytest.approx(whole_s)
+
+
+def test_chunk_by_chunk_only_the_last_chunk_is_seen() -> None:
+    timeline = timeline_of("chunks")
+    assert timeline.handoff_wait_s == pytest.approx(CHUNK_BLOCKS * BLOCK_S)
+    assert timeline.transfer_s > 0.8 * timeline.prefill_s  # all but the first chunk's time
