@@ -99,6 +99,7 @@ class Handoffs:
                 first_block=first_block,
                 sampling=request.submit.sampling,
                 deadline_s=expires_at_s - self._clock(),
+                reads_parts=link.reader.parts is not None,
             )
         )
         receiver = HandoffReceiver(
@@ -127,7 +128,7 @@ class Handoffs:
             request.times.first_read_s = request.times.first_read_s or self._clock()
             pulled = await self._land(link, receiver)
             if pulled is None:
-                return
+                continue
             request.table.hold(pulled.first_block, pulled.num_blocks)
             landed_tokens = (pulled.first_block + pulled.num_blocks) * self._block_size
             request.num_computed_tokens = min(landed_tokens, request.num_prompt_tokens)

@@ -16,6 +16,7 @@ from kvtransfer.following import (
     READ,
     read_message,
 )
+from kvtransfer.parts import PartReader
 from kvtransfer.reading import BlockRead, BlockReader, RankReaders
 from kvtransfer.transports.base import MayRead, Transport
 from pdserve.domain.ids import BlockId, Epoch
@@ -38,6 +39,7 @@ class FollowerReader:
     """Has another rank read its part of the peer's blocks. Satisfies `BlockReader`."""
 
     transport_name = ""  # rank 0 stands for all
+    parts: PartReader | None = None
 
     def __init__(self, channel: RankChannel, number: int, num_ranks: int, *, read_s: float) -> None:
         self.num_blocks = 0
@@ -74,6 +76,8 @@ class FollowerReader:
 
 class LeadingReader:
     """Has all ranks read at once, each into its own blocks. Satisfies `BlockReader`."""
+
+    parts: PartReader | None = None
 
     def __init__(self, own: BlockReader, others: Sequence[FollowerReader]) -> None:
         self._ranks: list[BlockReader] = [own, *others]

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kvtransfer.parts import PartReader, part_reader
 from kvtransfer.plan import Copy, Planes, copies_of, plan_shares
 from kvtransfer.staging import Staging
 from kvtransfer.transports import choose
@@ -66,6 +67,7 @@ class BlockReader(Protocol):
     num_ranks: int  # of the peer: each gives a digest of each block
     block_bytes: int  # moved for each block, to all ranks together
     transport_name: str  # of rank 0, which stands for the others
+    parts: PartReader | None  # reads before a block is whole; None: this reader cannot
 
     async def read(self, blocks: BlockRead) -> set[int]:
         """Read and check blocks; returns the places of those that are corrupt.
@@ -100,6 +102,9 @@ class DirectReader:
         self.num_ranks = num_ranks
         self.block_bytes = source.layout.block_bytes
         self.transport_name = source.transport.name
+        self.parts = (
+            part_reader(source.transport, source.region, memory) if num_ranks == 1 else None
+        )
         self._memory = memory
         self._source = source
 
@@ -119,6 +124,8 @@ class ReshapingReader:
     Whole blocks are read into `staging`, so that their digests can be checked; then the wanted
     layers and heads are copied. If our blocks lie on a device, they are put together in `assembly`.
     """
+
+    parts: PartReader | None = None  # of blocks that are whole alone there is a digest
 
     def __init__(
         self,

@@ -23,9 +23,10 @@ from pdserve.domain.overlap import Overlap
 from pdserve.domain.tokens import Failed
 from pdserve.domain.waiting import Discipline
 from pdserve.engine.block_pool import BlockPool
-from pdserve.engine.contract import Drawn, Engine, StepBatch
+from pdserve.engine.contract import Drawn, Engine, OnLayers, StepBatch
 from pdserve.engine.isolation import run_step
 from pdserve.engine.live_steps import LiveStepTimes
+from pdserve.engine.ranks.ranked_kv import RankedKv
 from pdserve.engine.step_table import StepTable
 from pdserve.observe.watch import NO_PREFILL_WATCH, PrefillWatch
 from pdserve.rpc.streams import PrefillServerLink, send_or_abort
@@ -35,6 +36,8 @@ from prefill_worker.queue import PrefillQueue, PrefillRequest
 log = structlog.get_logger(__name__)
 
 Clock = Callable[[], float]
+
+_NUM_PART_MESSAGES = 4  # about how often a prompt's last chunk is told of before it is done
 
 
 class PrefillLoop:
@@ -55,7 +58,7 @@ class PrefillLoop:
         max_num_queued: int,
         discipline: Discipline,
         lease_s: float,
-        overlap: Overlap = "chunks",
+        overlap: Overlap = "layers",
         clock: Clock,
         watch: PrefillWatch = NO_PREFILL_WATCH,
     ) -> None:
@@ -217,7 +220,8 @@ class PrefillLoop:
             self._offer(request)
 
     async def _step(self, plan: list[tuple[PrefillRequest, int]]) -> None:
-        batch = StepBatch(tuple(chunk_step(request, count) for request, count in plan))
+        sequences = tuple(chunk_step(request, count) for request, count in plan)
+        batch = StepBatch(sequences, self._on_layers(plan))
         tables = [request.table for request, _ in plan if request.table is not None]
         for table in tables:
             table.enter_step()
@@ -238,6 +242,41 @@ class PrefillLoop:
         for (request, count), drawn in zip(plan, result.sampled, strict=True):
             self._num_tokens += count
             await self._settle(request, count, drawn)
+
+    def _on_layers(self, plan: list[tuple[PrefillRequest, int]]) -> OnLayers | None:
+        """What lets go, layer by layer, the blocks of prompts that this step ends.
+
+        None if there are none, their peers read whole blocks, or nobody here knows of all layers.
+        """
+        layout = self._engine.spec.layout
+        is_whole = not isinstance(self._engine.kv, RankedKv)
+        if self._overlap != "layers" or layout.num_parts == 1 or not is_whole:
+            return None
+        forming = [
+            request
+            for request, count in plan
+            if count == request.num_tokens_left and request.sender and request.sender.reads_parts
+        ]
+        if not forming:
+            return None
+        loop = asyncio.get_running_loop()
+        part_layers = len(layout.layers) // layout.num_parts
+        stride = -(-layout.num_parts // _NUM_PART_MESSAGES)
+
+        def on_layers(num_layers: int) -> None:  # in the engine's thread
+            num_parts, rest = divmod(num_layers, part_layers)
+            if rest == 0 and (num_parts % stride == 0 or num_parts == layout.num_parts):
+                loop.call_soon_threadsafe(self._form, forming, num_parts)
+
+        return on_layers
+
+    def _form(self, requests: list[PrefillRequest], num_ready_parts: int) -> None:
+        """Say which parts of blocks are final, while the step that fills them goes on."""
+        for request in requests:
+            if request.sender is not None and not _is_over(request):
+                message = request.sender.form(request.num_computed_tokens, num_ready_parts)
+                if message is not None:
+                    self.tell(request.peer, message)
 
     async def _settle(self, request: PrefillRequest, count: int, drawn: Drawn | None) -> None:
         if _is_over(request):

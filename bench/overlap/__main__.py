@@ -2,6 +2,7 @@
 
     none      peer: blocks travel once the whole prompt is computed
     chunks    blocks travel as soon as the chunk that fills them is computed
+    layers    as chunks, and of the last chunk the layers that are computed
 
 Each is a cluster of 1 + 1 workers, and they take turns: a prompt to each, of the same length and of
 tokens that no other prompt has. The visible time is from the first token to the last block checked
@@ -37,7 +38,7 @@ from pdserve.client.values import Sampling
 from pdserve.domain.overlap import Overlap
 
 WITHOUT: Overlap = "none"
-MODES: tuple[Overlap, ...] = (WITHOUT, "chunks")
+MODES: tuple[Overlap, ...] = (WITHOUT, "chunks", "layers")
 BLOCK_SIZE = 16
 LIMIT = 0.15
 """What is left of the visible time with overlap, at most."""

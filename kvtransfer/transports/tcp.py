@@ -10,6 +10,7 @@ from typing import Any
 import structlog
 
 from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, check_read, ignore
+from kvtransfer.transports.divided import ReadsParts, num_parts_of
 from kvtransfer.transports.sockets import recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
     MAX_BLOCKS_PER_REQUEST,
@@ -126,7 +127,7 @@ def _is_quiet(sock: socket.socket) -> bool:
     return False
 
 
-class TcpTransport:
+class TcpTransport(ReadsParts):
     """Serves on `host` and `port` (0: a free one); readers are told the same.
 
     A read fails when its connection does not open within `connect_timeout_s`, nothing moves for
@@ -179,7 +180,9 @@ class TcpTransport:
             async with asyncio.timeout(self._limits.total_timeout_s) as patience:
                 for first in range(0, len(remote_blocks), MAX_BLOCKS_PER_REQUEST):
                     part = slice(first, first + MAX_BLOCKS_PER_REQUEST)
-                    await self._read_part(peer, remote_blocks[part], memory, local_blocks[part])
+                    await self._read_part(
+                        peer, remote_blocks[part], memory, local_blocks[part], num_parts_of(region)
+                    )
         except TimeoutError as error:
             if patience.expired():
                 message = f"the peer took longer than {self._limits.total_timeout_s:g} s"
@@ -214,6 +217,7 @@ class TcpTransport:
         remote_blocks: Sequence[BlockId],
         memory: KvStore,
         local_blocks: Sequence[BlockId],
+        num_parts: int,
     ) -> None:
         try:
             async with asyncio.timeout(self._limits.connect_timeout_s):
@@ -222,7 +226,7 @@ class TcpTransport:
             limit_s = self._limits.connect_timeout_s
             raise TransferFailed(f"the peer took no connection within {limit_s:g} s") from None
         try:
-            request = encode_request(peer.address.token, self._end, remote_blocks)
+            request = encode_request(peer.address.token, self._end, remote_blocks, num_parts)
             await send_all(sock, [request], self._limits.idle_timeout_s)
             header = bytearray(REPLY_HEADER_BYTES)
             await recv_all(sock, [header], self._limits.idle_timeout_s)

@@ -321,8 +321,9 @@ class PrefillLimits(WorkerLimits):
     """What only prefill workers heed is in it, too."""
 
     overlap: Overlap = Field(
-        "chunks",
-        description="when KV of a prompt travels: chunks (after each chunk) or none (after all)",
+        "layers",
+        description="when a prompt's KV travels: chunks (after each chunk), layers (within the "
+        "last one, too), none (once all is read)",
     )
 
 

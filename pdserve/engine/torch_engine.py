@@ -55,7 +55,7 @@ class HostStepper:
         self._draws = draws
 
     def run(self, batch: StepBatch) -> tuple[list[Drawn], StepPath]:
-        logits = self._model.forward(batch)
+        logits = self._model.forward(batch, batch.on_layers)
         if not self._draws:
             return [], StepPath.EAGER
         steps = [each.sample for each in batch.sequences if each.sample is not None]

@@ -295,7 +295,7 @@ class Sizes:
     max_num_waiting: int = 16
     max_local_prefill_tokens: int = 4
     reuses_prefixes: bool = True
-    overlap: Overlap = "chunks"
+    overlap: Overlap = "layers"
     prefill_steps: StepCoefficients = COEFFICIENTS
     decode_steps: StepCoefficients = COEFFICIENTS
 

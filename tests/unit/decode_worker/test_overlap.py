@@ -5,7 +5,7 @@ import pytest
 from deploy.simulated.virtual_time import virtual
 from pdserve.domain.overlap import Overlap
 from pdserve.domain.tokens import PhaseTimeline
-from tests.support.worker_pair import BLOCK_SIZE, Sizes, WorkerPair, oracle
+from tests.support.worker_pair import BLOCK_SIZE, LAYOUT, Sizes, WorkerPair, oracle
 
 NUM_CHUNKS, CHUNK_BLOCKS = 8, 2
 PROMPT = tuple(range(10, 10 + NUM_CHUNKS * CHUNK_BLOCKS * BLOCK_SIZE))
@@ -40,3 +40,10 @@ def test_chunk_by_chunk_only_the_last_chunk_is_seen() -> None:
     timeline = timeline_of("chunks")
     assert timeline.handoff_wait_s == pytest.approx(CHUNK_BLOCKS * BLOCK_S)
     assert timeline.transfer_s > 0.8 * timeline.prefill_s  # all but the first chunk's time
+
+
+def test_by_layers_only_the_last_layers_of_the_last_chunk_are_seen() -> None:
+    timeline = timeline_of("layers")
+    assert LAYOUT.num_parts == 2
+    assert timeline.handoff_wait_s == pytest.approx(CHUNK_BLOCKS * BLOCK_S / 2)
+    assert timeline.transferred_bytes == NUM_CHUNKS * CHUNK_BLOCKS * LAYOUT.block_bytes
