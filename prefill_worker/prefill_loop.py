@@ -45,7 +45,11 @@ class PrefillLoop:
 
     A request is in one place at a time: in the queue, active (blocks reserved, being read), or
     only in `senders` (read; its blocks wait to be pulled).
+
+    A chunk of at most `parts_above_bytes` of KV travels sooner without messages about its layers.
     """
+
+    parts_above_bytes = 1 << 20
 
     def __init__(
         self,
@@ -256,6 +260,7 @@ class PrefillLoop:
             request
             for request, count in plan
             if count == request.num_tokens_left and request.sender and request.sender.reads_parts
+            if count * layout.block_bytes > self.parts_above_bytes * layout.block_size
         ]
         if not forming:
             return None

@@ -88,7 +88,8 @@ class PrefillProcess:
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        return self._read()
+        sent_s: dict[str, float] = self._read()
+        return sent_s
 
     def _read(self) -> Any:
         assert self._process.stdout is not None
@@ -164,7 +165,7 @@ async def round_trips(address: str, count: int) -> list[float]:
     """Seconds of bare calls, one after the other."""
     taken = []
     async with open_channel(address, TIMERS) as channel:
-        call = channel.unary_unary("/bench.Echo/Echo")
+        call = channel.unary_unary("/bench.Echo/Echo", bytes, bytes)
         payload = bytes(ECHO_BYTES)
         for _ in range(count + 20):
             began_s = time.monotonic()

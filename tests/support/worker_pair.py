@@ -201,6 +201,7 @@ class PrefillNode:
             self.worker.loop,
             self.worker.pool,
         )
+        self.loop.parts_above_bytes = 0  # as if the tests' small blocks were large
         pair.network.listen(self.name, self.service.handle)
 
     def cut(self) -> None:

@@ -1,5 +1,6 @@
 """Blocks that are read part by part while their later layers are being computed."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +19,8 @@ from pdserve.config.timers import Timers
 from pdserve.domain.errors import Reason, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.layout import KvLayout, LayerKv
-from pdserve.domain.messages import BlocksForming, BlocksOffered, BlocksPulled
+from pdserve.domain.messages import BlocksForming, BlocksOffered, BlocksPulled, PrefillDone
+from pdserve.domain.tokens import SampledToken
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.digest import block_digest
 from pdserve.engine.kv_memory import KvMemory
@@ -248,6 +250,28 @@ async def test_a_block_that_never_matches_fails_though_its_parts_were_read(
         await receiver.land()
     assert failed.value.reason is Reason.KV_INTEGRITY
     assert receiver.num_landed_blocks == 0
+    receiver.end()
+
+
+async def test_announced_parts_are_not_read_once_their_blocks_have_landed(
+    handoff: Handoff,
+) -> None:
+    """They may be another's by then."""
+    receiver = await handoff.receiver()
+    receiver.hear(forming(3))
+    receiver.hear(handoff.offer(0, 3))
+    assert await receiver.land() is not None
+    waiting = asyncio.create_task(receiver.wait_offer())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not waiting.done()
+    token = SampledToken(1)
+    receiver.hear(
+        PrefillDone(
+            handoff=handoff_id(), first_token=token, queue_s=0.0, prefill_s=0.0, cached_tokens=0
+        )
+    )
+    assert not await waiting
     receiver.end()
 
 
