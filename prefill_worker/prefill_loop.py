@@ -257,7 +257,7 @@ class PrefillLoop:
         if self._overlap != "layers" or layout.num_parts == 1 or not is_whole:
             return None
         forming = [
-            request
+            (request, request.num_computed_tokens)
             for request, count in plan
             if count == request.num_tokens_left and request.sender and request.sender.reads_parts
             if count * layout.block_bytes > self.parts_above_bytes * layout.block_size
@@ -275,11 +275,14 @@ class PrefillLoop:
 
         return on_layers
 
-    def _form(self, requests: list[PrefillRequest], num_ready_parts: int) -> None:
-        """Say which parts of blocks are final, while the step that fills them goes on."""
-        for request in requests:
+    def _form(self, forming: list[tuple[PrefillRequest, int]], num_ready_parts: int) -> None:
+        """Say which parts of blocks are final, while the step that fills them goes on.
+
+        With each prompt comes where its last chunk starts.
+        """
+        for request, start in forming:
             if request.sender is not None and not _is_over(request):
-                message = request.sender.form(request.num_computed_tokens, num_ready_parts)
+                message = request.sender.form(start, num_ready_parts)
                 if message is not None:
                     self.tell(request.peer, message)
 
