@@ -4,10 +4,10 @@
     chunks    blocks travel as soon as the chunk that fills them is computed
     layers    as chunks, and of the last chunk the layers that are computed
 
-Each is a cluster of 1 + 1 workers, and they take turns: a prompt to each, of the same length and of
-tokens that no other prompt has. The visible time is from the first token to the last block checked
-at the decode worker, as the phase timeline of the answer has it (`handoff_wait_s`). Prints medians
-and what share of `none` they are; writes JSON.
+Each is a cluster of 1 + 1 workers, and they take turns: each prompt goes to all of them, and all
+must give the same tokens. The visible time is from the first token to the last block checked at the
+decode worker, as the phase timeline of the answer has it (`handoff_wait_s`). Prints medians and
+what share of `none` they are; writes JSON.
 
 The model is that of `bench.engine` with as many KV heads as query heads, so that a chunk of 512
 tokens has 16 MiB of KV: what there is to hide is then more than messages.
@@ -67,15 +67,16 @@ class Contender:
         self._cluster = cluster
         self._client = client
 
-    async def run(self, prompt: Sequence[int]) -> Mapping[str, float]:
-        """The phase timeline of one answer."""
+    async def run(self, prompt: Sequence[int]) -> tuple[Mapping[str, float], tuple[int, ...]]:
+        """The phase timeline of one answer, and its tokens."""
         answer = await self._client.complete(
             tuple(prompt),
-            Sampling(temperature=0.0, max_tokens=2, ignore_eos=True),
+            Sampling(temperature=0.0, max_tokens=4, ignore_eos=True),
             timeout_s=300.0,
         )
         timeline = asdict(answer.finished.timeline)
-        return {name: value for name, value in timeline.items() if not isinstance(value, str)}
+        figures = {name: value for name, value in timeline.items() if not isinstance(value, str)}
+        return figures, tuple(token.token_id for token in answer.tokens)
 
 
 async def measure(arguments: argparse.Namespace, model: Path) -> list[Row]:
@@ -123,12 +124,16 @@ async def _compare(
     num_tokens = num_chunks * arguments.chunk_tokens
     taken: dict[Overlap, list[Mapping[str, float]]] = {mode: [] for mode in contenders}
     for number in range(arguments.rounds + 1):
+        seed = f"{transport} {num_chunks} {number}"
+        prompt = Random(seed).choices(range(2, VOCAB_SIZE), k=num_tokens)
+        answers = set()
         for mode, contender in contenders.items():
-            seed = f"{transport} {num_chunks} {number}"
-            prompt = Random(seed).choices(range(2, VOCAB_SIZE), k=num_tokens)
-            timeline = await contender.run(prompt)
+            timeline, tokens = await contender.run(prompt)
+            answers.add(tokens)
             if number:  # the first warms up
                 taken[mode].append(timeline)
+        if len(answers) > 1:
+            raise SystemExit(f"answers differ by overlap: {answers}")
     without_s = _median(taken[WITHOUT], "handoff_wait_s")
     return [
         Row(
