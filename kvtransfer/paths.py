@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import structlog
 
-from kvtransfer.transports.base import ReadRefused, Transport
+from kvtransfer.transports.base import Transport
 from kvtransfer.transports.divided import PartsRegion, ReadsParts
 from pdserve.config.timers import Timers
-from pdserve.domain.errors import TransferFailed
+from pdserve.domain.errors import ReadRefused, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
 from pdserve.engine.kv_store import KvStore

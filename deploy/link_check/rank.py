@@ -36,14 +36,27 @@ LEAST_S, MAX_NUM_ROUNDS = 0.3, 8
 
 
 def layout_fields(layout: ShardedLayout) -> dict[str, Any]:
-    return {"whole": asdict(layout.whole), "tp": layout.tp, "pp": layout.pp}
+    whole = layout.whole
+    return {
+        "layers": [asdict(layer) for layer in whole.layers],
+        "block_size": whole.block_size,
+        "dtype": whole.dtype,
+        "item_bytes": whole.item_bytes,
+        "order": whole.order,
+        "tp": layout.tp,
+        "pp": layout.pp,
+    }
 
 
 def layout_of(fields: Mapping[str, Any]) -> ShardedLayout:
-    whole = dict(fields["whole"])
-    whole["layers"] = tuple(LayerKv(**layer) for layer in whole["layers"])
-    whole["order"] = BlockOrder(whole["order"])
-    return ShardedLayout(whole=KvLayout(**whole), tp=fields["tp"], pp=fields["pp"])
+    whole = KvLayout(
+        layers=tuple(LayerKv(**layer) for layer in fields["layers"]),
+        block_size=fields["block_size"],
+        dtype=fields["dtype"],
+        item_bytes=fields["item_bytes"],
+        order=BlockOrder(fields["order"]),
+    )
+    return ShardedLayout(whole=whole, tp=fields["tp"], pp=fields["pp"])
 
 
 def scattered(num_blocks: int) -> list[BlockId]:

@@ -45,10 +45,6 @@ def ignore(event: ReadEvent) -> None:
     """For a serving side that need not know."""
 
 
-class ReadRefused(TransferFailed):
-    """The peer lives and does not let these blocks be read: no other transport helps."""
-
-
 class RegionServer(Protocol):
     """The side whose memory is read. Peers never write into it."""
 

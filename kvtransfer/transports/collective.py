@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, ReadRefused, check_read, ignore
+from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, check_read, ignore
 from kvtransfer.transports.collective_control import STOP, Control
 from kvtransfer.transports.collective_frames import (
     MAX_BLOCKS_PER_REQUEST,
@@ -33,7 +33,7 @@ from kvtransfer.transports.collective_frames import (
 from kvtransfer.transports.collective_groups import NUM_SLOTS, GlooPair
 from kvtransfer.transports.collective_lane import Lane, LaneLimits, MakeGroup
 from kvtransfer.transports.collective_server import CollectiveRegionServer
-from pdserve.domain.errors import TransferFailed
+from pdserve.domain.errors import ReadRefused, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
 from pdserve.engine.kv_store import KvStore, block_runs

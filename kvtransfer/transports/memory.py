@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
-from kvtransfer.transports.base import MayRead, OnRead, ReadRefused, check_read, ignore
+from kvtransfer.transports.base import MayRead, OnRead, check_read, ignore
 from kvtransfer.transports.divided import ReadsParts, num_parts_of
-from pdserve.domain.errors import TransferFailed
+from pdserve.domain.errors import ReadRefused, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
 from pdserve.engine.kv_memory import KvMemory

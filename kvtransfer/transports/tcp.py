@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, ReadRefused, check_read, ignore
+from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, check_read, ignore
 from kvtransfer.transports.divided import ReadsParts, num_parts_of
 from kvtransfer.transports.sockets import recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
@@ -22,7 +22,7 @@ from kvtransfer.transports.tcp_frames import (
     encode_request,
 )
 from kvtransfer.transports.tcp_server import KEEP_ALIVE_S, TcpLimits, TcpRegionServer
-from pdserve.domain.errors import TransferFailed
+from pdserve.domain.errors import ReadRefused, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
 from pdserve.engine.kv_store import KvStore, block_runs

@@ -136,6 +136,10 @@ class TransferFailed(PeerFault):
     default_reason = Reason.TRANSFER_FAILED
 
 
+class ReadRefused(TransferFailed):
+    """The peer lives and does not let these blocks be read: no other transport helps."""
+
+
 class RankLost(PdserveError):
     """A rank of this worker died, stopped or failed: the worker cannot go on."""
 

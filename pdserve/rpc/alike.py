@@ -22,4 +22,4 @@ def value_of(kind: Callable[..., T], message: Any, **others: Any) -> T:
 
 @functools.cache
 def _names(kind: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(kind))
+    return tuple(field.name for field in dataclasses.fields(kind) if field.init)

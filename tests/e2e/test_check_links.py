@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from deploy.link_check.planned import measure_deployment
 from deploy.link_check.running import measure_cluster
 from deploy.opening import read_deployment
+from pdserve.cli.main import build_app
+from pdserve.client.faults import ClusterUnreachable
 from pdserve.domain.errors import LocalFault
-from tests.support.clusters import demo_engine, task_cluster, timed_engine
+from tests.support.clusters import task_cluster, timed_engine
 from tests.support.plans import plan, pool
 from tests.support.up_runs import error_line, pdserve
 
@@ -71,12 +74,11 @@ def test_what_cannot_be_checked_is_a_clear_error(tmp_path: Path) -> None:
         ((colocated,), "nothing hands KV on here"),
         ((str(tmp_path / "none.yaml"),), "none.yaml: no such file"),
     ):
-        done = pdserve("check-links", *arguments)
-        assert done.returncode == 2
-        assert why in error_line(done)
-    gone = pdserve("check-links", "--internal-address", "127.0.0.1:1")
-    assert gone.returncode == 1
-    assert "is the cluster up?" in error_line(gone)
+        done = CliRunner().invoke(build_app(), ["check-links", *arguments])
+        assert isinstance(done.exception, LocalFault)
+        assert why in done.exception.message
+    gone = CliRunner().invoke(build_app(), ["check-links", "--internal-address", "127.0.0.1:1"])
+    assert isinstance(gone.exception, ClusterUnreachable)
     undivided = pdserve(
         "check-links", plan_file(tmp_path, pool("prefill", 1, tp=3), pool("decode", 1))
     )
@@ -114,8 +116,8 @@ async def test_pairs_of_a_cluster_that_serves_are_measured_by_handing_prompts_on
 
 async def test_pair_that_cannot_exchange_kv_is_told_with_the_reason() -> None:
     async with task_cluster(
-        engine=demo_engine(),
-        prefill_changes={"engine": demo_engine(dtype="bfloat16")},
+        engine=timed_engine(),
+        prefill_changes={"engine": timed_engine(dtype="bfloat16")},
     ) as cluster:
         [link] = await measure_cluster(cluster.internal_address)
         await cluster.idle_state()

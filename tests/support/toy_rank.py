@@ -134,13 +134,21 @@ def main() -> None:
     ) -> Engine:
         if scenario == "load" and group.place.rank == bad_rank:
             raise LocalFault("the disk is full of holes")
+        if limits != StepLimits(max_num_requests=7, max_num_tokens=99):
+            raise LocalFault(f"other limits than the worker's: {limits}")
         part = ToyPart(files, settings, group)
         part.fails_in_step = 2 if group.place.rank == bad_rank else 0
         return part
 
     engine = {"tp": tp, "pp": pp, "num_blocks": 16}
     settings = WorkerSettings.model_validate(
-        {"role": "decode", "worker_id": "decode-0", "engine": engine}
+        {
+            "role": "decode",
+            "worker_id": "decode-0",
+            "engine": engine,
+            "max_num_requests": 7,
+            "max_step_tokens": 99,
+        }
     )
     prepared = prepare_ranks(settings, load=load)
 

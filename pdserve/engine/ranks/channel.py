@@ -9,7 +9,14 @@ from typing import Any, Self
 
 import structlog
 
-from pdserve.domain.errors import LocalFault, PdserveError, RankLost, TransferFailed, WorkerLost
+from pdserve.domain.errors import (
+    LocalFault,
+    PdserveError,
+    RankLost,
+    ReadRefused,
+    TransferFailed,
+    WorkerLost,
+)
 from pdserve.engine.ranks.frames import BadFrame, Message, frame, read_frame
 from pdserve.engine.ranks.silence import TICK_S, Silence, Standstill
 
@@ -38,7 +45,7 @@ OnLost = Callable[[str], None]
 """Called once, on the event loop, with a clause: `has been silent for 2.0 s`."""
 
 _KINDS: Mapping[str, type[PdserveError]] = {
-    kind.__name__: kind for kind in (LocalFault, RankLost, TransferFailed, WorkerLost)
+    kind.__name__: kind for kind in (LocalFault, RankLost, ReadRefused, TransferFailed, WorkerLost)
 }
 
 

@@ -17,12 +17,12 @@ from kvtransfer.receiver import HandoffReceiver
 from kvtransfer.sender import HandoffSender
 from kvtransfer.session import Event, Phase, ProtocolViolation
 from kvtransfer.transports import open_transports
-from kvtransfer.transports.base import ReadRefused, Transport
+from kvtransfer.transports.base import Transport
 from kvtransfer.transports.divided import ReadsParts
 from kvtransfer.transports.faulty import FaultyTransport
 from kvtransfer.transports.memory import MemoryTransport
 from pdserve.config.timers import Timers
-from pdserve.domain.errors import Reason, TransferFailed
+from pdserve.domain.errors import ReadRefused, Reason, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.layout import BlockOrder, KvLayout, LayerKv, ShardedLayout
 from pdserve.domain.messages import (

@@ -11,10 +11,9 @@ import structlog
 from deploy.simulated.virtual_time import virtual
 from kvtransfer.paths import Path, PathRules, open_path
 from kvtransfer.transports import open_transports
-from kvtransfer.transports.base import ReadRefused
 from kvtransfer.transports.divided import PartsRegion, ReadsParts
 from pdserve.config.timers import Timers
-from pdserve.domain.errors import TransferFailed
+from pdserve.domain.errors import ReadRefused, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
 from pdserve.engine.kv_memory import KvMemory
