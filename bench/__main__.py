@@ -12,6 +12,7 @@ MODULES = {
     "ranks": "workers of two ranks on two cores beside a worker of one rank",
     "attention": "decode attention by dtype, compiled beside gathered",
     "sampling": "top-k, top-p and log-probabilities beside transformers' warpers",
+    "overlap": "visible time of KV transfers beside that without overlap",
     "kvtransfer": "KV transports beside memcpy and plain sockets",
     "decision": "choosing workers for a request, by each policy, beside choosing by chance",
     "tokenizing": "other requests while huge prompts are tokenised",

@@ -119,6 +119,7 @@ class Handoffs:
                 first_block=receiver.first_block,
                 sampling=request.submit.sampling,
                 deadline_s=expires_at_s - self._clock(),
+                reads_parts=receiver.reads_parts,
             )
         )
         link.open(receiver)
@@ -139,7 +140,7 @@ class Handoffs:
             request.times.first_read_s = request.times.first_read_s or self._clock()
             pulled = await self._land(link, receiver)
             if pulled is None:
-                return
+                continue
             request.num_computed_tokens = receiver.num_landed_tokens
             request.table.hold_until(num_blocks_for(receiver.num_landed_tokens, self._block_size))
             link.send(pulled)

@@ -17,6 +17,7 @@ from kvtransfer.following import (
     peer_fields,
     read_message,
 )
+from kvtransfer.parts import PartReader
 from kvtransfer.paths import PLAIN_RULES, PathRules
 from kvtransfer.reading import BlockRead, BlockReader, RankReader, RankReaders
 from kvtransfer.transports.base import MayRead, Transport
@@ -77,6 +78,8 @@ class FollowerReader:
 
 class LeadingReader:
     """Has all ranks read at once, each into its own blocks. Satisfies `BlockReader`."""
+
+    parts: PartReader | None = None
 
     def __init__(self, own: BlockReader, others: Sequence[FollowerReader]) -> None:
         self._ranks: list[RankReader] = [own, *others]

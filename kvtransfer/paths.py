@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import structlog
 
 from kvtransfer.transports.base import Transport
+from kvtransfer.transports.divided import PartsRegion, ReadsParts
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import ReadRefused, TransferFailed
 from pdserve.domain.ids import BlockId
@@ -48,6 +49,10 @@ class _Way:
         self.failure = ""  # of the last read, if it failed
         self.avoid_until_s = 0.0
 
+    @property
+    def reads_parts(self) -> bool:
+        return isinstance(self.transport, ReadsParts)
+
 
 class Path:
     """Whoever opened it closes it; the transports stay their owner's."""
@@ -67,6 +72,11 @@ class Path:
     def transport_name(self) -> str:
         """What the next read is tried by first."""
         return self._in_order()[0].transport.name
+
+    @property
+    def reads_parts(self) -> bool:
+        """Whether what the next read is tried by first takes parts of blocks, too."""
+        return self._in_order()[0].reads_parts
 
     @property
     def why(self) -> str:
@@ -90,11 +100,39 @@ class Path:
         self, remote_blocks: Sequence[BlockId], memory: KvStore, local_blocks: Sequence[BlockId]
     ) -> None:
         """As `Transport.read`, by one after the other until one has done it."""
+        await self._read(remote_blocks, memory, local_blocks, num_parts=1)
+
+    async def read_parts(
+        self,
+        remote_parts: Sequence[BlockId],
+        memory: KvStore,
+        local_parts: Sequence[BlockId],
+        num_parts: int,
+    ) -> bool:
+        """As `read`, of parts, `num_parts` of which are a block, into memory that counts them.
+
+        False, and what is in the local parts is anything, if it comes to a transport that takes
+        whole blocks only.
+        """
+        return await self._read(remote_parts, memory, local_parts, num_parts)
+
+    async def _read(
+        self,
+        remote_blocks: Sequence[BlockId],
+        memory: KvStore,
+        local_blocks: Sequence[BlockId],
+        num_parts: int,
+    ) -> bool:
         ways = self._in_order()
         for way, next_one in zip(ways, [*ways[1:], None], strict=True):
+            region = way.region
+            if num_parts > 1:
+                if not way.reads_parts:
+                    return False
+                region = PartsRegion.of(region, num_parts)
             try:
                 await way.transport.register(memory)
-                await way.transport.read(way.region, remote_blocks, memory, local_blocks)
+                await way.transport.read(region, remote_blocks, memory, local_blocks)
             except ReadRefused:
                 raise  # the peer's own word, whatever carries it
             except TransferFailed as error:
@@ -103,7 +141,8 @@ class Path:
                     raise
             else:
                 way.failure = ""
-                return
+                break
+        return True
 
     def _in_order(self) -> list[_Way]:
         """Those that may be tried, the best first: all, if each of them is to be left alone."""

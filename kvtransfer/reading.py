@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtransfer.landing import Landing, Rows
+from kvtransfer.parts import PartReader, part_reader
 from kvtransfer.paths import PLAIN_RULES, Path, PathRules, open_path
 from kvtransfer.plan import Copy, Planes, copies_of, plan_shares
 from kvtransfer.staging import Staging
@@ -99,6 +100,11 @@ class RankReader(Protocol):
 class BlockReader(RankReader, Protocol):
     path: Path  # to the first rank that is read, which stands for the others
 
+    @property
+    def parts(self) -> PartReader | None:
+        """What reads before a block is whole; None if nothing does."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
@@ -119,8 +125,13 @@ class DirectReader:
         self.block_size = source.layout.block_size
         self.block_bytes = source.layout.block_bytes
         self.path = source.path
+        self._parts = part_reader(source.path, memory) if num_ranks == 1 else None
         self._memory = memory
         self._source = source
+
+    @property
+    def parts(self) -> PartReader | None:
+        return self._parts if self.path.reads_parts else None
 
     async def read(self, blocks: BlockRead) -> set[int]:
         source, local_blocks = self._source, blocks.own_blocks()
@@ -139,6 +150,8 @@ class ReshapingReader:
     layers, heads and tokens are copied. If our blocks lie on a device, they are put together in
     `assembly`.
     """
+
+    parts: PartReader | None = None  # of blocks that are whole alone there is a digest
 
     def __init__(
         self,

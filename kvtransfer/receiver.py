@@ -3,15 +3,18 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from kvtransfer.landing import Landing
+from kvtransfer.parts import PartReader
 from kvtransfer.reading import BlockRead, BlockReader
 from kvtransfer.session import Event, HandoffSession, Phase, ProtocolViolation
 from pdserve.domain.errors import PdserveError, PeerFault, Reason, Refused, TransferFailed
-from pdserve.domain.ids import HandoffId
+from pdserve.domain.ids import BlockId, HandoffId
 from pdserve.domain.invariants import check_invariant
 from pdserve.domain.kv_demand import num_blocks_for
 from pdserve.domain.messages import (
+    BlocksForming,
     BlocksOffered,
     BlocksPulled,
     EndHandoff,
@@ -66,6 +69,10 @@ class HandoffReceiver:
         self._on_first_token = on_first_token
         self._next_offer = self.first_block
         self._offers: deque[BlocksOffered] = deque()
+        self._parts = reader.parts
+        self._gave_up_parts = False  # what is left to read by takes whole blocks only
+        self._forming: BlocksForming | None = None  # what was said last of the prompt's last blocks
+        self._num_read_parts = 0  # of each of them
         self._done: PrefillDone | None = None
         self._fault: PdserveError | None = None
         self._is_answered = False  # by the first token: the blocks are not needed
@@ -77,6 +84,11 @@ class HandoffReceiver:
     @property
     def phase(self) -> Phase:
         return self._session.phase
+
+    @property
+    def reads_parts(self) -> bool:
+        """What is forming is of use."""
+        return self._parts is not None
 
     @property
     def is_complete(self) -> bool:
@@ -115,6 +127,8 @@ class HandoffReceiver:
         match message:
             case BlocksOffered():
                 return self._hear_offer(message)
+            case BlocksForming():
+                return self._hear_forming(message)
             case PrefillDone():
                 return self._hear_first_token(message)
             case HandoffRefused():
@@ -144,6 +158,29 @@ class HandoffReceiver:
         self._session.hear(Event.OFFER)
         self._next_offer = end
         self._offers.append(offer)
+        self._has_news.set()
+        return True
+
+    def _hear_forming(self, forming: BlocksForming) -> bool:
+        if not self._is_going:
+            return False
+        first, end = forming.first_block, forming.first_block + len(forming.block_ids)
+        if self._parts is None:
+            raise ProtocolViolation("parts of blocks announced, which were not asked for")
+        if not self.first_block <= first < end == self._end_block:
+            raise ProtocolViolation(f"blocks {first} to {end} are forming, and not the last ones")
+        if not 0 < forming.num_ready_parts <= self._parts.num_parts:
+            raise ProtocolViolation(f"{forming.num_ready_parts} of {self._parts.num_parts} parts")
+        if not all(0 <= block < self._reader.num_blocks for block in forming.block_ids):
+            raise ProtocolViolation(f"a block beyond {self._reader.num_blocks} is forming")
+        before = self._forming
+        if before and (before.first_block, before.block_ids) != (first, forming.block_ids):
+            raise ProtocolViolation("other blocks are forming than before")
+        if first < self._next_offer:
+            return False
+        if before and forming.num_ready_parts <= before.num_ready_parts:
+            return False
+        self._forming = forming
         self._has_news.set()
         return True
 
@@ -185,6 +222,17 @@ class HandoffReceiver:
         if self._reading is not None and self._reading.when() is None:
             self._reading.reschedule(0.0)
 
+    @property
+    def _has_parts_to_read(self) -> bool:
+        """Parts are final of blocks that are not offered yet."""
+        forming = self._forming
+        return (
+            forming is not None
+            and not self._gave_up_parts
+            and forming.first_block >= self._next_offer
+            and forming.num_ready_parts > self._num_read_parts
+        )
+
     async def wait_offer(self) -> bool:
         """Wait until there are blocks to `land`; False when nothing more is needed.
 
@@ -195,13 +243,15 @@ class HandoffReceiver:
                 raise self._fault
             if self._is_ready or self._is_answered:
                 return False
-            if self._offers:
+            if self._offers or self._has_parts_to_read:
                 return True
             self._has_news.clear()
             await self._has_news.wait()
 
     async def land(self) -> BlocksPulled | None:
         """Read and check the oldest offer; the answer tells the peer that it may unpin.
+
+        While there is none, read the parts that are final of blocks that are being computed: None.
 
         A block that does not match its digest is read once more. Raises as `wait_offer` does, and
         `TransferFailed`: KV_INTEGRITY for a block that still does not match. None if the answer
@@ -211,6 +261,9 @@ class HandoffReceiver:
         check_invariant(self._reading is None, "offers land one at a time", self.handoff)
         try:
             async with asyncio.timeout(None) as self._reading:  # ended by `_interrupt`
+                if not self._offers:
+                    await self._read_parts()
+                    return None
                 return await self._land(self._offers.popleft())
         except (TimeoutError, TransferFailed):
             if self._fault is not None:
@@ -222,7 +275,11 @@ class HandoffReceiver:
             self._reading = None
 
     async def _land(self, offer: BlocksOffered) -> BlocksPulled:
-        corrupt = await self._read(offer, range(len(offer.block_ids)))
+        num_whole = len(offer.block_ids)
+        if self._forming is not None and self._num_read_parts:
+            num_whole = min(num_whole, max(0, self._forming.first_block - offer.first_block))
+        corrupt = await self._read(offer, range(num_whole)) if num_whole else []
+        corrupt += await self._complete(offer, range(num_whole, len(offer.block_ids)))
         if corrupt:
             num_bytes = self.num_bytes
             corrupt = await self._read(offer, corrupt)
@@ -240,6 +297,62 @@ class HandoffReceiver:
             num_blocks=len(offer.block_ids),
         )
 
+    async def _read_parts(self) -> None:
+        """What is announced of the forming blocks and not there yet."""
+        forming, parts = self._forming, self._parts
+        if forming is None or parts is None or not self._has_parts_to_read:
+            return
+        end = forming.num_ready_parts
+        if await self._move_parts(parts, forming, range(self._num_read_parts, end)):
+            self._num_read_parts = end
+
+    async def _move_parts(
+        self, reader: PartReader, blocks: BlocksForming | BlocksOffered, parts: range
+    ) -> bool:
+        """False if the transport that is left has no parts: then none are read any more."""
+        local_blocks = self._own_blocks(blocks.first_block, len(blocks.block_ids))
+        if not await reader.read(blocks.block_ids, local_blocks, parts):
+            num_blocks = self._end_block - blocks.first_block
+            self.num_retried_bytes += num_blocks * self._num_read_parts * reader.part_bytes
+            self._gave_up_parts, self._num_read_parts = True, 0
+            return False
+        self.num_bytes += len(blocks.block_ids) * len(parts) * reader.part_bytes
+        self._check_going()
+        return True
+
+    def _own_blocks(self, first_block: int, num_blocks: int) -> Sequence[BlockId]:
+        """Of blocks that have parts; the peer's are of the size of ours."""
+        first = first_block - self._landing.first_block
+        return self._landing.blocks[first : first + num_blocks]
+
+    def _check_going(self) -> None:
+        """Else the peer may have given the blocks to another while they were read."""
+        if not self._is_going:
+            raise TransferFailed("the handoff ended while blocks were read", reason=Reason.FENCED)
+
+    async def _complete(self, offer: BlocksOffered, places: range) -> list[int]:
+        """Read what is missing of blocks that were read in part; those that do not match."""
+        reader = self._parts
+        if reader is None or not places:
+            return []
+        rest = replace(
+            offer,
+            first_block=offer.first_block + places.start,
+            block_ids=offer.block_ids[places.start :],
+            digests=offer.digests[places.start :],
+        )
+        missing = range(self._num_read_parts, reader.num_parts)
+        if missing and not await self._move_parts(reader, rest, missing):
+            return await self._read(offer, places)
+        indices = [offer.first_block + place for place in places]
+        local_blocks = self._own_blocks(rest.first_block, len(places))
+        found = await reader.digests(self.handoff, indices, local_blocks)
+        self._check_going()
+        both = zip(places, found, strict=True)
+        corrupt = [place for place, digest in both if digest != offer.digests[place]]
+        self.num_corrupt_blocks += len(corrupt)
+        return corrupt
+
     async def _read(self, offer: BlocksOffered, places: Sequence[int]) -> list[int]:
         """Read these places of the offer; returns those that do not match their digests."""
         corrupt = await self._reader.read(
@@ -253,8 +366,7 @@ class HandoffReceiver:
             )
         )
         self.num_bytes += len(places) * self._reader.block_bytes
-        if not self._is_going:  # the peer may have given the blocks to another by then
-            raise TransferFailed("the handoff ended while blocks were read", reason=Reason.FENCED)
+        self._check_going()
         self.num_corrupt_blocks += len(corrupt)
         return [places[number] for number in sorted(corrupt)]
 

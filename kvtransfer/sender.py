@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 from kvtransfer.session import ENDINGS, SAID_BY, Event, HandoffSession, Phase, ProtocolViolation
 from pdserve.domain.ids import BlockId, HandoffId
 from pdserve.domain.invariants import check_invariant
-from pdserve.domain.messages import BlocksOffered, BlocksPulled, Role, StartHandoff
+from pdserve.domain.messages import BlocksForming, BlocksOffered, BlocksPulled, Role, StartHandoff
 from pdserve.engine.kv_store import KvBlocks
 
 PeerT = TypeVar("PeerT", bound=Hashable)
@@ -67,7 +67,10 @@ class HandoffSender:
         self._lease_s = lease_s
         self._ends_at_s = now_s + start.deadline_s  # nobody waits longer, whatever is renewed
         self.renew(now_s)
+        self._first_block = start.first_block
         self._next_offer = start.first_block
+        self._first_forming = self._num_blocks  # blocks from here on are pinned before their offer
+        self.reads_parts = start.reads_parts
         self._next_pull = start.first_block
         self._offered: set[BlockId] = set()
         self._session = HandoffSession(Role.PREFILL)
@@ -80,6 +83,29 @@ class HandoffSender:
     @property
     def is_over(self) -> bool:
         return self._session.is_over
+
+    def form(self, num_computed_tokens: int, num_ready_parts: int) -> BlocksForming | None:
+        """Pin and name the blocks that the prompt's last chunk fills, from that token on.
+
+        Of each the first `num_ready_parts` parts are final. None if the peer has no use for it, it
+        is over, or the blocks are offered.
+        """
+        first = max(num_computed_tokens // self._block_size, self._first_block)
+        if self.is_over or not self.reads_parts or first < self._next_offer:
+            return None
+        is_same = self._first_forming in (first, self._num_blocks)
+        check_invariant(is_same, "one chunk is the last", self.handoff, first)
+        block_ids = tuple(self._block_table.block_ids[first : self._num_blocks])
+        if self._first_forming == self._num_blocks:
+            self._first_forming = first
+            self._block_table.pin(first, self._num_blocks - first)
+            self._offered.update(block_ids)
+        return BlocksForming(
+            handoff=self.handoff,
+            first_block=first,
+            block_ids=block_ids,
+            num_ready_parts=num_ready_parts,
+        )
 
     async def offer(self, num_computed_tokens: int, *, is_last: bool) -> BlocksOffered | None:
         """Pin and describe the blocks that became complete; None if there are none, or it is over.
@@ -99,7 +125,8 @@ class HandoffSender:
             return None
         end = min(end, first + MAX_OFFERED_BLOCKS)
         block_ids = tuple(self._block_table.block_ids[first:end])
-        self._block_table.pin(first, end - first)
+        if (unpinned := min(end, self._first_forming) - first) > 0:
+            self._block_table.pin(first, unpinned)
         digests = await self._memory.digests(self.handoff, range(first, end), block_ids)
         if self.is_over:
             return None

@@ -44,6 +44,7 @@ async def open_prefill_worker(
         max_num_queued=settings.max_num_queued,
         discipline=DISCIPLINES[settings.queue_order or "deadline"],
         lease_s=timers.lease_s,
+        overlap=settings.overlap,
         clock=parts.clock,
         watch=watch,
     )

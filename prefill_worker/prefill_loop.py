@@ -19,12 +19,14 @@ from pdserve.domain.messages import (
     Role,
     WorkerLoad,
 )
+from pdserve.domain.overlap import Overlap
 from pdserve.domain.tokens import Failed
 from pdserve.domain.waiting import Discipline
 from pdserve.engine.block_pool import BlockPool
-from pdserve.engine.contract import Drawn, Engine, StepBatch
+from pdserve.engine.contract import Drawn, Engine, OnLayers, StepBatch
 from pdserve.engine.isolation import run_step
 from pdserve.engine.live_steps import LiveStepTimes
+from pdserve.engine.ranks.ranked_kv import RankedKv
 from pdserve.engine.step_table import StepTable
 from pdserve.observe.watch import NO_PREFILL_WATCH, PrefillWatch
 from pdserve.rpc.streams import PrefillServerLink, send_or_abort
@@ -35,13 +37,19 @@ log = structlog.get_logger(__name__)
 
 Clock = Callable[[], float]
 
+_NUM_PART_MESSAGES = 4  # about how often a prompt's last chunk is told of before it is done
+
 
 class PrefillLoop:
     """Owns the queue, the active prompts and, through `senders`, every block that is offered.
 
     A request is in one place at a time: in the queue, active (blocks reserved, being read), or
     only in `senders` (read; its blocks wait to be pulled).
+
+    A chunk of at most `parts_above_bytes` of KV travels sooner without messages about its layers.
     """
+
+    parts_above_bytes = 1 << 20
 
     def __init__(
         self,
@@ -54,6 +62,7 @@ class PrefillLoop:
         max_num_queued: int,
         discipline: Discipline,
         lease_s: float,
+        overlap: Overlap = "layers",
         clock: Clock,
         watch: PrefillWatch = NO_PREFILL_WATCH,
     ) -> None:
@@ -65,6 +74,7 @@ class PrefillLoop:
         self._max_step_tokens = max_step_tokens
         self._max_num_active = max_num_active
         self._lease_s = lease_s
+        self._overlap = overlap
         self._clock = clock
         self._watch = watch
         self._active: list[PrefillRequest] = []
@@ -214,7 +224,8 @@ class PrefillLoop:
             self._offer(request)
 
     async def _step(self, plan: list[tuple[PrefillRequest, int]]) -> None:
-        batch = StepBatch(tuple(chunk_step(request, count) for request, count in plan))
+        sequences = tuple(chunk_step(request, count) for request, count in plan)
+        batch = StepBatch(sequences, self._on_layers(plan))
         tables = [request.table for request, _ in plan if request.table is not None]
         for table in tables:
             table.enter_step()
@@ -235,6 +246,45 @@ class PrefillLoop:
         for (request, count), drawn in zip(plan, result.sampled, strict=True):
             self._num_tokens += count
             await self._settle(request, count, drawn)
+
+    def _on_layers(self, plan: list[tuple[PrefillRequest, int]]) -> OnLayers | None:
+        """What lets go, layer by layer, the blocks of prompts that this step ends.
+
+        None if there are none, their peers read whole blocks, or nobody here knows of all layers.
+        """
+        layout = self._engine.spec.layout
+        is_whole = not isinstance(self._engine.kv, RankedKv)
+        if self._overlap != "layers" or layout.num_parts == 1 or not is_whole:
+            return None
+        forming = [
+            (request, request.num_computed_tokens)
+            for request, count in plan
+            if count == request.num_tokens_left and request.sender and request.sender.reads_parts
+            if count * layout.block_bytes > self.parts_above_bytes * layout.block_size
+        ]
+        if not forming:
+            return None
+        loop = asyncio.get_running_loop()
+        part_layers = len(layout.layers) // layout.num_parts
+        stride = -(-layout.num_parts // _NUM_PART_MESSAGES)
+
+        def on_layers(num_layers: int) -> None:  # in the engine's thread
+            num_parts, rest = divmod(num_layers, part_layers)
+            if rest == 0 and (num_parts % stride == 0 or num_parts == layout.num_parts):
+                loop.call_soon_threadsafe(self._form, forming, num_parts)
+
+        return on_layers
+
+    def _form(self, forming: list[tuple[PrefillRequest, int]], num_ready_parts: int) -> None:
+        """Say which parts of blocks are final, while the step that fills them goes on.
+
+        With each prompt comes where its last chunk starts.
+        """
+        for request, start in forming:
+            if request.sender is not None and not _is_over(request):
+                message = request.sender.form(start, num_ready_parts)
+                if message is not None:
+                    self.tell(request.peer, message)
 
     async def _settle(self, request: PrefillRequest, count: int, drawn: Drawn | None) -> None:
         if _is_over(request):
@@ -263,6 +313,8 @@ class PrefillLoop:
         await request.table.publish(request.names[: request.num_computed_tokens // block_size])
 
     def _offer(self, request: PrefillRequest) -> None:
+        if self._overlap == "none" and request.num_tokens_left:
+            return
         self._to_offer[request] = None
         self._has_offers.set()
 

@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from kvtransfer.transports.base import MayRead, OnRead, check_read, ignore
+from kvtransfer.transports.divided import ReadsParts, num_parts_of
 from pdserve.domain.errors import ReadRefused, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
+from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.kv_store import BlockRun, KvStore, bytes_of
 
 
@@ -21,7 +23,7 @@ class MemoryRegionServer:
         self._forget()
 
 
-class MemoryTransport:
+class MemoryTransport(ReadsParts):
     """One object serves all workers of the process; each block takes `block_s()`.
 
     It asks `may_read` of each block, but tells nobody of reads.
@@ -61,13 +63,16 @@ class MemoryTransport:
         local_blocks: Sequence[BlockId],
     ) -> None:
         check_read(region, remote_blocks, memory, local_blocks)
+        num_parts = num_parts_of(region)
         for remote, local in zip(remote_blocks, local_blocks, strict=True):
-            await asyncio.sleep(self.block_s())
+            await asyncio.sleep(self.block_s() / num_parts)
             if (served := self._served.get(region.address["place"])) is None:
                 raise TransferFailed("the peer is gone")
             source, may_read = served
-            if not await may_read([remote]):
+            if not await may_read([BlockId(remote // num_parts)]):
                 raise ReadRefused("the peer refuses: the block is not on offer")
+            if num_parts > 1 and isinstance(source, KvMemory):
+                source = source.divided(num_parts)
             [content] = await bytes_of(source, [remote])
             await memory.copy_in(content, [BlockRun(0, local, 1)])
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from kvtransfer.transports.base import MayRead, OnRead, check_read, ignore
+from kvtransfer.transports.divided import ReadsParts
 from pdserve.domain.errors import LocalFault, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
@@ -113,10 +114,10 @@ def _map_readonly(path: str, num_bytes: int) -> mmap.mmap:
 
 
 def _key(region: RemoteRegion) -> tuple[object, ...]:
-    return (*sorted(region.address.items()), region.num_blocks, region.block_bytes)
+    return (*sorted(region.address.items()), region.num_blocks * region.block_bytes)
 
 
-class ShmTransport:
+class ShmTransport(ReadsParts):
     """Same host, same user, same PID namespace: one copy, no work for the peer."""
 
     name = "shm"

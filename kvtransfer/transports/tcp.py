@@ -10,6 +10,7 @@ from typing import Any
 import structlog
 
 from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, check_read, ignore
+from kvtransfer.transports.divided import ReadsParts, num_parts_of
 from kvtransfer.transports.sockets import recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
     MAX_BLOCKS_PER_REQUEST,
@@ -138,7 +139,7 @@ def _is_quiet(sock: socket.socket) -> bool:
     return False
 
 
-class TcpTransport:
+class TcpTransport(ReadsParts):
     """Serves on `host` and `port` (0: a free one); readers are told the same.
 
     A read fails when its connection does not open within `connect_timeout_s`, nothing moves for
@@ -191,7 +192,9 @@ class TcpTransport:
             async with asyncio.timeout(self._limits.total_timeout_s) as patience:
                 for first in range(0, len(remote_blocks), MAX_BLOCKS_PER_REQUEST):
                     part = slice(first, first + MAX_BLOCKS_PER_REQUEST)
-                    await self._read_part(peer, remote_blocks[part], memory, local_blocks[part])
+                    await self._read_part(
+                        peer, remote_blocks[part], memory, local_blocks[part], num_parts_of(region)
+                    )
         except TimeoutError as error:
             if patience.expired():
                 message = f"the peer took longer than {self._limits.total_timeout_s:g} s"
@@ -226,17 +229,18 @@ class TcpTransport:
         remote_blocks: Sequence[BlockId],
         memory: KvStore,
         local_blocks: Sequence[BlockId],
+        num_parts: int,
     ) -> None:
         num_bytes = len(local_blocks) * memory.layout.block_bytes
         if (targets := memory.host_blocks(local_blocks)) is not None:
             try:
-                await self._recv_blocks(peer, remote_blocks, targets, num_bytes)
+                await self._recv_blocks(peer, remote_blocks, num_parts, targets, num_bytes)
             finally:
                 for target in targets:
                     target.release()
             return
         staging = bytearray(num_bytes)
-        await self._recv_blocks(peer, remote_blocks, [staging], num_bytes)
+        await self._recv_blocks(peer, remote_blocks, num_parts, [staging], num_bytes)
         runs = block_runs(range(len(local_blocks)), local_blocks)
         await memory.copy_in(staging, list(runs))
 
@@ -244,6 +248,7 @@ class TcpTransport:
         self,
         peer: _Connections,
         remote_blocks: Sequence[BlockId],
+        num_parts: int,
         targets: Sequence[bytearray | memoryview],
         num_bytes: int,
     ) -> None:
@@ -257,7 +262,7 @@ class TcpTransport:
             return has_blocks
 
         try:
-            request = encode_request(peer.address.token, self._end, remote_blocks)
+            request = encode_request(peer.address.token, self._end, remote_blocks, num_parts)
             await send_all(sock, [request], self._limits.idle_timeout_s)
             # In one call with the blocks: what a short read waits for is turns of the event loop.
             await recv_all(sock, [header, *targets], self._limits.idle_timeout_s, is_granted)

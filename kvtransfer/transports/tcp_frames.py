@@ -1,7 +1,8 @@
 """What a reader and a server of the tcp transport say to each other.
 
-    request:  | "PDKV" | version u16 | token 16 | reader: epoch u64 | rank u32 | num_blocks u32 |
-              then  | block id u32 | ...
+    request:  | "PDKV" | version u16 | token 16 | reader: epoch u64 | rank u32 |
+              num_parts u16 | num_blocks u32 |
+              then  | block id u32 | ...   of parts, if num_parts of them make a block
     reply:    | status u8 | num_bytes u64 | zeros up to 64 |  then the blocks, one after the other
 
 Integers are little-endian. One request at a time on a connection. Every length is checked before
@@ -22,8 +23,8 @@ TOKEN_BYTES = 16
 MAX_BLOCKS_PER_REQUEST = 16_384
 
 _MAGIC = b"PDKV"
-_VERSION = 2
-_REQUEST = struct.Struct(f"<4sH{TOKEN_BYTES}sQII")
+_VERSION = 3
+_REQUEST = struct.Struct(f"<4sH{TOKEN_BYTES}sQIHI")
 _REPLY = struct.Struct("<BQ55x")
 REQUEST_HEADER_BYTES = _REQUEST.size
 REPLY_HEADER_BYTES = _REPLY.size
@@ -38,23 +39,29 @@ class BadFrame(Exception):
     """Not a frame of this protocol, or not one for this region: the connection is dropped."""
 
 
-def encode_request(token: bytes, reader: End, block_ids: Sequence[BlockId]) -> bytes:
+def encode_request(
+    token: bytes, reader: End, block_ids: Sequence[BlockId], num_parts: int = 1
+) -> bytes:
     is_legal = 0 < len(block_ids) <= MAX_BLOCKS_PER_REQUEST
     check_invariant(is_legal, "a request asks for blocks within the limit", len(block_ids))
-    header = _REQUEST.pack(_MAGIC, _VERSION, token, reader.epoch, reader.rank, len(block_ids))
+    fields = (token, reader.epoch, reader.rank, num_parts, len(block_ids))
+    header = _REQUEST.pack(_MAGIC, _VERSION, *fields)
     return header + struct.pack(f"<{len(block_ids)}I", *block_ids)
 
 
-def decode_request_header(header: bytes | bytearray, token: bytes) -> tuple[End, int]:
-    """Who reads, and how many block ids follow; raises `BadFrame`, also if `token` is another."""
-    magic, version, given, epoch, rank, num_blocks = _REQUEST.unpack(header)
+def decode_request_header(header: bytes | bytearray, token: bytes) -> tuple[End, int, int]:
+    """Who reads, how many make a block of those whose ids follow, and how many ids that are.
+
+    Raises `BadFrame`, also if `token` is another.
+    """
+    magic, version, given, epoch, rank, num_parts, num_blocks = _REQUEST.unpack(header)
     if (magic, version) != (_MAGIC, _VERSION):
         raise BadFrame("not this protocol")
     if not hmac.compare_digest(given, token):
         raise BadFrame("a token of another region, or of another life of this process")
     if not 0 < num_blocks <= MAX_BLOCKS_PER_REQUEST:
         raise BadFrame(f"{num_blocks} blocks in one request")
-    return End(Epoch(epoch), rank), int(num_blocks)
+    return End(Epoch(epoch), rank), int(num_parts), int(num_blocks)
 
 
 def decode_block_ids(body: bytes | bytearray, num_blocks_in_region: int) -> list[BlockId]:

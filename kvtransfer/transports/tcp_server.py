@@ -24,6 +24,7 @@ from pdserve.config.binding import explain_listening, listen
 from pdserve.domain.errors import LocalFault
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
+from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.kv_store import KvStore, bytes_of
 
 log = structlog.get_logger()
@@ -155,7 +156,7 @@ class TcpRegionServer:
 
     async def _receive_request(
         self, sock: socket.socket, wait_s: float
-    ) -> tuple[End, list[BlockId]] | None:
+    ) -> tuple[End, KvStore, list[BlockId]] | None:
         """None if the peer closes, or does not ask for `wait_s`.
 
         One deadline for all of it: a peer that sends a byte now and then is not waited for.
@@ -171,38 +172,59 @@ class TcpRegionServer:
             if num_bytes < end:
                 await recv_all(sock, [memoryview(request)[num_bytes:end]], idle_s)
                 num_bytes = end
-            reader, num_blocks = decode_request_header(request[:end], self._token)
+            reader, num_parts, num_blocks = decode_request_header(request[:end], self._token)
+            memory = self._divided(num_parts)
             end += 4 * num_blocks
             request += bytes(max(0, end - len(request)))
             if num_bytes < end:
                 await recv_all(sock, [memoryview(request)[num_bytes:end]], idle_s)
         if num_bytes > end:
             raise BadFrame("more than one request at a time")
-        block_ids = decode_block_ids(request[REQUEST_HEADER_BYTES:end], self._memory.num_blocks)
-        return reader, block_ids
+        block_ids = decode_block_ids(request[REQUEST_HEADER_BYTES:end], memory.num_blocks)
+        return reader, memory, block_ids
 
-    async def _reply(self, sock: socket.socket, reader: End, block_ids: Sequence[BlockId]) -> None:
-        if not await self._may_read(block_ids):
+    def _divided(self, num_parts: int) -> KvStore:
+        """What is served, in blocks or in parts of them; raises `BadFrame` for other parts."""
+        if num_parts == 1:
+            return self._memory
+        if not isinstance(self._memory, KvMemory) or num_parts != self._memory.layout.num_parts:
+            raise BadFrame(f"blocks in {num_parts} parts")
+        return self._memory.divided(num_parts)
+
+    def _whole(self, memory: KvStore, block_ids: Sequence[BlockId]) -> Sequence[BlockId]:
+        """The blocks that these are, or are parts of."""
+        if memory is self._memory:
+            return block_ids
+        num_parts = memory.num_blocks // self._memory.num_blocks
+        return list(dict.fromkeys(BlockId(block // num_parts) for block in block_ids))
+
+    async def _reply(
+        self, sock: socket.socket, reader: End, memory: KvStore, block_ids: Sequence[BlockId]
+    ) -> None:
+        blocks = tuple(self._whole(memory, block_ids))
+        if not await self._may_read(blocks):
             self.num_refused_reads += 1
             refusal = encode_reply(Status.NOT_ON_OFFER, 0)
             await send_all(sock, [refusal], self._limits.idle_timeout_s)
             return
-        self._on_read(ReadEvent(reader, tuple(block_ids), is_over=False))
+        self._on_read(ReadEvent(reader, blocks, is_over=False))
         try:
-            await self._send_blocks(sock, block_ids)
+            await self._send_blocks(sock, memory, block_ids)
         finally:
-            self._on_read(ReadEvent(reader, tuple(block_ids), is_over=True))
+            self._on_read(ReadEvent(reader, blocks, is_over=True))
 
-    async def _send_blocks(self, sock: socket.socket, block_ids: Sequence[BlockId]) -> None:
-        block_bytes = self._memory.layout.block_bytes
+    async def _send_blocks(
+        self, sock: socket.socket, memory: KvStore, block_ids: Sequence[BlockId]
+    ) -> None:
+        block_bytes = memory.layout.block_bytes
         batch_size = max(1, BYTES_PER_TURN // block_bytes)
         async with asyncio.timeout(self._limits.total_timeout_s):
             head = encode_reply(Status.OK, len(block_ids) * block_bytes)
             for first in range(0, len(block_ids), batch_size):
                 batch = block_ids[first : first + batch_size]
-                if first and not await self._may_read(batch):
+                if first and not await self._may_read(self._whole(memory, batch)):
                     raise BadFrame("the blocks were taken back while they were sent")
-                blocks = await bytes_of(self._memory, batch)
+                blocks = await bytes_of(memory, batch)
                 await send_all(
                     sock, [head, *blocks] if not first else blocks, self._limits.idle_timeout_s
                 )

@@ -16,13 +16,13 @@ from pdserve.config.processes import (
     BlockSize,
     DecodeLimits,
     EngineSettings,
+    PrefillLimits,
     ProcessSettings,
     RouterLimits,
     RouterPorts,
     RouterSettings,
     ServedModel,
     Transports,
-    WorkerLimits,
     WorkerSettings,
 )
 from pdserve.domain.addresses import is_loopback
@@ -63,7 +63,7 @@ class WorkerPool(Settings):
         return worker.model_copy(update=own)
 
 
-class PrefillPool(WorkerLimits, WorkerPool):
+class PrefillPool(PrefillLimits, WorkerPool):
     """Workers that read prompts. With 0 replicas the decode workers read them (colocated)."""
 
 

@@ -15,6 +15,7 @@ from pdserve.domain.addresses import MAX_PORT
 from pdserve.domain.latency import StepCoefficients
 from pdserve.domain.layout import MAX_BLOCK_SIZE
 from pdserve.domain.messages import READS_OF_ROLE, Reads, Role
+from pdserve.domain.overlap import Overlap
 from pdserve.domain.pair_cost import PolicyName
 from pdserve.domain.waiting import QueueOrder
 
@@ -330,6 +331,16 @@ class WorkerLimits(Settings):
     max_step_tokens: int = Field(512, ge=1, description="prompt tokens in one engine step at most")
 
 
+class PrefillLimits(WorkerLimits):
+    """What only prefill workers heed is in it, too."""
+
+    overlap: Overlap = Field(
+        "layers",
+        description="when a prompt's KV travels: chunks (after each chunk), layers (within the "
+        "last one, too), none (once all is read)",
+    )
+
+
 class DecodeLimits(WorkerLimits):
     """What only decode workers heed is in it, too."""
 
@@ -341,7 +352,7 @@ class DecodeLimits(WorkerLimits):
     )
 
 
-class WorkerSettings(ProcessSettings, DecodeLimits, Transports, WorkerPlace):
+class WorkerSettings(ProcessSettings, PrefillLimits, DecodeLimits, Transports, WorkerPlace):
     """One prefill or decode worker."""
 
     cpus: tuple[int, ...] = Field(

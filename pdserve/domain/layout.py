@@ -11,6 +11,9 @@ MAX_DTYPE_CHARS = 16
 MAX_BLOCK_SIZE = 1024  # tokens; whoever reads blocks of a peer has room for at least one
 MAX_SIZE = 2**32 - 1
 
+_ALIGNED_BYTES = 8
+_ENOUGH_PARTS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class LayerKv:
@@ -76,6 +79,24 @@ class KvLayout:
     def layer_offset_bytes(self, layer: int) -> int:
         values = sum(kv.num_values_per_token for kv in self.layers[:layer])
         return values * self.block_size * self.item_bytes
+
+    @property
+    def num_parts(self) -> int:
+        """How many parts, of equally many layers and bytes, a block can be moved in; 1: none.
+
+        At least four if the number of layers allows it.
+        """
+        num_layers = len(self.layers)
+        if len(set(self.layers)) > 1 or self.block_bytes // num_layers % _ALIGNED_BYTES:
+            return 1
+        divisors = [parts for parts in range(1, num_layers + 1) if num_layers % parts == 0]
+        return next((parts for parts in divisors if parts >= _ENOUGH_PARTS), num_layers)
+
+    def part(self, num_parts: int) -> "KvLayout":
+        """Of memory whose blocks are parts of this one's: part p of block b is block
+        `b * num_parts + p` of it.
+        """
+        return replace(self, layers=self.layers[: len(self.layers) // num_parts])
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return num_blocks_for(num_tokens, self.block_size)

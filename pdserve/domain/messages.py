@@ -116,6 +116,20 @@ class StartHandoff:
     first_block: int
     sampling: SamplingParams
     deadline_s: float
+    reads_parts: bool = False  # also `BlocksForming` is of use
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlocksForming:
+    """The prompt's last blocks are being computed; the first parts of each can be read.
+
+    What is read so is checked with the block's digest, once the block is offered.
+    """
+
+    handoff: HandoffId
+    first_block: int
+    block_ids: tuple[BlockId, ...]
+    num_ready_parts: int  # of `KvLayout.num_parts`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +179,7 @@ class HandoffFailed:
 
 
 DecodeToPrefill = HandoffHello | StartHandoff | BlocksPulled | RenewLeases | EndHandoff
-PrefillToHandoff = HandoffRefused | BlocksOffered | PrefillDone | HandoffFailed
+PrefillToHandoff = HandoffRefused | BlocksForming | BlocksOffered | PrefillDone | HandoffFailed
 PrefillToDecode = HandoffHello | PrefillToHandoff
 
 

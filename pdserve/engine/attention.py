@@ -7,7 +7,7 @@ of the model, because some models drop arguments that they do not know (StableLM
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -55,6 +55,22 @@ class AttentionTarget(Protocol):
     def attend(self, call: AttentionCall) -> Tensor:
         """Return [rows, heads, v_head_dim]."""
         ...
+
+
+class ToldLayers:
+    """`inner`, telling how many layers from the first on are done. Satisfies `AttentionTarget`."""
+
+    def __init__(self, inner: AttentionTarget, on_layers: Callable[[int], None]) -> None:
+        self._inner = inner
+        self._on_layers = on_layers
+        self._num_done = 0
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        result = self._inner.attend(call)
+        if call.layer == self._num_done:
+            self._num_done += 1
+            self._on_layers(self._num_done)
+        return result
 
 
 class _Current(threading.local):

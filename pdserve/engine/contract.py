@@ -1,6 +1,7 @@
 """What a worker asks of an engine, and what it gets back."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from pdserve.domain.engine_spec import EngineSpec, StepPath
@@ -58,9 +59,18 @@ class SampleStep:
         return self.params.logprobs is None and self.token_index >= self.params.min_tokens
 
 
+OnLayers = Callable[[int], None]
+
+
 @dataclass(frozen=True, slots=True)
 class StepBatch:
+    """`on_layers`, if the engine can tell, hears how many layers have their final KV of this batch.
+
+    It is called from any thread, each time with more of the layers of the engine's own KV.
+    """
+
     sequences: tuple[SequenceStep, ...]
+    on_layers: OnLayers | None = field(default=None, compare=False)
 
     def shape(self) -> StepShape:
         """A one-token chunk that draws an answer's second or later token counts as decode.

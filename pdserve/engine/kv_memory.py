@@ -130,6 +130,13 @@ class KvMemory:
 
         return await self._work(len(block_ids), check)
 
+    def divided(self, num_parts: int) -> "KvMemory":
+        """The same bytes as memory of parts of blocks (`KvLayout.part`); this one stays the owner.
+
+        What is made here is not to be used after `close` of this one.
+        """
+        return _DividedMemory(self, num_parts)
+
     def close(self) -> None:
         """Give the memory back once no view of it is left; safe to call twice."""
         if self.fd is not None:
@@ -138,3 +145,16 @@ class KvMemory:
         self.bytes.release()
         with contextlib.suppress(BufferError):  # an engine's tensor still views it: freed with it
             self._map.close()
+
+
+class _DividedMemory(KvMemory):
+    def __init__(self, whole: KvMemory, num_parts: int) -> None:
+        self.layout = whole.layout.part(num_parts)
+        self.num_blocks = whole.num_blocks * num_parts
+        self.num_bytes = whole.num_bytes
+        self.fd = whole.fd
+        self.bytes = whole.bytes
+        self._holds_numbers = whole._holds_numbers
+
+    def close(self) -> None:
+        """The whole's owner closes it."""

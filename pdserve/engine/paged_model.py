@@ -11,9 +11,9 @@ from torch import Tensor
 from pdserve.domain.ids import BlockId
 from pdserve.domain.layout import KvLayout
 from pdserve.domain.sampling import SamplingParams
-from pdserve.engine.attention import AttentionTarget, attending
+from pdserve.engine.attention import AttentionTarget, ToldLayers, attending
 from pdserve.engine.backend import BatchAttention, HostBackend, ModelBackend
-from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
+from pdserve.engine.contract import OnLayers, SampleStep, SequenceStep, StepBatch
 from pdserve.engine.kv_store import KvStore
 from pdserve.engine.length_probe import (
     candidate_switches,
@@ -133,12 +133,13 @@ class PagedModel:
         self.attention = self._backend.attention(self.kv)
 
     @torch.inference_mode()
-    def forward(self, batch: StepBatch) -> Tensor:
+    def forward(self, batch: StepBatch, on_layers: OnLayers | None = None) -> Tensor:
         """Compute all tokens, write their KV; logits [sequences that sample, vocabulary].
 
-        Ranks of other stages than the last give numbers that mean nothing.
+        Ranks of other stages than the last give numbers that mean nothing. `on_layers` is for a
+        host whose attention is done when it returns.
         """
-        return self.forward_over(self.attention, batch)
+        return self.forward_over(self.attention, batch, on_layers)
 
     def run(self, token_ids: Tensor, positions: Tensor, target: AttentionTarget) -> Tensor:
         """One pass over rows that are all on its device; logits [rows, vocabulary] of all."""
@@ -158,11 +159,16 @@ class PagedModel:
         self.close_kv()
 
     @torch.inference_mode()
-    def forward_over(self, attention: BatchAttention, batch: StepBatch) -> Tensor:
-        """One pass for the sequences of each regime: the library computes a pass by one length."""
+    def forward_over(
+        self, attention: BatchAttention, batch: StepBatch, on_layers: OnLayers | None = None
+    ) -> Tensor:
+        """One pass for the sequences of each regime: the library computes a pass by one length.
+
+        Of several passes none is told of layer by layer.
+        """
         regimes = [self.length_rule.regime(each.length) for each in batch.sequences]
         if len(set(regimes)) == 1:
-            return self._pass(batch, regimes[0], attention)
+            return self._pass(batch, regimes[0], attention, on_layers)
         logits, places = [], []
         sampling = [own for each, own in zip(batch.sequences, regimes, strict=True) if each.sample]
         for regime in sorted(set(regimes)):
@@ -173,7 +179,13 @@ class PagedModel:
         order = torch.tensor(places, dtype=torch.long).argsort()
         return torch.cat(logits).index_select(0, order.to(logits[0].device))
 
-    def _pass(self, batch: StepBatch, regime: int, attention: BatchAttention) -> Tensor:
+    def _pass(
+        self,
+        batch: StepBatch,
+        regime: int,
+        attention: BatchAttention,
+        on_layers: OnLayers | None = None,
+    ) -> Tensor:
         packed = pack(batch, attention.block_size)
         spare_position = None
         if regime > self.length_rule.regime(int(packed.positions.max()) + 1):
@@ -182,7 +194,8 @@ class PagedModel:
         inputs = attention.inputs(packed, spare_position)
         rows = inputs.sampled_rows
         kept = {"logits_to_keep": rows if len(rows) else 1} if self._keeps_rows else {}
-        with attending(inputs.target):
+        target = inputs.target if on_layers is None else ToldLayers(inputs.target, on_layers)
+        with attending(target):
             logits = run_packed(self._model, inputs.token_ids, inputs.positions, **kept)
         if not self._keeps_rows:
             logits = logits.index_select(0, rows)

@@ -25,7 +25,7 @@ from pdserve.domain.invariants import check_invariant
 from pdserve.domain.latency import StepLatency
 from pdserve.domain.layout import KvLayout
 from pdserve.domain.tokens import Failed, SampledToken
-from pdserve.engine.contract import Drawn, SampleStep, SequenceStep, StepBatch, StepResult
+from pdserve.engine.contract import Drawn, OnLayers, SampleStep, SequenceStep, StepBatch, StepResult
 from pdserve.engine.kv_memory import KvMemory
 from pdserve.engine.mixing import GOLDEN, Words, mix, mix_ints
 from pdserve.engine.model_files import ModelFiles
@@ -72,26 +72,45 @@ class TimedEngine:
     async def step(self, batch: StepBatch) -> StepResult:
         """Sleep for the predicted time, then write KV and draw.
 
-        A cancelled call writes nothing, and the next one still waits until its time is over.
+        If layers are told of, each takes an equal part of the time, and is written after it. A
+        cancelled call writes no more, and the next one still waits until its time is over.
         """
         loop = asyncio.get_running_loop()
         elapsed_s = self.coefficients.step_s(batch.shape())
         self._free_at_s = max(loop.time(), self._free_at_s) + elapsed_s
+        if batch.on_layers is not None:
+            await self._write_by_layer(batch, batch.on_layers, elapsed_s)
         await asyncio.sleep(self._free_at_s - loop.time())
         return StepResult(tuple(self._run(each) for each in batch.sequences), elapsed_s)
+
+    async def _write_by_layer(
+        self, batch: StepBatch, on_layers: OnLayers, elapsed_s: float
+    ) -> None:
+        loop, num_layers = asyncio.get_running_loop(), len(self.spec.layout.layers)
+        began_s = self._free_at_s - elapsed_s
+        for layer in range(num_layers):
+            await asyncio.sleep(began_s + elapsed_s * (layer + 1) / num_layers - loop.time())
+            for each in batch.sequences:
+                self._write(each, layer)
+            on_layers(layer + 1)
 
     def close(self) -> None:
         self._tags.close()
         self.kv.close()
 
-    def _run(self, sequence: SequenceStep) -> Drawn | None:
-        start, end = sequence.start, sequence.start + len(sequence.token_ids)
-        table = np.asarray(sequence.block_table, dtype=np.int64)
+    def _write(self, sequence: SequenceStep, layer: int | None = None) -> None:
+        """KV of all layers, or of one."""
+        start, table = sequence.start, np.asarray(sequence.block_table, dtype=np.int64)
         before = self._tags.read_state(table, start - 1) if start else self._seed
         states = _advance(before, sequence.token_ids)
-        self._tags.write(table, start, _tags(states, self._tags.num_tags))
+        self._tags.write(table, start, _tags(states, self._tags.num_tags), layer)
+
+    def _run(self, sequence: SequenceStep) -> Drawn | None:
+        self._write(sequence)
         if sequence.sample is None:
             return None
+        end = sequence.start + len(sequence.token_ids)
+        table = np.asarray(sequence.block_table, dtype=np.int64)
         return _draw(self.spec, _fold(self._tags.read(table, end)), sequence.sample)
 
 
@@ -129,10 +148,13 @@ class _TagMemory:
         blocks, offsets = np.divmod(np.arange(start, end), self._block_size)
         return table[blocks][:, None], offsets
 
-    def write(self, table: npt.NDArray[np.int64], start: int, tags: Words) -> None:
-        """`tags`: [positions, num_tags], from position `start`."""
+    def write(
+        self, table: npt.NDArray[np.int64], start: int, tags: Words, layer: int | None = None
+    ) -> None:
+        """`tags`: [positions, num_tags], from position `start`; those of one layer, or all."""
         blocks, offsets = self._slots(table, start, start + len(tags))
-        self._words[blocks, self._columns[offsets]] = tags[:, self._owners]
+        own = slice(None) if layer is None else self._owners // 2 == layer
+        self._words[blocks, self._columns[offsets][:, own]] = tags[:, self._owners[own]]
 
     def read(self, table: npt.NDArray[np.int64], end: int) -> Words:
         """Tags of positions 0 to `end` - 1: [positions, num_tags]."""

@@ -76,7 +76,7 @@ class HostStepper:
         self._draws = draws
 
     def submit(self, batch: StepBatch) -> "Computed":
-        logits = self._model.forward(batch)
+        logits = self._model.forward(batch, batch.on_layers)
         if not self._draws:
             return Computed([])
         steps = [each.sample for each in batch.sequences if each.sample is not None]

@@ -272,6 +272,7 @@ def to_prefill_proto(message: m.DecodeToPrefill) -> prefill_pb2.DecodeToPrefill:
                 first_block=message.first_block,
                 sampling=message_of(types_pb2.SamplingParams, message.sampling),
                 deadline_s=message.deadline_s,
+                reads_parts=message.reads_parts,
             )
             _extend(start.prompt_token_ids, message.prompt_token_ids)
             return envelope(start=start)
@@ -319,6 +320,9 @@ def to_decode_proto(message: m.PrefillToDecode) -> prefill_pb2.PrefillToDecode:
                 failure=message_of(types_pb2.Failure, message.failure),
             )
             return envelope(refused=refused)
+        case m.BlocksForming():
+            handoff = handoff_to_proto(message.handoff)
+            return envelope(forming=message_of(prefill_pb2.BlocksForming, message, handoff=handoff))
         case m.BlocksOffered():
             handoff = handoff_to_proto(message.handoff)
             return envelope(offered=message_of(prefill_pb2.BlocksOffered, message, handoff=handoff))
@@ -346,6 +350,13 @@ def from_prefill_proto(message: prefill_pb2.PrefillToDecode) -> m.PrefillToDecod
             return m.HandoffRefused(
                 handoff=handoff_from_proto(message.refused.handoff),
                 failure=failure_from_proto(message.refused.failure),
+            )
+        case "forming":
+            return value_of(
+                m.BlocksForming,
+                message.forming,
+                handoff=handoff_from_proto(message.forming.handoff),
+                block_ids=tuple(message.forming.block_ids),
             )
         case "offered":
             return value_of(

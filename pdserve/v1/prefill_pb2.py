@@ -26,7 +26,7 @@ from pdserve.v1 import layout_pb2 as pdserve_dot_v1_dot_layout__pb2
 from pdserve.v1 import types_pb2 as pdserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pdserve/v1/prefill.proto\x12\npdserve.v1\x1a\x17pdserve/v1/layout.proto\x1a\x16pdserve/v1/types.proto\"?\n\tHandoffId\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05retry\x18\x03 \x01(\r\"\xef\x01\n\x0f\x44\x65\x63odeToPrefill\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.HandoffHelloH\x00\x12)\n\x05start\x18\x02 \x01(\x0b\x32\x18.pdserve.v1.StartHandoffH\x00\x12*\n\x06pulled\x18\x03 \x01(\x0b\x32\x18.pdserve.v1.BlocksPulledH\x00\x12(\n\x05renew\x18\x04 \x01(\x0b\x32\x17.pdserve.v1.RenewLeasesH\x00\x12%\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x16.pdserve.v1.EndHandoffH\x00\x42\t\n\x07message\"\xfa\x01\n\x0fPrefillToDecode\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.HandoffHelloH\x00\x12-\n\x07refused\x18\x02 \x01(\x0b\x32\x1a.pdserve.v1.HandoffRefusedH\x00\x12,\n\x07offered\x18\x03 \x01(\x0b\x32\x19.pdserve.v1.BlocksOfferedH\x00\x12\'\n\x04\x64one\x18\x04 \x01(\x0b\x32\x17.pdserve.v1.PrefillDoneH\x00\x12+\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x19.pdserve.v1.HandoffFailedH\x00\x42\t\n\x07message\"\xc7\x01\n\x0cHandoffHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\x12\n\nmodel_hash\x18\x04 \x01(\x0c\x12)\n\x06layout\x18\x07 \x01(\x0b\x32\x19.pdserve.v1.ShardedLayout\x12)\n\x07regions\x18\x06 \x03(\x0b\x32\x18.pdserve.v1.RemoteRegionJ\x04\x08\x05\x10\x06R\x0blayout_hash\"\xc0\x01\n\x0cRemoteRegion\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x36\n\x07\x61\x64\x64ress\x18\x02 \x03(\x0b\x32%.pdserve.v1.RemoteRegion.AddressEntry\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04rank\x18\x05 \x01(\r\x1a.\n\x0c\x41\x64\x64ressEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa7\x01\n\x0cStartHandoff\x12&\n\x07handoff\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.HandoffId\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.pdserve.v1.SamplingParams\x12\x12\n\ndeadline_s\x18\x05 \x01(\x01\"p\n\rBlocksOffered\x12&\n\x07handoff\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.HandoffId\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x0f\n\x07\x64igests\x18\x04 \x03(\x0c\"_\n\x0c\x42locksPulled\x12&\n\x07handoff\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.HandoffId\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\"6\n\x0bRenewLeases\x12\'\n\x08handoffs\x18\x01 \x03(\x0b\x32\x15.pdserve.v1.HandoffId\"4\n\nEndHandoff\x12&\n\x07handoff\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.HandoffId\"^\n\x0eHandoffRefused\x12&\n\x07handoff\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.HandoffId\x12$\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x13.pdserve.v1.Failure\"\x98\x01\n\x0bPrefillDone\x12&\n\x07handoff\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.HandoffId\x12&\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x11.pdserve.v1.Token\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\"]\n\rHandoffFailed\x12&\n\x07handoff\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.HandoffId\x12$\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x13.pdserve.v1.Failure2R\n\x07Prefill\x12G\n\x07Handoff\x12\x1b.pdserve.v1.DecodeToPrefill\x1a\x1b.pdserve.v1.PrefillToDecode(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pdserve/v1/prefill.proto\x12\npdserve.v1\x1a\x17pdserve/v1/layout.proto\x1a\x16pdserve/v1/types.proto\"?\n\tHandoffId\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05retry\x18\x03 \x01(\r\"\xef\x01\n\x0f\x44\x65\x63odeToPrefill\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.HandoffHelloH\x00\x12)\n\x05start\x18\x02 \x01(\x0b\x32\x18.pdserve.v1.StartHandoffH\x00\x12*\n\x06pulled\x18\x03 \x01(\x0b\x32\x18.pdserve.v1.BlocksPulledH\x00\x12(\n\x05renew\x18\x04 \x01(\x0b\x32\x17.pdserve.v1.RenewLeasesH\x00\x12%\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x16.pdserve.v1.EndHandoffH\x00\x42\t\n\x07message\"\xa8\x02\n\x0fPrefillToDecode\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.HandoffHelloH\x00\x12-\n\x07refused\x18\x02 \x01(\x0b\x32\x1a.pdserve.v1.HandoffRefusedH\x00\x12,\n\x07offered\x18\x03 \x01(\x0b\x32\x19.pdserve.v1.BlocksOfferedH\x00\x12\'\n\x04\x64one\x18\x04 \x01(\x0b\x32\x17.pdserve.v1.PrefillDoneH\x00\x12+\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x19.pdserve.v1.HandoffFailedH\x00\x12,\n\x07\x66orming\x18\x06 \x01(\x0b\x32\x19.pdserve.v1.BlocksFormingH\x00\x42\t\n\x07message\"\xc7\x01\n\x0cHandoffHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\x12\n\nmodel_hash\x18\x04 \x01(\x0c\x12)\n\x06layout\x18\x07 \x01(\x0b\x32\x19.pdserve.v1.ShardedLayout\x12)\n\x07regions\x18\x06 \x03(\x0b\x32\x18.pdserve.v1.RemoteRegionJ\x04\x08\x05\x10\x06R\x0blayout_hash\"\xc0\x01\n\x0cRemoteRegion\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x36\n\x07\x61\x64\x64ress\x18\x02 \x03(\x0b\x32%.pdserve.v1.RemoteRegion.AddressEntry\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04rank\x18\x05 \x01(\r\x1a.\n\x0c\x41\x64\x64ressEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xbc\x01\n\x0cStartHandoff\x12&\n\x07handoff\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.HandoffId\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.pdserve.v1.SamplingParams\x12\x12\n\ndeadline_s\x18\x05 \x01(\x01\x12\x13\n\x0breads_parts\x18\x06 \x01(\x08\"x\n\rBlocksForming\x12&\n\x07handoff\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.HandoffId\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x17\n\x0fnum_ready_parts\x18\x04 \x01(\r\"p\n\rBlocksOffered\x12&\n\x07handoff\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.HandoffId\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x0f\n\x07\x64igests\x18\x04 \x03(\x0c\"_\n\x0c\x42locksPulled\x12&\n\x07handoff\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.HandoffId\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\"6\n\x0bRenewLeases\x12\'\n\x08handoffs\x18\x01 \x03(\x0b\x32\x15.pdserve.v1.HandoffId\"4\n\nEndHandoff\x12&\n\x07handoff\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.HandoffId\"^\n\x0eHandoffRefused\x12&\n\x07handoff\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.HandoffId\x12$\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x13.pdserve.v1.Failure\"\x98\x01\n\x0bPrefillDone\x12&\n\x07handoff\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.HandoffId\x12&\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x11.pdserve.v1.Token\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\"]\n\rHandoffFailed\x12&\n\x07handoff\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.HandoffId\x12$\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x13.pdserve.v1.Failure2R\n\x07Prefill\x12G\n\x07Handoff\x12\x1b.pdserve.v1.DecodeToPrefill\x1a\x1b.pdserve.v1.PrefillToDecode(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,29 +40,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODETOPREFILL']._serialized_start=155
   _globals['_DECODETOPREFILL']._serialized_end=394
   _globals['_PREFILLTODECODE']._serialized_start=397
-  _globals['_PREFILLTODECODE']._serialized_end=647
-  _globals['_HANDOFFHELLO']._serialized_start=650
-  _globals['_HANDOFFHELLO']._serialized_end=849
-  _globals['_REMOTEREGION']._serialized_start=852
-  _globals['_REMOTEREGION']._serialized_end=1044
-  _globals['_REMOTEREGION_ADDRESSENTRY']._serialized_start=998
-  _globals['_REMOTEREGION_ADDRESSENTRY']._serialized_end=1044
-  _globals['_STARTHANDOFF']._serialized_start=1047
-  _globals['_STARTHANDOFF']._serialized_end=1214
-  _globals['_BLOCKSOFFERED']._serialized_start=1216
-  _globals['_BLOCKSOFFERED']._serialized_end=1328
-  _globals['_BLOCKSPULLED']._serialized_start=1330
-  _globals['_BLOCKSPULLED']._serialized_end=1425
-  _globals['_RENEWLEASES']._serialized_start=1427
-  _globals['_RENEWLEASES']._serialized_end=1481
-  _globals['_ENDHANDOFF']._serialized_start=1483
-  _globals['_ENDHANDOFF']._serialized_end=1535
-  _globals['_HANDOFFREFUSED']._serialized_start=1537
-  _globals['_HANDOFFREFUSED']._serialized_end=1631
-  _globals['_PREFILLDONE']._serialized_start=1634
-  _globals['_PREFILLDONE']._serialized_end=1786
-  _globals['_HANDOFFFAILED']._serialized_start=1788
-  _globals['_HANDOFFFAILED']._serialized_end=1881
-  _globals['_PREFILL']._serialized_start=1883
-  _globals['_PREFILL']._serialized_end=1965
+  _globals['_PREFILLTODECODE']._serialized_end=693
+  _globals['_HANDOFFHELLO']._serialized_start=696
+  _globals['_HANDOFFHELLO']._serialized_end=895
+  _globals['_REMOTEREGION']._serialized_start=898
+  _globals['_REMOTEREGION']._serialized_end=1090
+  _globals['_REMOTEREGION_ADDRESSENTRY']._serialized_start=1044
+  _globals['_REMOTEREGION_ADDRESSENTRY']._serialized_end=1090
+  _globals['_STARTHANDOFF']._serialized_start=1093
+  _globals['_STARTHANDOFF']._serialized_end=1281
+  _globals['_BLOCKSFORMING']._serialized_start=1283
+  _globals['_BLOCKSFORMING']._serialized_end=1403
+  _globals['_BLOCKSOFFERED']._serialized_start=1405
+  _globals['_BLOCKSOFFERED']._serialized_end=1517
+  _globals['_BLOCKSPULLED']._serialized_start=1519
+  _globals['_BLOCKSPULLED']._serialized_end=1614
+  _globals['_RENEWLEASES']._serialized_start=1616
+  _globals['_RENEWLEASES']._serialized_end=1670
+  _globals['_ENDHANDOFF']._serialized_start=1672
+  _globals['_ENDHANDOFF']._serialized_end=1724
+  _globals['_HANDOFFREFUSED']._serialized_start=1726
+  _globals['_HANDOFFREFUSED']._serialized_end=1820
+  _globals['_PREFILLDONE']._serialized_start=1823
+  _globals['_PREFILLDONE']._serialized_end=1975
+  _globals['_HANDOFFFAILED']._serialized_start=1977
+  _globals['_HANDOFFFAILED']._serialized_end=2070
+  _globals['_PREFILL']._serialized_start=2072
+  _globals['_PREFILL']._serialized_end=2154
 # @@protoc_insertion_point(module_scope)

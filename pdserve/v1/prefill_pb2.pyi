@@ -33,18 +33,20 @@ class DecodeToPrefill(_message.Message):
     def __init__(self, hello: _Optional[_Union[HandoffHello, _Mapping]] = ..., start: _Optional[_Union[StartHandoff, _Mapping]] = ..., pulled: _Optional[_Union[BlocksPulled, _Mapping]] = ..., renew: _Optional[_Union[RenewLeases, _Mapping]] = ..., end: _Optional[_Union[EndHandoff, _Mapping]] = ...) -> None: ...
 
 class PrefillToDecode(_message.Message):
-    __slots__ = ("hello", "refused", "offered", "done", "failed")
+    __slots__ = ("hello", "refused", "offered", "done", "failed", "forming")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     OFFERED_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    FORMING_FIELD_NUMBER: _ClassVar[int]
     hello: HandoffHello
     refused: HandoffRefused
     offered: BlocksOffered
     done: PrefillDone
     failed: HandoffFailed
-    def __init__(self, hello: _Optional[_Union[HandoffHello, _Mapping]] = ..., refused: _Optional[_Union[HandoffRefused, _Mapping]] = ..., offered: _Optional[_Union[BlocksOffered, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ..., failed: _Optional[_Union[HandoffFailed, _Mapping]] = ...) -> None: ...
+    forming: BlocksForming
+    def __init__(self, hello: _Optional[_Union[HandoffHello, _Mapping]] = ..., refused: _Optional[_Union[HandoffRefused, _Mapping]] = ..., offered: _Optional[_Union[BlocksOffered, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ..., failed: _Optional[_Union[HandoffFailed, _Mapping]] = ..., forming: _Optional[_Union[BlocksForming, _Mapping]] = ...) -> None: ...
 
 class HandoffHello(_message.Message):
     __slots__ = ("worker_id", "epoch", "protocol_version", "model_hash", "layout", "regions")
@@ -84,18 +86,32 @@ class RemoteRegion(_message.Message):
     def __init__(self, transport: _Optional[str] = ..., address: _Optional[_Mapping[str, str]] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class StartHandoff(_message.Message):
-    __slots__ = ("handoff", "prompt_token_ids", "first_block", "sampling", "deadline_s")
+    __slots__ = ("handoff", "prompt_token_ids", "first_block", "sampling", "deadline_s", "reads_parts")
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    READS_PARTS_FIELD_NUMBER: _ClassVar[int]
     handoff: HandoffId
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     first_block: int
     sampling: _types_pb2.SamplingParams
     deadline_s: float
-    def __init__(self, handoff: _Optional[_Union[HandoffId, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., first_block: _Optional[int] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    reads_parts: bool
+    def __init__(self, handoff: _Optional[_Union[HandoffId, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., first_block: _Optional[int] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., deadline_s: _Optional[float] = ..., reads_parts: _Optional[bool] = ...) -> None: ...
+
+class BlocksForming(_message.Message):
+    __slots__ = ("handoff", "first_block", "block_ids", "num_ready_parts")
+    HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_READY_PARTS_FIELD_NUMBER: _ClassVar[int]
+    handoff: HandoffId
+    first_block: int
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    num_ready_parts: int
+    def __init__(self, handoff: _Optional[_Union[HandoffId, _Mapping]] = ..., first_block: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., num_ready_parts: _Optional[int] = ...) -> None: ...
 
 class BlocksOffered(_message.Message):
     __slots__ = ("handoff", "first_block", "block_ids", "digests")

@@ -1,7 +1,7 @@
-"""A prefill and a decode worker whose KV lies on the simulated device, through their handoffs."""
+"""Prefill and decode workers that compute, on the simulated device or the CPU: their handoffs."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -18,7 +18,7 @@ from pdserve.engine.device.device_kv import DeviceKv
 from pdserve.engine.torch_engine import TorchEngine
 from pdserve.worker.parts import WorkerParts
 from tests.support.sim_device import SIM, SimRuntime
-from tests.support.worker_pair import BLOCK_SIZE, Sizes, WorkerPair, demo_files
+from tests.support.worker_pair import BLOCK_SIZE, Call, Sizes, WorkerPair, demo_files
 
 PROMPTS = [tuple(Random(seed).randrange(2, 500) for _ in range(5 + 11 * seed)) for seed in range(3)]
 SAMPLING: list[dict[str, Any]] = [
@@ -28,10 +28,12 @@ SAMPLING: list[dict[str, Any]] = [
 ]
 
 
-class DevicePair(WorkerPair):
-    """Workers that compute, their weights and KV on the device, or of one role on the CPU."""
+class ComputingPair(WorkerPair):
+    """Workers that compute, their weights and KV on the device or the CPU."""
 
-    def __init__(self, runtime: SimRuntime, orders: Mapping[Role, BlockOrder | None]) -> None:
+    def __init__(
+        self, orders: Mapping[Role, BlockOrder | None], runtime: SimRuntime | None = None
+    ) -> None:
         """`orders`: of each role's blocks on the device; None: they are the CPU's."""
         super().__init__(Sizes(max_step_tokens=16), timers=Timers())
         self._runtime = runtime
@@ -47,7 +49,7 @@ class DevicePair(WorkerPair):
             demo_files(),
             block_size=BLOCK_SIZE,
             num_blocks=num_blocks,
-            device="cpu" if order is None else self._runtime,
+            device="cpu" if order is None or self._runtime is None else self._runtime,
             block_order=order or BlockOrder.TOKENS,
             limits=limits,
         )
@@ -87,7 +89,7 @@ async def test_kv_of_a_device_goes_through_the_host_and_gives_the_tokens_of_the_
 ) -> None:
     options = [{**each, "max_tokens": 6, "ignore_eos": True} for each in SAMPLING]
     with SimRuntime() as runtime:
-        async with DevicePair(runtime, {Role.PREFILL: prefill, Role.DECODE: decode}) as pair:
+        async with ComputingPair({Role.PREFILL: prefill, Role.DECODE: decode}, runtime) as pair:
             SIM.num_waits = 0
             with runtime.lateness():
                 calls = [
@@ -98,7 +100,25 @@ async def test_kv_of_a_device_goes_through_the_host_and_gives_the_tokens_of_the_
                     await call.completed()
             assert SIM.num_waits == 0
             assert pair.transport.num_reads > 0
+            assert pair.transport.num_reads_of_parts == 0  # the host does not see layers end
+    assert_as_alone(calls)
+
+
+async def test_blocks_that_are_read_while_their_layers_are_computed_give_the_same_tokens() -> None:
+    options = [{**each, "max_tokens": 6, "ignore_eos": True} for each in SAMPLING]
+    async with ComputingPair({Role.PREFILL: None, Role.DECODE: None}) as pair:
+        calls = [pair.submit(prompt, **each) for prompt, each in zip(PROMPTS, options, strict=True)]
+        for call in calls:
+            await call.completed()
+        assert pair.transport.num_reads_of_parts > 0
+        assert pair.handoffs.num_corrupt_blocks == 0
+    assert_as_alone(calls)
+
+
+def assert_as_alone(calls: Sequence[Call]) -> None:
+    """The tokens are those of one engine."""
     on_cpu = TorchEngine.load(demo_files(), block_size=BLOCK_SIZE, num_blocks=64)
-    for call, prompt, each in zip(calls, PROMPTS, options, strict=True):
-        assert call.token_ids == alone(on_cpu, prompt, SamplingParams(**each))
+    for call in calls:
+        submit = call.submit
+        assert call.token_ids == alone(on_cpu, submit.prompt_token_ids, submit.sampling)
     on_cpu.close()

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from decode_worker.building import open_decode_worker
 from kvtransfer.transports.base import MayRead, OnRead, ignore
+from kvtransfer.transports.divided import num_parts_of
 from kvtransfer.transports.memory import MemoryRegionServer, MemoryTransport
 from pdserve.config.processes import CoefficientSettings, EngineSettings, WorkerSettings
 from pdserve.config.timers import Timers
@@ -39,6 +40,7 @@ from pdserve.domain.messages import (
     StepOutputs,
     Submit,
 )
+from pdserve.domain.overlap import Overlap
 from pdserve.domain.sampling import SamplingParams
 from pdserve.domain.tokens import Completed, Failed, SampledToken
 from pdserve.engine.contract import SampleStep, SequenceStep, StepBatch
@@ -143,6 +145,7 @@ class PairTransport(MemoryTransport):
         self.is_corrupt: Callable[[], bool] = lambda: False
         self.asks = True
         self.num_reads = 0
+        self.num_reads_of_parts = 0
         self._registered: list[KvStore] = []
 
     async def register(self, memory: KvStore) -> None:
@@ -165,6 +168,7 @@ class PairTransport(MemoryTransport):
     ) -> None:
         assert memory in self._registered, "read into memory that is not registered"
         self.num_reads += 1
+        self.num_reads_of_parts += num_parts_of(region) > 1
         await super().read(region, remote_blocks, memory, local_blocks)
         for block in local_blocks:
             if self.is_corrupt():
@@ -203,6 +207,7 @@ class PrefillNode:
             self.worker.loop,
             self.worker.pool,
         )
+        self.loop.parts_above_bytes = pair.sizes.parts_above_bytes
         pair.network.listen(self.name, self.service.handle)
 
     def cut(self) -> None:
@@ -298,6 +303,8 @@ class Sizes:
     max_num_waiting: int = 16
     max_local_prefill_tokens: int = 4
     reuses_prefixes: bool = True
+    overlap: Overlap = "layers"
+    parts_above_bytes: int = 0  # the blocks of tests are small
     prefill_steps: StepCoefficients = COEFFICIENTS
     decode_steps: StepCoefficients = COEFFICIENTS
 
@@ -389,6 +396,7 @@ class WorkerPair:
             max_num_requests=sizes.max_num_requests,
             max_num_queued=sizes.max_num_waiting,
             max_local_prefill_tokens=sizes.max_local_prefill_tokens,
+            overlap=sizes.overlap,
             timers=self.timers,
         )
         return WorkerParts(

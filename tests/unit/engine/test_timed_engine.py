@@ -209,3 +209,19 @@ def test_small_vocabulary_gives_as_many_alternatives_as_it_has(engine: TimedEngi
     nothing = replace(spec, eos_token_ids=(0, 1, 2, 3))
     with pytest.raises(ValueError, match="leave no token"):
         timed_tokens(PROMPT, 1, spec=nothing)
+
+
+async def test_layers_that_are_told_of_are_written_and_later_ones_are_not(
+    engine: TimedEngine,
+) -> None:
+    layout, num_layers = engine.spec.layout, len(engine.spec.layout.layers)
+    ends = [layout.layer_offset_bytes(layer) for layer in range(num_layers + 1)]
+    block = engine.kv.block(TABLE[0])
+    told: list[tuple[int, bytes]] = []
+    batch = StepBatch((share(PROMPT, 0, 0),), lambda count: told.append((count, bytes(block))))
+    result = await engine.step(batch)
+    assert [count for count, _ in told] == list(range(1, num_layers + 1))
+    for count, seen in told:
+        assert seen[: ends[count]] == block[: ends[count]]
+        assert not any(seen[ends[count] :])
+    assert result.sampled == (await engine.step(StepBatch((share(PROMPT, 0, 0),)))).sampled

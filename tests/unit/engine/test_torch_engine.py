@@ -322,3 +322,29 @@ def generate_step(prompt: tuple[int, ...]) -> tuple[SequenceStep, ...]:
     table = tuple(BlockId(64 + place) for place in range(-(-len(prompt) // 16)))
     sample = SampleStep(params=GREEDY, token_index=0)
     return (SequenceStep(token_ids=prompt, start=0, block_table=table, sample=sample),)
+
+
+async def test_layers_that_are_told_of_have_their_final_kv(engine: TorchEngine) -> None:
+    """Of two prompts in one step, of which one goes on from an earlier chunk."""
+    layout, num_layers = engine.spec.layout, len(engine.spec.layout.layers)
+    kv = engine.kv
+    assert isinstance(kv, KvMemory)
+    tables = [tuple(map(BlockId, range(first, first + 8))) for first in (0, 8)]
+    first, *_ = PROMPTS
+    chunk = SequenceStep(token_ids=first[:9], start=0, block_table=tables[0])
+    await engine.step(StepBatch((chunk,)))
+    sequences = (
+        SequenceStep(token_ids=first[9:], start=9, block_table=tables[0]),
+        SequenceStep(token_ids=first, start=0, block_table=tables[1]),
+    )
+    used = [block for table in tables for block in table[: layout.num_blocks_for(len(first))]]
+    ends = [layout.layer_offset_bytes(layer) for layer in range(num_layers + 1)]
+    told: list[tuple[int, list[bytes]]] = []
+
+    def on_layers(count: int) -> None:
+        told.append((count, [bytes(kv.block(block)[: ends[count]]) for block in used]))
+
+    await engine.step(StepBatch(sequences, on_layers))
+    assert [count for count, _ in told] == list(range(1, num_layers + 1))
+    for count, seen in told:
+        assert seen == [bytes(kv.block(block)[: ends[count]]) for block in used], count

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import structlog
@@ -10,6 +11,7 @@ import structlog
 from deploy.simulated.virtual_time import virtual
 from kvtransfer.paths import Path, PathRules, open_path
 from kvtransfer.transports import open_transports
+from kvtransfer.transports.divided import PartsRegion, ReadsParts
 from pdserve.config.timers import Timers
 from pdserve.domain.errors import ReadRefused, TransferFailed
 from pdserve.domain.ids import BlockId
@@ -47,6 +49,22 @@ class Named(DirectTransport):
 
     async def close_peer(self, region: RemoteRegion) -> None:
         self.num_closed += 1
+
+
+class NamedParts(Named, ReadsParts):
+    """Takes parts, too; of these it moves none."""
+
+    async def read(
+        self,
+        region: RemoteRegion,
+        remote_blocks: Sequence[BlockId],
+        memory: KvStore,
+        local_blocks: Sequence[BlockId],
+    ) -> None:
+        are_parts = isinstance(region, PartsRegion)
+        region = replace(region, block_bytes=memory.layout.block_bytes) if are_parts else region
+        pairs = ((), ()) if are_parts else (remote_blocks, local_blocks)
+        await super().read(region, pairs[0], memory, pairs[1])
 
 
 @asynccontextmanager
@@ -160,6 +178,33 @@ async def test_a_refusal_is_the_peers_own_word_and_no_failure_of_the_transport()
         with pytest.raises(ReadRefused):
             await read(path, target)
         assert (second.num_tried, path.transport_name) == (0, "first")
+
+
+@virtual
+async def test_parts_go_by_those_that_take_them_and_whole_blocks_by_the_next() -> None:
+    first, second, third = NamedParts("first"), NamedParts("second"), Named("third")
+    async with memories(first, second, third) as (regions, target):
+        path = open_path([first, second, third], regions, RULES)
+        assert path is not None
+
+        async def read_parts() -> bool:
+            return await path.read_parts([BlockId(2)], target, [BlockId(0)], 2)
+
+        assert path.reads_parts
+        assert await read_parts()
+        first.fault = TransferFailed("one")
+        assert await read_parts()
+        assert (first.num_tried, second.num_tried, path.transport_name) == (2, 1, "second")
+        second.fault = TransferFailed("two")
+        assert not await read_parts()
+        assert (third.num_tried, path.transport_name, path.reads_parts) == (0, "third", False)
+        await read(path, target)
+        assert (first.num_tried, second.num_tried, third.num_tried) == (2, 2, 1)
+        await asyncio.sleep(AVOID_S)
+        second.fault = ReadRefused("not on offer")
+        first.fault = TransferFailed("one")
+        with pytest.raises(ReadRefused):
+            await read_parts()
 
 
 @virtual

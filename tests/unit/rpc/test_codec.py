@@ -212,6 +212,7 @@ to_prefill = (
         first_block=uint32,
         sampling=sampling,
         deadline_s=duration,
+        reads_parts=st.booleans(),
     )
     | st.builds(m.BlocksPulled, handoff=handoff, first_block=uint32, num_blocks=uint32)
     | st.builds(m.RenewLeases, st.lists(handoff, max_size=3).map(tuple))
@@ -221,6 +222,13 @@ from_prefill = (
     handoff_hello
     | st.builds(m.HandoffRefused, handoff=handoff, failure=failed)
     | st.builds(m.HandoffFailed, handoff=handoff, failure=failed)
+    | st.builds(
+        m.BlocksForming,
+        handoff=handoff,
+        first_block=uint32,
+        block_ids=tokens,
+        num_ready_parts=uint32,
+    )
     | st.builds(
         m.BlocksOffered,
         handoff=handoff,

@@ -24,11 +24,13 @@ TOKEN = bytes(range(TOKEN_BYTES))
 READER = End(Epoch(2**63 - 1), 7)
 
 
-@given(st.lists(st.integers(0, 999).map(BlockId), min_size=1, max_size=50))
-def test_a_request_reads_back_as_it_was_written(block_ids: list[BlockId]) -> None:
-    frame = encode_request(TOKEN, READER, block_ids)
-    reader, num_blocks = decode_request_header(frame[:REQUEST_HEADER_BYTES], TOKEN)
-    assert reader == READER
+@given(
+    st.lists(st.integers(0, 999).map(BlockId), min_size=1, max_size=50), st.integers(0, 2**16 - 1)
+)
+def test_a_request_reads_back_as_it_was_written(block_ids: list[BlockId], num_parts: int) -> None:
+    frame = encode_request(TOKEN, READER, block_ids, num_parts)
+    reader, parts, num_blocks = decode_request_header(frame[:REQUEST_HEADER_BYTES], TOKEN)
+    assert (reader, parts) == (READER, num_parts)
     body = frame[REQUEST_HEADER_BYTES:]
     assert len(body) == 4 * num_blocks
     assert decode_block_ids(body, 1000) == block_ids
@@ -58,7 +60,7 @@ def test_a_block_beyond_the_region_is_bad() -> None:
 @given(st.binary(min_size=REQUEST_HEADER_BYTES, max_size=REQUEST_HEADER_BYTES))
 def test_no_bytes_make_the_request_decoder_raise_anything_else(header: bytes) -> None:
     with contextlib.suppress(BadFrame):
-        assert 0 < decode_request_header(header, TOKEN)[1] <= MAX_BLOCKS_PER_REQUEST
+        assert 0 < decode_request_header(header, TOKEN)[2] <= MAX_BLOCKS_PER_REQUEST
 
 
 @given(st.binary(min_size=REPLY_HEADER_BYTES, max_size=REPLY_HEADER_BYTES), st.integers(0, 2**40))

@@ -1,0 +1,1 @@
+"""What a handoff costs beside its bytes."""

@@ -1,0 +1,1 @@
+"""How much of the KV's way is seen when it travels beside the computation."""
