@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 import torch
 from torch import Tensor
+from torch.nn import Module, ModuleList
 
 from pdserve.domain.errors import LocalFault
 from pdserve.engine.attention import AttentionCall, attending
@@ -112,15 +113,20 @@ def compile_body(model: Any, compiler: str = INDUCTOR) -> Codes:
 
 
 def _body(model: Any) -> Any:
-    """What has all layers, and no head."""
-    bodies = [
-        child
-        for child in model.children()
-        if any("layer_idx" in vars(module) for module in child.modules())
-    ]
-    if len(bodies) != 1:
+    """The innermost module that has all layers; the head is outside of it."""
+    body = model
+    while True:
+        parts = [child for child in body.children() if _has_layers(child)]
+        if len(parts) != 1 or isinstance(parts[0], ModuleList):
+            break
+        body = parts[0]
+    if body is model:
         raise _refusal(model, "its class does not tell its layers from its head")
-    return bodies[0]
+    return body
+
+
+def _has_layers(part: Module) -> bool:
+    return any("layer_idx" in vars(module) for module in part.modules())
 
 
 def _reason(error: Exception) -> str:

@@ -105,7 +105,10 @@ def test_compiled_layers_compute_the_same_in_any_batch_and_thread(tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
-    ["llama", "gemma2", "gpt_oss", "gpt2", "mixtral", "deepseek_v3", "opt", "llama/longrope"],
+    [
+        *("llama4_text", "gemma2", "gpt_oss", "gpt2", "mixtral", "deepseek_v3", "opt", "biogpt"),
+        *("gpt_neox", "cohere", "nemotron", "qwen3_moe", "llama/longrope"),
+    ],
 )
 def test_models_of_many_kinds_compute_the_same(kind: str, tmp_path: Path) -> None:
     check(kind, tmp_path, TRACED)
