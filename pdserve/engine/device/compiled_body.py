@@ -61,7 +61,7 @@ class CompiledBody:
 
 
 def _own(value: Any) -> Any:
-    """A copy: code is made for one alignment, and either in inference mode or outside of it."""
+    """A copy: it is marked, and begins where memory does, which is the fastest for kernels."""
     if not isinstance(value, Tensor):
         return value
     copied = value.clone()
