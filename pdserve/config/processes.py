@@ -95,6 +95,9 @@ class EngineSettings(ModelChoice):
     block_order: Literal["tokens", "heads"] = Field(
         "tokens", description="what comes first in a KV block; `heads` needs a GPU"
     )
+    compile: bool = Field(
+        False, description="run the layers through torch.compile; needs a GPU and one rank"
+    )
     num_blocks: int | None = Field(
         None,
         ge=1,
@@ -119,6 +122,20 @@ class EngineSettings(ModelChoice):
         if self.block_order == "heads" and (self.device == "cpu" or self.engine != "torch"):
             raise ValueError(
                 f"block_order heads needs engine torch on a GPU; got {self.engine} on {self.device}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_models_on_gpus_are_compiled(self) -> Self:
+        if self.compile and (self.device == "cpu" or self.engine != "torch"):
+            raise ValueError(
+                f"compile needs engine torch on a GPU; got {self.engine} on {self.device}: the "
+                "engine of the CPU has compiled passes of its own"
+            )
+        if self.compile and self.num_ranks > 1:
+            raise ValueError(
+                f"compile needs one rank, and tp {self.tp}, pp {self.pp} are {self.num_ranks}, "
+                "which exchange numbers within layers: that cannot be compiled"
             )
         return self
 

@@ -155,10 +155,70 @@ def _paged_attention(
 
 
 def attend(call: AttentionCall) -> Tensor:
-    """What the target that `attending` has made current answers: [rows, heads, v_head_dim]."""
+    """What the target that `attending` has made current answers: [rows, heads, v_head_dim].
+
+    Compiled code has it as one operator, which finds the target of each pass when it runs.
+    """
+    if torch.compiler.is_compiling():
+        temperature = call.temperature
+        found: Tensor = torch.ops.pdserve.attend(
+            call.query,
+            call.key,
+            call.value,
+            call.sinks,
+            call.layer,
+            call.scaling,
+            call.window,
+            call.chunk,
+            call.softcap,
+            None if temperature is None else [temperature.scale, temperature.span],
+        )
+        return found
     target = _current.target
     assert target is not None, "a model with paged attention runs only inside `attending`"
     return target.attend(call)
+
+
+torch.library.define(
+    "pdserve::attend",
+    "(Tensor query, Tensor key, Tensor value, Tensor? sinks, int layer, float scaling, int window, "
+    "int chunk, float softcap, float[]? temperature) -> Tensor",
+)
+
+
+@torch.library.impl("pdserve::attend", "CompositeExplicitAutograd")
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    layer: int,
+    scaling: float,
+    window: int,
+    chunk: int,
+    softcap: float,
+    temperature: list[float] | None,
+) -> Tensor:
+    call = AttentionCall(
+        layer=layer,
+        query=query,
+        key=key,
+        value=value,
+        scaling=scaling,
+        window=window,
+        chunk=chunk,
+        softcap=softcap,
+        sinks=sinks,
+        temperature=None if temperature is None else Temperature(*temperature),
+    )
+    return attend(call).contiguous()  # as `_shape_alone` says
+
+
+def _shape_alone(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    return query.new_empty(query.shape[1], query.shape[0], value.shape[2])
+
+
+torch.library.register_fake("pdserve::attend", _shape_alone)
 
 
 def _chunk(module: Module) -> int:

@@ -35,6 +35,7 @@ def open_engine(settings: EngineSettings, limits: StepLimits = _LIMITS) -> Engin
             "only the process of a worker starts"
         )
     try:
+        from pdserve.engine.device.compiled_body import INDUCTOR
         from pdserve.engine.torch_engine import TorchEngine
     except ModuleNotFoundError as error:
         raise LocalFault(
@@ -49,6 +50,7 @@ def open_engine(settings: EngineSettings, limits: StepLimits = _LIMITS) -> Engin
         block_order=settings.block_order,
         memory_fraction=settings.memory_fraction,
         limits=limits,
+        compiler=INDUCTOR if settings.compile else None,
     )
 
 

@@ -128,6 +128,7 @@ class TorchEngine:
         block_order: str = BlockOrder.TOKENS,
         memory_fraction: float = 0.9,
         limits: StepLimits = StepLimits(),  # noqa: B008  frozen
+        compiler: str | None = None,
         group: RankGroup | None = None,
     ) -> "TorchEngine":
         """Load weights, and check that the model can be served; `LocalFault` says why if not.
@@ -137,7 +138,8 @@ class TorchEngine:
         (gather and SDPA); `auto` takes numba where it can be used. On a device: see
         `DeviceBackend`. There, steps up to `limits` have room, and `num_blocks` None makes as many
         as `memory_fraction` of the device's memory leaves, with a group that of the fullest rank.
-        `block_order`: a `BlockOrder`; the CPU reads tokens first.
+        `block_order`: a `BlockOrder`; the CPU reads tokens first. `compiler`: of `torch.compile`,
+        for the layers of a whole model on a device; None: as they are.
         """
         item_bytes(dtype)
         _use_one_thread()
@@ -151,6 +153,8 @@ class TorchEngine:
             raise LocalFault(f"block_order {order}: attention on the CPU reads tokens first")
         if num_blocks is None and runtime is None:
             raise LocalFault("num_blocks must be given for the CPU, whose memory others share")
+        if compiler and (runtime is None or group is not None):
+            raise LocalFault("compile: only whole models on a device are compiled")
         draws = group is None or group.place.draws
         room = None if runtime is None else DeviceRoom.of(runtime, memory_fraction)
         loaded = (
@@ -171,6 +175,7 @@ class TorchEngine:
                 attention=attention,
                 order=order,
                 limits=limits,
+                compiler=compiler,
                 draws=draws,
                 group=group,
             )

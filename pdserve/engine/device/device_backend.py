@@ -12,6 +12,7 @@ from pdserve.domain.layout import BlockOrder, KvLayout
 from pdserve.engine.attention import AttentionCall, attending
 from pdserve.engine.backend import BatchAttention, DenseAttention
 from pdserve.engine.contract import StepLimits
+from pdserve.engine.device.compiled_body import Codes, compile_body
 from pdserve.engine.device.device_attention import DeviceAttention
 from pdserve.engine.device.device_kv import DeviceKv
 from pdserve.engine.device.joined_weights import join_linears
@@ -81,10 +82,12 @@ class DeviceBackend:
         order: BlockOrder = BlockOrder.TOKENS,
         *,
         max_num_requests: int = StepLimits().max_num_requests,
+        compiler: str | None = None,
     ) -> None:
         """`attention`: `triton`, `torch` (one operator either way), `dense` (request by request,
         as on the host), or `auto`: Triton where it can be used, else torch. A step draws for
-        `max_num_requests` at most if another one follows it.
+        `max_num_requests` at most if another one follows it. `compiler`: of `torch.compile`, for
+        the model's layers; None leaves them as they are.
         """
         if attention not in KERNELS:
             known = ", ".join(KERNELS)
@@ -96,6 +99,8 @@ class DeviceBackend:
         self.order = order
         self.stager = Stager(runtime)
         self.feed = TokenFeed(runtime, max_num_requests)
+        self.codes: Codes | None = None
+        self._compiler = compiler
         self._kernels = attention
         self._uses_triton = attention == TRITON or (attention == AUTO and not obstacle)
         self._calls: Sequence[AttentionCall] = ()
@@ -108,6 +113,8 @@ class DeviceBackend:
         with attending(recorder), torch.inference_mode():
             run_probe(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
         self._calls = recorder.calls
+        if self._compiler:
+            self.codes = compile_body(model, self._compiler)
 
     def open_kv(self, layout: KvLayout, num_blocks: int) -> DeviceKv:
         return DeviceKv(layout, num_blocks, self.runtime)

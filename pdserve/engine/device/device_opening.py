@@ -58,6 +58,7 @@ def open_on_device(
     attention: str,
     order: BlockOrder,
     limits: StepLimits,
+    compiler: str | None = None,
     draws: bool = True,
     group: RankGroup | None = None,
 ) -> tuple[PagedModel, DeviceStepper]:
@@ -66,7 +67,11 @@ def open_on_device(
     A rank that does not draw gives no tokens. All ranks of `group` do this at once.
     """
     backend = DeviceBackend(
-        room.runtime, attention, order, max_num_requests=limits.max_num_requests
+        room.runtime,
+        attention,
+        order,
+        max_num_requests=limits.max_num_requests,
+        compiler=compiler,
     )
     try:
         model = PagedModel(
@@ -145,6 +150,7 @@ def open_stepper(
         kv_bytes=chosen * layout.block_bytes,
         free_bytes=runtime.free_bytes(),
         is_recorded=is_recorded,
+        is_compiled=backend.codes is not None,
     )
     return stepper
 

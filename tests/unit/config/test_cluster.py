@@ -52,6 +52,11 @@ def problem(data: object) -> str:
             {"block_order": "heads"},
             "block_order heads needs engine torch on a GPU; got torch on cpu",
         ),
+        (
+            {"compile": True},
+            "compile needs engine torch on a GPU; got torch on cpu: the engine of the CPU has comp",
+        ),
+        ({"compile": 3}, "compile: Input should be a valid boolean"),
         ({"block_order": "layers"}, "block_order: Input should be 'tokens' or 'heads'"),
         ({"decode": {"tp": 0}}, "decode.tp: Input should be greater than or equal to 1"),
         (
@@ -193,6 +198,12 @@ def test_one_gpu_is_not_for_many_ranks() -> None:
         {"device": "cuda:1", "tp": 2, "pp": 2}
     )
     EngineSettings.model_validate({"device": "cuda:1"})
+
+
+def test_ranks_are_not_compiled() -> None:
+    said = "compile needs one rank, and tp 2, pp 2 are 4, which exchange numbers within layers"
+    assert said in problem({"compile": True, "device": "cuda", "tp": 2, "pp": 2})
+    EngineSettings.model_validate({"device": "cuda", "compile": "on"})
 
 
 def test_a_pool_may_have_a_hundred_workers_and_each_its_name_and_metrics_port() -> None:
