@@ -20,6 +20,7 @@ from kvtransfer.reading import BlockReader
 from kvtransfer.receiver import HandoffReceiver
 from kvtransfer.transports import worker_transports
 from kvtransfer.transports.base import End
+from kvtransfer.transports.nixl_agent import is_installed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.kv_demand import num_blocks_for
 from pdserve.domain.layout import KvLayout
@@ -38,7 +39,10 @@ from tests.support.rank_threads import RankThreads
 from tests.support.ranked_kv import EPOCH, Ranks, ranks_of
 from tests.support.tiny_models import save_tiny_model, tiny_model
 
-TRANSPORTS = ["shm", "tcp", "collective"]
+NEEDS_NIXL = pytest.mark.skipif(
+    not is_installed(), reason="needs nixl: pip install 'pdserve[nixl]'"
+)
+TRANSPORTS = ["shm", "tcp", "collective", pytest.param("nixl", marks=NEEDS_NIXL)]
 """Those that move KV between two workers of one host."""
 
 DIVISIONS = list(itertools.product([1, 2, 4], [1, 2]))  # tp, pp
