@@ -35,24 +35,28 @@ ON_CPUS = ("engine=torch", "device=cpu")
 
 
 @contextlib.contextmanager
-def running_pods(folder: Path, model: str) -> Iterator[Kubelet]:
+def running_pods(folder: Path) -> Iterator[Kubelet]:
     """Nodes and pods of a prefill worker of TP 8 and a decode worker of TP 16, none created yet."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 16, "num_key_value_heads": 16}
     pools = [
         pool("prefill", 1, gpu="h100_sxm", tp=8, kv_tokens=16384),
         pool("decode", 1, gpu="h100_sxm", tp=16, kv_tokens=16384),
     ]
     path = folder / "plan.yaml"
     path.write_text(yaml.safe_dump(plan(pools=pools, block_size=16)))
-    render(path, folder / "rendered", "--model", model, "--set", "dtype=float32")
-    objects = build(folder / "rendered" / "overlays" / "dev")
-    smoke = build(folder / "rendered" / "smoke")
-    with Kubelet([*objects, *smoke], folder) as running:
-        yield running
+    # Each pod has a /tmp of its own.
+    with tempfile.TemporaryDirectory(prefix="pdserve-model-", dir="/var/tmp") as model:
+        save_tiny_model("llama", Path(model), **sizes)
+        render(path, folder / "rendered", "--model", model, "--set", "dtype=float32")
+        objects = build(folder / "rendered" / "overlays" / "dev")
+        smoke = build(folder / "rendered" / "smoke")
+        with Kubelet([*objects, *smoke], folder) as running:
+            yield running
 
 
 @pytest.fixture(scope="module")
 def kubelet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubelet]:
-    with running_pods(tmp_path_factory.mktemp("rank-pods"), "demo") as running:
+    with running_pods(tmp_path_factory.mktemp("rank-pods")) as running:
         yield running
 
 
@@ -139,10 +143,6 @@ def test_the_loss_of_one_pod_ends_the_others_of_its_group(kubelet: Kubelet) -> N
 @pytest.mark.slow
 def test_both_workers_of_the_real_engine_serve_the_smoke_job(tmp_path: Path) -> None:
     """24 processes of torch: a minute of two cores."""
-    sizes = {"hidden_size": 128, "num_attention_heads": 16, "num_key_value_heads": 16}
-    # Each pod has a /tmp of its own.
-    with tempfile.TemporaryDirectory(prefix="pdserve-model-", dir="/var/tmp") as model:
-        save_tiny_model("llama", Path(model), **sizes)
-        with running_pods(tmp_path, model) as kubelet:
-            code, said = smoke(kubelet, ON_CPUS, 5 * START_S)
-            assert code == 0, said
+    with running_pods(tmp_path) as kubelet:
+        code, said = smoke(kubelet, ON_CPUS, 5 * START_S)
+        assert code == 0, said
