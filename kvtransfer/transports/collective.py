@@ -11,7 +11,6 @@ a slot.
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -19,9 +18,6 @@ import structlog
 from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, check_read, ignore
 from kvtransfer.transports.collective_control import STOP, Control
 from kvtransfer.transports.collective_frames import (
-    MAX_BLOCKS_PER_REQUEST,
-    TOKEN_BYTES,
-    BadFrame,
     Ending,
     Frame,
     Kind,
@@ -33,6 +29,12 @@ from kvtransfer.transports.collective_frames import (
 from kvtransfer.transports.collective_groups import NUM_SLOTS, GlooPair
 from kvtransfer.transports.collective_lane import Lane, LaneLimits, MakeGroup
 from kvtransfer.transports.collective_server import CollectiveRegionServer
+from kvtransfer.transports.requests import (
+    MAX_BLOCKS_PER_REQUEST,
+    BadFrame,
+    TokenAddress,
+    read_within,
+)
 from pdserve.domain.errors import ReadRefused, TransferFailed
 from pdserve.domain.ids import BlockId
 from pdserve.domain.messages import RemoteRegion
@@ -43,31 +45,14 @@ log = structlog.get_logger(__name__)
 GLOO, NCCL = "gloo", "nccl"
 
 
-@dataclass(frozen=True, slots=True)
-class _Address:
-    host: str
-    port: int
-    token: bytes
-    backends: tuple[str, ...]
-
-    @classmethod
-    def of(cls, region: RemoteRegion) -> "_Address":
-        """Raises `TransferFailed` for an address that is none."""
-        try:
-            said = region.address
-            backends = tuple(said["backends"].split(","))
-            parsed = cls(said["host"], int(said["port"]), bytes.fromhex(said["token"]), backends)
-        except (KeyError, ValueError) as error:
-            raise TransferFailed("the peer's address cannot be read") from error
-        if not 0 < parsed.port < 1 << 16 or len(parsed.token) != TOKEN_BYTES or not parsed.host:
-            raise TransferFailed("the peer's address makes no sense")
-        return parsed
+def _backends_of(region: RemoteRegion) -> list[str]:
+    return region.address.get("backends", "").split(",")
 
 
 class _Pair:
     """This process and one region, through one backend. Whoever has the turn uses the lane."""
 
-    def __init__(self, address: _Address, backend: str, make: MakeGroup) -> None:
+    def __init__(self, address: TokenAddress, backend: str, make: MakeGroup) -> None:
         self.address = address
         self.backend = backend
         self.make = make
@@ -87,7 +72,7 @@ class CollectiveTransport:
         self._host = host
         self._limits = limits
         self._end = end
-        self._pairs: dict[tuple[_Address, str], _Pair] = {}
+        self._pairs: dict[tuple[TokenAddress, str], _Pair] = {}
         self._permits = asyncio.Semaphore(limits.max_num_lanes)
         self._num_waiting = 0  # for a permit
         self._tasks: set[asyncio.Task[None]] = set()
@@ -109,7 +94,7 @@ class CollectiveTransport:
         if region.transport != self.name:
             return False
         try:
-            return GLOO in _Address.of(region).backends
+            return bool(TokenAddress.of(region)) and GLOO in _backends_of(region)
         except TransferFailed:
             return False
 
@@ -121,33 +106,26 @@ class CollectiveTransport:
         local_blocks: Sequence[BlockId],
     ) -> None:
         check_read(region, remote_blocks, memory, local_blocks)
-        pair = self._pair(_Address.of(region), memory)
+        pair = self._pair(region, memory)
         if not remote_blocks:
             return
         await pair.turn.acquire()
         try:
-            async with asyncio.timeout(self._limits.total_timeout_s) as patience:
+            limits = self._limits
+            async with read_within(
+                limits.total_timeout_s, limits.idle_timeout_s, lambda: self._drop(pair)
+            ):
                 lane = await self._lane(pair, region.block_bytes)
                 for first in range(0, len(remote_blocks), MAX_BLOCKS_PER_REQUEST):
                     part = slice(first, first + MAX_BLOCKS_PER_REQUEST)
                     await _read_part(lane, remote_blocks[part], memory, local_blocks[part])
-        except TimeoutError as error:
-            self._drop(pair)
-            if patience.expired():
-                message = f"the peer took longer than {self._limits.total_timeout_s:g} s"
-            else:
-                message = f"the peer was silent for {self._limits.idle_timeout_s:g} s"
-            raise TransferFailed(message) from error
-        except (OSError, BadFrame) as error:
-            self._drop(pair)
-            raise TransferFailed("the connection to the peer broke") from error
         finally:
             self._leave(pair)
 
-    def _pair(self, address: _Address, memory: KvStore) -> _Pair:
+    def _pair(self, region: RemoteRegion, memory: KvStore) -> _Pair:
         """That of the region and `memory`, by the fastest backend that moves between the two."""
-        makers = _makers_for(memory)
-        backend = NCCL if NCCL in address.backends and NCCL in makers else GLOO
+        address, makers = TokenAddress.of(region), _makers_for(memory)
+        backend = NCCL if NCCL in _backends_of(region) and NCCL in makers else GLOO
         new = _Pair(address, backend, makers[backend])
         return self._pairs.setdefault((address, backend), new)
 
@@ -267,7 +245,7 @@ class CollectiveTransport:
 
     async def close_peer(self, region: RemoteRegion) -> None:
         try:
-            address = _Address.of(region)
+            address = TokenAddress.of(region)
         except TransferFailed:
             return
         await self._close_pairs([key for key in self._pairs if key[0] == address])
@@ -279,7 +257,7 @@ class CollectiveTransport:
             self._idle_timer.cancel()
             self._idle_timer = None
 
-    async def _close_pairs(self, keys: Sequence[tuple[_Address, str]]) -> None:
+    async def _close_pairs(self, keys: Sequence[tuple[TokenAddress, str]]) -> None:
         pairs = [self._pairs.pop(key) for key in keys]
         for pair in pairs:
             pair.is_closed = True

@@ -7,12 +7,12 @@ from typing import cast
 
 from kvtransfer.transports.collective_frames import (
     HEADER_BYTES,
-    BadFrame,
     Frame,
     Kind,
     decode_header,
     encode,
 )
+from kvtransfer.transports.requests import BadFrame
 
 _MAX_NUM_UNREAD = 128
 """More frames than a correct peer has under way."""

@@ -14,18 +14,22 @@
 Integers are little-endian. Every length is checked before anything is kept for it.
 """
 
-import hmac
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 from kvtransfer.transports.base import End
+from kvtransfer.transports.requests import (
+    MAX_BLOCKS_PER_REQUEST,
+    TOKEN_BYTES,
+    BadFrame,
+    check_greeting,
+    encode_block_ids,
+)
 from pdserve.domain.ids import BlockId, Epoch
 from pdserve.domain.invariants import check_invariant
 
-TOKEN_BYTES = 16
-MAX_BLOCKS_PER_REQUEST = 16_384
 MAX_NUM_KEYS = 64
 """Of one group. gloo and NCCL need a handful."""
 
@@ -66,10 +70,6 @@ class Ending(IntEnum):
     STOPPED = 2
 
 
-class BadFrame(Exception):
-    """Not what a correct peer says: the connection is dropped."""
-
-
 @dataclass(frozen=True, slots=True)
 class Frame:
     kind: Kind
@@ -103,10 +103,7 @@ def decode_hello(body: bytes, token: bytes) -> tuple[End, str]:
     if len(body) != _HELLO.size:
         raise BadFrame("a hello of another length")
     magic, version, given, epoch, rank, backend = _HELLO.unpack(body)
-    if (magic, version) != (_MAGIC, _VERSION):
-        raise BadFrame("not this protocol")
-    if not hmac.compare_digest(given, token):
-        raise BadFrame("a token of another region, or of another life of this process")
+    check_greeting((magic, version, given), (_MAGIC, _VERSION, token))
     return End(Epoch(epoch), rank), backend.rstrip(b"\0").decode("ascii", "replace")
 
 
@@ -122,19 +119,7 @@ def decode_key(body: bytes) -> tuple[str, bytes]:
 
 
 def encode_read(block_ids: Sequence[BlockId]) -> bytes:
-    is_legal = 0 < len(block_ids) <= MAX_BLOCKS_PER_REQUEST
-    check_invariant(is_legal, "a request asks for blocks within the limit", len(block_ids))
-    return encode(Kind.READ, struct.pack(f"<{len(block_ids)}I", *block_ids))
-
-
-def decode_read(body: bytes, num_blocks_in_region: int) -> list[BlockId]:
-    """The ids, all of them within the region; raises `BadFrame`."""
-    if not body or len(body) % 4:
-        raise BadFrame(f"{len(body)} bytes of block ids")
-    block_ids = struct.unpack(f"<{len(body) // 4}I", body)
-    if max(block_ids) >= num_blocks_in_region:
-        raise BadFrame(f"block {max(block_ids)} of {num_blocks_in_region}")
-    return [BlockId(block_id) for block_id in block_ids]
+    return encode(Kind.READ, encode_block_ids(block_ids))
 
 
 def encode_piece(num_blocks: int) -> bytes:

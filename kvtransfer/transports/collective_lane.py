@@ -17,7 +17,6 @@ import structlog
 from kvtransfer.transports.collective_control import MADE, Control
 from kvtransfer.transports.collective_frames import (
     MAX_NUM_KEYS,
-    BadFrame,
     Frame,
     Kind,
     decode_key,
@@ -25,6 +24,7 @@ from kvtransfer.transports.collective_frames import (
 )
 from kvtransfer.transports.collective_groups import ExchangeStore, PairGroup, PairTerms
 from kvtransfer.transports.guard_thread import GuardThread
+from kvtransfer.transports.requests import BadFrame
 from pdserve.domain.invariants import check_invariant
 from pdserve.engine.kv_store import BlockRun, KvStore
 

@@ -9,17 +9,15 @@ import structlog
 from kvtransfer.transports.base import End, MayRead, OnRead, ReadEvent
 from kvtransfer.transports.collective_control import Control
 from kvtransfer.transports.collective_frames import (
-    TOKEN_BYTES,
-    BadFrame,
     Ending,
     Kind,
     decode_hello,
-    decode_read,
     encode_end,
     encode_piece,
 )
 from kvtransfer.transports.collective_groups import NUM_SLOTS
 from kvtransfer.transports.collective_lane import Lane, LaneLimits, MakeGroup
+from kvtransfer.transports.requests import TOKEN_BYTES, BadFrame, decode_block_ids
 from kvtransfer.transports.tcp_server import KEEP_ALIVE_S
 from pdserve.config.binding import explain_listening, listen
 from pdserve.domain.errors import LocalFault
@@ -154,7 +152,7 @@ class CollectiveRegionServer:
         except (ConnectionResetError, TimeoutError):
             return False
         if frame.kind is Kind.READ:
-            ending = await self._reply(lane, reader, decode_read(frame.body, self._num_blocks))
+            ending = await self._reply(lane, reader, decode_block_ids(frame.body, self._num_blocks))
             lane.control.send(encode_end(ending))
         elif frame.kind is not Kind.STOP:  # which may come when all was sent
             raise BadFrame(f"{frame.kind.name} between reads")

@@ -4,19 +4,16 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
 from kvtransfer.transports.base import NOBODY, End, MayRead, OnRead, check_read, ignore
 from kvtransfer.transports.divided import ReadsParts, num_parts_of
+from kvtransfer.transports.requests import MAX_BLOCKS_PER_REQUEST, TokenAddress, read_within
 from kvtransfer.transports.sockets import recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
-    MAX_BLOCKS_PER_REQUEST,
     REPLY_HEADER_BYTES,
-    TOKEN_BYTES,
-    BadFrame,
     Status,
     decode_reply,
     encode_request,
@@ -33,29 +30,10 @@ MAX_IDLE_S = KEEP_ALIVE_S / 2
 """A pooled connection is not used after this: below the server's keep-alive."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Address:
-    host: str
-    port: int
-    token: bytes
-
-    @classmethod
-    def of(cls, region: RemoteRegion) -> "_Address":
-        """Raises `TransferFailed` for an address that is none."""
-        try:
-            address = region.address
-            parsed = cls(address["host"], int(address["port"]), bytes.fromhex(address["token"]))
-        except (KeyError, ValueError) as error:
-            raise TransferFailed("the peer's address cannot be read") from error
-        if not 0 < parsed.port < 1 << 16 or len(parsed.token) != TOKEN_BYTES or not parsed.host:
-            raise TransferFailed("the peer's address makes no sense")
-        return parsed
-
-
 class _Connections:
     """The connections to one peer: `max_num` at most, each with one request at a time."""
 
-    def __init__(self, address: _Address, max_num: int) -> None:
+    def __init__(self, address: TokenAddress, max_num: int) -> None:
         self.address = address
         self.slots = asyncio.Semaphore(max_num)
         self._idle: list[tuple[socket.socket, float]] = []
@@ -157,7 +135,7 @@ class TcpTransport(ReadsParts):
         self._port = port
         self._end = end
         self._limits = limits
-        self._peers: dict[_Address, _Connections] = {}
+        self._peers: dict[TokenAddress, _Connections] = {}
 
     async def register(self, memory: KvStore) -> None:
         """What is not the host's memory goes through a copy."""
@@ -172,7 +150,7 @@ class TcpTransport(ReadsParts):
     def can_reach(self, region: RemoteRegion) -> bool:
         """Whether it is a TCP address; whether anyone answers shows at the first read."""
         with contextlib.suppress(TransferFailed):
-            return region.transport == self.name and bool(_Address.of(region))
+            return region.transport == self.name and bool(TokenAddress.of(region))
         return False
 
     async def read(
@@ -183,26 +161,18 @@ class TcpTransport(ReadsParts):
         local_blocks: Sequence[BlockId],
     ) -> None:
         check_read(region, remote_blocks, memory, local_blocks)
-        address = _Address.of(region)
+        address = TokenAddress.of(region)
         if (peer := self._peers.get(address)) is None:
             peer = _Connections(address, self._limits.max_num_connections_per_peer)
             self._peers[address] = peer
         await self._take_slot(peer)
         try:
-            async with asyncio.timeout(self._limits.total_timeout_s) as patience:
+            async with read_within(self._limits.total_timeout_s, self._limits.idle_timeout_s):
                 for first in range(0, len(remote_blocks), MAX_BLOCKS_PER_REQUEST):
                     part = slice(first, first + MAX_BLOCKS_PER_REQUEST)
                     await self._read_part(
                         peer, remote_blocks[part], memory, local_blocks[part], num_parts_of(region)
                     )
-        except TimeoutError as error:
-            if patience.expired():
-                message = f"the peer took longer than {self._limits.total_timeout_s:g} s"
-            else:
-                message = f"the peer was silent for {self._limits.idle_timeout_s:g} s"
-            raise TransferFailed(message) from error
-        except (OSError, BadFrame) as error:
-            raise TransferFailed("the connection to the peer broke") from error
         finally:
             peer.slots.release()
 
@@ -274,7 +244,7 @@ class TcpTransport(ReadsParts):
             raise ReadRefused("the peer refuses: the blocks are not on offer")
 
     async def close_peer(self, region: RemoteRegion) -> None:
-        peer = self._peers.pop(_Address.of(region), None)
+        peer = self._peers.pop(TokenAddress.of(region), None)
         if peer is not None:
             peer.close()
 

@@ -10,17 +10,19 @@ anything is read or allocated for it. The zeros keep the blocks aligned with cac
 kernel's copies are a tenth faster for.
 """
 
-import hmac
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
 
 from kvtransfer.transports.base import End
+from kvtransfer.transports.requests import (
+    MAX_BLOCKS_PER_REQUEST,
+    TOKEN_BYTES,
+    BadFrame,
+    check_greeting,
+    encode_block_ids,
+)
 from pdserve.domain.ids import BlockId, Epoch
-from pdserve.domain.invariants import check_invariant
-
-TOKEN_BYTES = 16
-MAX_BLOCKS_PER_REQUEST = 16_384
 
 _MAGIC = b"PDKV"
 _VERSION = 3
@@ -35,18 +37,12 @@ class Status(IntEnum):
     NOT_ON_OFFER = 1
 
 
-class BadFrame(Exception):
-    """Not a frame of this protocol, or not one for this region: the connection is dropped."""
-
-
 def encode_request(
     token: bytes, reader: End, block_ids: Sequence[BlockId], num_parts: int = 1
 ) -> bytes:
-    is_legal = 0 < len(block_ids) <= MAX_BLOCKS_PER_REQUEST
-    check_invariant(is_legal, "a request asks for blocks within the limit", len(block_ids))
+    body = encode_block_ids(block_ids)
     fields = (token, reader.epoch, reader.rank, num_parts, len(block_ids))
-    header = _REQUEST.pack(_MAGIC, _VERSION, *fields)
-    return header + struct.pack(f"<{len(block_ids)}I", *block_ids)
+    return _REQUEST.pack(_MAGIC, _VERSION, *fields) + body
 
 
 def decode_request_header(header: bytes | bytearray, token: bytes) -> tuple[End, int, int]:
@@ -55,21 +51,10 @@ def decode_request_header(header: bytes | bytearray, token: bytes) -> tuple[End,
     Raises `BadFrame`, also if `token` is another.
     """
     magic, version, given, epoch, rank, num_parts, num_blocks = _REQUEST.unpack(header)
-    if (magic, version) != (_MAGIC, _VERSION):
-        raise BadFrame("not this protocol")
-    if not hmac.compare_digest(given, token):
-        raise BadFrame("a token of another region, or of another life of this process")
+    check_greeting((magic, version, given), (_MAGIC, _VERSION, token))
     if not 0 < num_blocks <= MAX_BLOCKS_PER_REQUEST:
         raise BadFrame(f"{num_blocks} blocks in one request")
     return End(Epoch(epoch), rank), int(num_parts), int(num_blocks)
-
-
-def decode_block_ids(body: bytes | bytearray, num_blocks_in_region: int) -> list[BlockId]:
-    """The ids, all of them within the region; raises `BadFrame`."""
-    block_ids = struct.unpack(f"<{len(body) // 4}I", body)
-    if max(block_ids) >= num_blocks_in_region:
-        raise BadFrame(f"block {max(block_ids)} of {num_blocks_in_region}")
-    return [BlockId(block_id) for block_id in block_ids]
 
 
 def encode_reply(status: Status, num_bytes: int) -> bytes:

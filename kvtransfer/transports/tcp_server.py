@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import structlog
 
 from kvtransfer.transports.base import End, MayRead, OnRead, ReadEvent
+from kvtransfer.transports.requests import TOKEN_BYTES, BadFrame, decode_block_ids
 from kvtransfer.transports.sockets import BYTES_PER_TURN, recv_all, send_all
 from kvtransfer.transports.tcp_frames import (
     REQUEST_HEADER_BYTES,
-    TOKEN_BYTES,
-    BadFrame,
     Status,
-    decode_block_ids,
     decode_request_header,
     encode_reply,
 )

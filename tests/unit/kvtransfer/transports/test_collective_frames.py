@@ -11,7 +11,6 @@ from kvtransfer.transports.base import End
 from kvtransfer.transports.collective_frames import (
     HEADER_BYTES,
     MAX_BYTES,
-    BadFrame,
     Ending,
     Kind,
     decode_end,
@@ -19,13 +18,13 @@ from kvtransfer.transports.collective_frames import (
     decode_hello,
     decode_key,
     decode_piece,
-    decode_read,
     encode_end,
     encode_hello,
     encode_key,
     encode_piece,
     encode_read,
 )
+from kvtransfer.transports.requests import BadFrame, decode_block_ids
 from pdserve.domain.ids import BlockId, Epoch
 
 TOKEN = bytes(range(16))
@@ -49,7 +48,7 @@ def test_a_hello_says_who_reads_and_through_what(epoch: int, rank: int, backend:
 def test_keys_read_ids_pieces_and_endings_come_back(key: str, value: bytes) -> None:
     assert decode_key(body_of(encode_key(key, value), Kind.KEY)) == (key, value)
     ids = [BlockId(7), BlockId(0), BlockId(7)]
-    assert decode_read(body_of(encode_read(ids), Kind.READ), 8) == ids
+    assert decode_block_ids(body_of(encode_read(ids), Kind.READ), 8) == ids
     assert decode_piece(body_of(encode_piece(3), Kind.PIECE), 3) == 3
     for ending in Ending:
         assert decode_end(body_of(encode_end(ending), Kind.END)) is ending
@@ -67,9 +66,9 @@ def test_keys_read_ids_pieces_and_endings_come_back(key: str, value: bytes) -> N
         lambda: decode_hello(b"", TOKEN),
         lambda: decode_key(b"\x05\x00ab"),
         lambda: decode_key(b"\x05"),
-        lambda: decode_read(b"", 8),
-        lambda: decode_read(bytes(5), 8),
-        lambda: decode_read(struct.pack("<I", 8), 8),
+        lambda: decode_block_ids(b"", 8),
+        lambda: decode_block_ids(bytes(5), 8),
+        lambda: decode_block_ids(struct.pack("<I", 8), 8),
         lambda: decode_piece(struct.pack("<I", 0), 4),
         lambda: decode_piece(struct.pack("<I", 5), 4),
         lambda: decode_piece(struct.pack("<I", 1), 0),
@@ -88,7 +87,7 @@ def test_any_bytes_are_decoded_or_refused(body: bytes) -> None:
     for decode in (
         lambda: decode_hello(body, TOKEN),
         lambda: decode_key(body),
-        lambda: decode_read(body, 8),
+        lambda: decode_block_ids(body, 8),
         lambda: decode_piece(body, 8),
         lambda: decode_end(body),
     ):

@@ -5,14 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransfer.transports.base import End
-from kvtransfer.transports.tcp_frames import (
+from kvtransfer.transports.requests import (
     MAX_BLOCKS_PER_REQUEST,
-    REPLY_HEADER_BYTES,
-    REQUEST_HEADER_BYTES,
     TOKEN_BYTES,
     BadFrame,
-    Status,
     decode_block_ids,
+)
+from kvtransfer.transports.tcp_frames import (
+    REPLY_HEADER_BYTES,
+    REQUEST_HEADER_BYTES,
+    Status,
     decode_reply,
     decode_request_header,
     encode_reply,
